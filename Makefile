@@ -1,0 +1,37 @@
+# make demo | make test | make build, each after make setup. ARGS="--seeds 3" reaches the recipe, ARGS="-k smkd" pytest.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+CHECK := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
+
+.PHONY: setup demo test build clean
+.DELETE_ON_ERROR:
+
+setup: $(READY)
+
+# The stamp is removed first and written last: a setup that was interrupted starts over, in an empty environment.
+$(READY): pyproject.toml setup.cfg
+	@$(PYTHON) -c "$(CHECK)" 2>/dev/null || { echo "setup needs Python 3.11 or newer with its venv module (on Debian and Ubuntu:" \
+	  "apt install python3-venv), got: $$($(PYTHON) --version 2>&1). Another one: make PYTHON=/path/to/python3.12"; exit 1; }
+	@echo "setup: installing the package and its tools into .venv, a few GB and some minutes the first time"
+	@test -e $@ || $(PYTHON) -m venv --clear .venv
+	@rm -f $@
+	$(BIN)/python -m pip install --disable-pip-version-check -e ".[recipes,dev]"
+	@touch $@
+
+demo: $(READY)
+	$(LAUNCH) recipes/webvision_mini.py $(ARGS)
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q $(ARGS)
+
+build: $(READY)
+	rm -rf build # what an earlier build left there would be packed again
+	$(BIN)/python -m build --wheel
+
+clean:
+	rm -rf .venv build dist *.egg-info

@@ -1,0 +1,34 @@
+"""Train better models on labels you cannot fully trust, and let networks teach each other what they are sure of."""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
+from .losses import *  # noqa: F403
+from .losses import __all__ as _losses
+
+# What imports transformers, timm or datasets is loaded when it is first asked for: `import kd_plugins` costs no more
+# than torch.
+_LAZY = {
+    "MutualDistillationTrainer": "trainer",
+    "MutualTrainingArguments": "trainer",
+    "ProgressCallback": "trainer",
+    "as_compute_loss_func": "trainer",
+    "ImageView": "data",
+    "noisy_view": "data",
+    "load_webvision": "data",
+}
+
+__all__ = [*_losses, *_LAZY]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("kd-plugins")
+    if name in _LAZY:
+        return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

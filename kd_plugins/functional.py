@@ -1,0 +1,98 @@
+"""Tensor primitives that the losses share. Pure functions; units are nats.
+
+Legend, used in every file: B samples in the batch · C classes · K peers · T teachers (in shapes) or temperature ·
+D feature dimension · z logits · p = softmax(z) · q the label as a distribution · q~ a refined label · H entropy.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def as_probs(target: Tensor, num_classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Class indices [B] or distributions [B, C] as distributions [B, C].
+
+    >>> as_probs(torch.tensor([2]), 3)
+    tensor([[0., 0., 1.]])
+    """
+    if target.dim() == 2:
+        return target.to(dtype)
+    onehot = torch.zeros(target.shape[0], num_classes, dtype=dtype, device=target.device)
+    return onehot.scatter_(1, target.long().unsqueeze(1), 1.0)
+
+
+def cross_entropy(log_p: Tensor, target: Tensor) -> Tensor:
+    """H(q, p) = -Σ_c q_c log p_c per sample: ([B, C], [B, C]) -> [B]. A class without mass costs nothing, even at p = 0."""
+    return -torch.where(target == 0, 0.0, target * log_p).sum(-1)
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    """H(p) = -Σ_c p_c log p_c in nats, exact at p = 0 and never negative: [..., C] -> [...].
+
+    >>> entropy(torch.log(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])))
+    tensor([0.6931, 0.0000])
+    """
+    return torch.special.entr(log_p.exp()).sum(-1).clamp_min(0.0)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) = Σ_c p_c (log p_c - log q_c) per sample: ([..., C], [..., C]) -> [...]."""
+    p = log_p.exp()
+    return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
+
+
+def certainty(entropy: Tensor, num_classes: int) -> Tensor:
+    """l(p) = 1 - H(p) / ln C, in [0, 1]: 0 on a uniform row, 1 on a certain one."""
+    return (1.0 - entropy / math.log(num_classes)).clamp(0.0, 1.0)
+
+
+def logistic(x: Any, steepness: float) -> Any:
+    """h(x, b) = 1 / (1 + exp(-b x)).
+
+    >>> logistic(0.0, 10.0)
+    0.5
+    """
+    if isinstance(x, Tensor):
+        return torch.sigmoid(steepness * x)
+    return 0.5 * (1.0 + math.tanh(0.5 * steepness * x))  # does not overflow
+
+
+class Prediction:
+    """A batch of predictions p = softmax(z) of which every quantity is computed at most once.
+
+    Mutual learning asks for the entropy of the same prediction up to three times (trust, r, selection): refine and
+    selectors therefore take logits [B, C] or a ``Prediction`` of them, through :meth:`of`.
+    """
+
+    def __init__(self, log_p: Tensor) -> None:
+        self.log_p = log_p  # [B, C]
+        self._p: Tensor | None = None
+        self._entropy: Tensor | None = None
+
+    @staticmethod
+    def of(logits: Tensor | Prediction) -> Prediction:
+        return logits if isinstance(logits, Prediction) else Prediction(F.log_softmax(logits, dim=-1))
+
+    def detach(self) -> Prediction:
+        return Prediction(self.log_p.detach())
+
+    @property
+    def num_classes(self) -> int:
+        return self.log_p.shape[-1]
+
+    @property
+    def p(self) -> Tensor:  # [B, C]
+        if self._p is None:
+            self._p = self.log_p.exp()
+        return self._p
+
+    @property
+    def entropy(self) -> Tensor:  # [B], nats
+        if self._entropy is None:
+            self._entropy = torch.special.entr(self.p).sum(-1).clamp_min(0.0)
+        return self._entropy

@@ -1,0 +1,291 @@
+"""What every loss shares: calling convention, checks, precision, reduction, progress, sums and the registry."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import as_probs
+from ..state import KeepsPrecision
+
+EXTRAS = ("teacher", "features", "teacher_features", "index")  # what a loss may read beside logits and target
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Progress(KeepsPrecision):
+    """Training progress t/Γ in [0, 1] for a loss or a selector that follows a schedule.
+
+    It is a tensor (a Python float would recompile the graph at every step) and not in the checkpoint: whoever trains
+    sets it before each step.
+    """
+
+    value: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("value", torch.zeros(()), persistent=False)
+        self.known = False
+
+    def set(self, progress: float) -> None:
+        self.value.fill_(progress)
+        self.known = True
+
+    def get(self, owner: nn.Module) -> Tensor:
+        if not self.known:
+            raise RuntimeError(
+                f"{type(owner).__name__} follows a schedule over training and does not know the progress: call "
+                "loss.set_progress(step / total_steps) before each step, or add ProgressCallback(loss) to the Trainer; "
+                "without it the schedule would silently stay at its start"
+            )
+        return self.value
+
+
+class Loss(KeepsPrecision):
+    """A drop-in for ``nn.CrossEntropyLoss``: ``loss(logits [B, C], target [B] or [B, C]) -> scalar``.
+
+    A new loss writes :meth:`per_sample` and nothing else; whatever it needs beside logits and target is a keyword of
+    that method (``teacher``, ``features``, ``teacher_features``, ``index``), and callers supply exactly those.
+
+    Args:
+        num_classes: only checked against the logits, when given.
+        reduction: ``"mean"`` over the batch, ``"sum"`` or ``"none"`` ([B]).
+
+    Attributes:
+        reads: the keywords that ``forward`` wants, from the signature of ``per_sample``.
+        peers: True if ``logits`` is a sequence of the logits of several networks.
+        stats: detached 0-d diagnostics of the last forward, by name.
+    """
+
+    reads: frozenset[str] = frozenset()
+    peers: bool = False
+    stats: dict[str, Tensor]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        names = list(inspect.signature(cls.per_sample).parameters)[3:]
+        if "extra" not in names:
+            if unknown := set(names) - set(EXTRAS):
+                raise TypeError(f"{cls.__name__}.per_sample asks for {sorted(unknown)}: a loss can read only {EXTRAS}")
+            cls.reads = frozenset(names)
+
+    def __init__(self, *, num_classes: int | None = None, reduction: str = "mean") -> None:
+        super().__init__()
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction={reduction!r}: expected one of {REDUCTIONS}")
+        self.num_classes = num_classes
+        self.reduction = reduction
+        self.stats = {}
+
+    def per_sample(self, logits: Tensor, target: Tensor, **extra: Any) -> Tensor:
+        """([B, C] float32 or float64, [B, C]) -> [B], or a scalar for a loss on the whole batch. A subclass writes this."""
+        raise NotImplementedError
+
+    def forward(self, logits: Tensor | Sequence[Tensor], target: Tensor, **extra: Any) -> Tensor:
+        first = self._check(logits, target, extra)
+        with torch.autocast(first.device.type, enabled=False):  # CPU autocast would leave log_softmax in bfloat16
+            target = as_probs(target, first.shape[-1], _full(first).dtype)
+            full: Any = [_full(z) for z in logits] if self.peers else _full(first)
+            extra = {name: _prepare(name, value, self) for name, value in extra.items()}
+            self.stats = {}  # whoever calls per_sample empties them: torch.compile would guard on what they held before
+            losses = self.per_sample(full, target, **extra)
+            if losses.device.type == "cpu" and not torch.compiler.is_compiling():
+                _refuse_nan(losses, self)  # on an accelerator this would wait for it; the Trainer looks there
+            if self.reduction == "none" or losses.dim() == 0:
+                return losses
+            return losses.mean() if self.reduction == "mean" else losses.sum()
+
+    def set_progress(self, progress: float) -> None:
+        """Tell this loss, and every part of it, how far training is: t/Γ in [0, 1]."""
+        if not 0.0 <= progress <= 1.0:
+            raise ValueError(f"progress={progress}: expected step / total_steps in [0, 1]; schedules end at 1")
+        for module in self.modules():
+            if isinstance(module, Progress):
+                module.set(progress)
+
+    def __add__(self, other: Loss) -> Sum:
+        return Sum([*_terms(self), *_terms(other)]) if isinstance(other, Loss) else NotImplemented
+
+    def __rmul__(self, weight: float) -> Sum:
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            return NotImplemented
+        return Sum([(weight * w, term) for w, term in _terms(self)])
+
+    def _check(self, logits: Any, target: Tensor, extra: dict[str, Any]) -> Tensor:
+        """Refuse what cannot be right, before any arithmetic; the logits of the first peer."""
+        name = type(self).__name__
+        if self.peers:
+            if isinstance(logits, Tensor) or len(logits) < 2:
+                raise ValueError(
+                    f"{name} teaches peers: expected a tuple of at least two logits [B, C], got {_what(logits)}"
+                )
+            if len({tuple(z.shape) for z in logits}) > 1:
+                raise ValueError(f"{name}: all peers must have logits of one shape [B, C], got {_what(logits)}")
+        elif not isinstance(logits, Tensor):
+            hint = (
+                f"; Mutual({name}(), Nothing()) trains several networks side by side"
+                if isinstance(logits, tuple)
+                else ""
+            )
+            raise TypeError(f"{name} expects a tensor of logits [B, C], got {_what(logits)}{hint}")
+        z = logits[0] if self.peers else logits
+        if z.dim() != 2 or z.shape[1] < 2:
+            raise ValueError(f"{name} expects logits [B, C] with C >= 2, got {_what(z)}")
+        for peer in logits if self.peers else (z,):
+            if not peer.is_floating_point():
+                raise TypeError(
+                    f"{name} expects floating-point logits, got {peer.dtype}: logits, not predicted classes"
+                )
+        if z.shape[0] == 0:
+            raise ValueError(f"{name}: the batch is empty, its mean would be NaN; got logits {_what(z)}")
+        if self.num_classes not in (None, z.shape[1]):
+            raise ValueError(f"{name} was made for num_classes={self.num_classes}, got logits {_what(z)}")
+        if target.shape not in ((z.shape[0],), z.shape):
+            raise ValueError(f"{name}: target must be class indices [{z.shape[0]}] or distributions "
+                             f"{list(z.shape)}, got {list(target.shape)}")  # fmt: skip
+        if target.dim() == 1:
+            if target.is_floating_point():
+                raise TypeError(f"{name}: class indices must be integers, got {target.dtype}")
+            if target.device.type == "cpu" and not torch.compiler.is_compiling():  # an accelerator asserts by itself
+                wrong = (target < 0) | (target >= z.shape[1])
+                if wrong.any():
+                    raise ValueError(f"{name}: label {target[wrong][0].item()} at position {wrong.nonzero()[0].item()} is "
+                                     f"outside the {z.shape[1]} classes 0 to {z.shape[1] - 1}")  # fmt: skip
+        if missing := self.reads - {k for k, v in extra.items() if v is not None}:
+            raise TypeError(f"{name} reads {sorted(self.reads)}: missing {sorted(missing)}")
+        if unknown := set(extra) - self.reads:
+            raise TypeError(
+                f"{name} reads {sorted(self.reads) or 'logits and target only'}: it would ignore {sorted(unknown)}"
+            )
+        teacher, index = extra.get("teacher"), extra.get("index")
+        if teacher is not None and (teacher.dim() not in (2, 3) or teacher.shape[-2:] != z.shape):
+            raise ValueError(f"{name}: teacher must be logits [T, B, C] or [B, C] for {_what(z)}, got {_what(teacher)}")
+        if index is not None and index.shape != z.shape[:1]:
+            raise ValueError(f"{name}: index must be positions [{z.shape[0]}], got {_what(index)}")
+        return z
+
+    def extra_repr(self) -> str:
+        """The constructor's scalar arguments, so that a log or a model card can name the loss in full."""
+        names = list(inspect.signature(type(self).__init__).parameters)
+        names += ["reduction"] if self.reduction != "mean" else []
+        return ", ".join(
+            f"{n}={getattr(self, n)}" for n in names if isinstance(getattr(self, n, None), int | float | str)
+        )
+
+
+class Sum(Loss):
+    """Σ_i w_i L_i: what ``0.1 * CE() + 0.9 * KD(temperature=4)`` makes. Each term is handed what it reads."""
+
+    def __init__(self, terms: Sequence[tuple[float, Loss]], *, reduction: str | None = None) -> None:
+        reductions = {reduction} if reduction else {term.reduction for _, term in terms}
+        sizes = {term.num_classes for _, term in terms} - {None}
+        if len(reductions) > 1 or len(sizes) > 1:
+            raise ValueError(
+                f"terms of a sum must agree on reduction, here {reductions}, and num_classes, here {sizes}"
+            )
+        super().__init__(num_classes=next(iter(sizes), None), reduction=reductions.pop())
+        if len({term.peers for _, term in terms}) > 1:
+            raise TypeError("a loss for several networks and a loss for one cannot be added: "
+                            + " + ".join(type(t).__name__ for _, t in terms))  # fmt: skip
+        self.weights = [float(w) for w, _ in terms]
+        self.terms: Any = nn.ModuleList(term for _, term in terms)
+        self.reads = frozenset(name for _, term in terms for name in term.reads)
+        self.peers = terms[0][1].peers
+
+    def per_sample(self, logits: Tensor, target: Tensor, **extra: Any) -> Tensor:
+        self.stats = {}
+        total: Tensor | float = 0.0
+        for i, (weight, term) in enumerate(zip(self.weights, self.terms, strict=True)):
+            term.stats = {}
+            loss = term.per_sample(logits, target, **{k: v for k, v in extra.items() if k in term.reads})
+            name = f"{type(term).__name__.lower()}_{i}"
+            self.stats |= {name: loss.detach().mean()} | {f"{name}_{k}": v for k, v in term.stats.items()}
+            total = total + weight * loss
+        return total  # type: ignore[return-value]
+
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}"
+
+
+def _terms(loss: Loss) -> list[tuple[float, Loss]]:
+    return list(zip(loss.weights, loss.terms, strict=True)) if isinstance(loss, Sum) else [(1.0, loss)]  # type: ignore[arg-type]
+
+
+def _full(z: Tensor) -> Tensor:
+    return z if z.dtype in (torch.float32, torch.float64) else z.float()
+
+
+def _prepare(name: str, value: Any, loss: Loss) -> Any:
+    if name == "teacher":
+        value = value.unsqueeze(0) if value.dim() == 2 else value  # [T, B, C]
+        return _full(value.detach())
+    if name == "teacher_features":
+        return [_full(f.detach()) for f in value]
+    return _full(value) if name == "features" and isinstance(value, Tensor) else value
+
+
+def _refuse_nan(losses: Tensor, loss: Loss) -> None:
+    if torch.isnan(losses).any():
+        where = torch.isnan(losses).nonzero().flatten().tolist()[:5] if losses.dim() else "the whole batch"
+        raise ValueError(f"{type(loss).__name__} is NaN for samples {where}: NaN stands in the logits or in the target, "
+                         "and one step on it would make every weight NaN; look at the learning rate and the input")  # fmt: skip
+
+
+def _what(x: Any) -> str:
+    if isinstance(x, Tensor):
+        return str(list(x.shape))
+    if isinstance(x, list | tuple):
+        return "(" + ", ".join(_what(v) for v in x) + ")"
+    return type(x).__name__
+
+
+# ---------------------------------------------------------------------------------------------------------- registry
+
+_REGISTRY: dict[str, type[Loss]] = {}
+L = TypeVar("L", bound=type[Loss])
+
+
+def register_loss(name: str) -> Callable[[L], L]:
+    """Class decorator: make a loss known as ``name``. A name used twice raises."""
+
+    def register(cls: L) -> L:
+        known = _REGISTRY.get(name, cls)  # the same class again is a notebook cell that runs twice
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the loss name {name!r} is taken by {_REGISTRY[name].__name__}; choose another")
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def create_loss(name: str, **kwargs: Any) -> Loss:
+    """The loss registered as ``name``, made with ``kwargs``: exactly ``cls(**kwargs)``, nothing dropped.
+
+    >>> create_loss("label_smoothing", eps=0.2)
+    LabelSmoothing(eps=0.2)
+    """
+    return loss_class(name)(**kwargs)
+
+
+def loss_class(name: str) -> type[Loss]:
+    """The class registered as ``name``."""
+    if name not in _REGISTRY:
+        import difflib
+
+        close = difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.4)
+        raise ValueError(f"unknown loss {name!r}" + (f": did you mean {' or '.join(close)}?" if close else "")
+                         + f" Known are: {', '.join(list_losses())}")  # fmt: skip
+    return _REGISTRY[name]
+
+
+def list_losses(pattern: str = "*") -> list[str]:
+    """Registered names that match a shell pattern, sorted.
+
+    >>> list_losses("boot*")
+    ['boot_hard', 'boot_soft']
+    """
+    return sorted(fnmatch.filter(_REGISTRY, pattern))

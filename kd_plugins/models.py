@@ -1,0 +1,284 @@
+"""Networks: how one is made from a name, hosted beside its peers with the loss, and exported by itself."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, ResNet
+from torch import Tensor, nn
+
+from .losses.base import Loss
+from .losses.mutual import Mutual, peer_name
+
+
+def make_model(model: str | nn.Module, num_classes: int | None) -> nn.Module:
+    """A network from a timm name, a folder or a hub id, or the module itself.
+
+    A bare timm name is initialised at random; ``local-dir:PATH`` and ``hf-hub:ID`` bring their weights, with a new head if
+    theirs has another number of classes. For anything else pass the module: ``timm.create_model(..., pretrained=True)``.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if num_classes is None:
+        raise ValueError(f"the model is given by name ({model!r}), but the number of classes is not known: the training data "
+                         "has no ClassLabel; pass a module with its head instead")  # fmt: skip
+    return timm.create_model(model, pretrained=":" in model, num_classes=num_classes)
+
+
+def class_count(model: nn.Module) -> int | None:
+    """The number of classes that a timm model or a Hugging Face classifier says it has; None if it does not say."""
+    config = getattr(model, "config", None)
+    return getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits [B, C] in what a network returned: a tensor, a Hugging Face output, or a tuple that begins with them."""
+    output = getattr(output, "logits", output)
+    output = output[0] if isinstance(output, tuple) else output
+    if not isinstance(output, Tensor):
+        raise TypeError(f"a network must return logits, or an output with .logits; got {type(output).__name__}")
+    return output
+
+
+class _Input(nn.Module):
+    """Pixels as the first peer expects them -> pixels as this network expects them: normalisation, fixed size, dtype.
+
+    What is not known of either network is left alone. A module tells by ``pretrained_cfg`` (``mean``, ``std``), as timm's do.
+    """
+
+    def __init__(self, model: nn.Module, reference: nn.Module) -> None:
+        super().__init__()
+        own, ref = _normalization(model), _normalization(reference)
+        self.size = _fixed_size(model)
+        self.shift: Tensor
+        self.scale: Tensor | None
+        if own and ref and own != ref:  # ((x · std_ref + mean_ref) - mean) / std
+            (mean, std), (ref_mean, ref_std) = torch.tensor([own, ref], dtype=torch.float64)
+            scale, shift = ref_std / std, (ref_mean - mean) / std
+            self.register_buffer("scale", scale.float()[:, None, None], persistent=False)
+            self.register_buffer("shift", shift.float()[:, None, None], persistent=False)
+        else:
+            self.scale = None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        if self.scale is not None and pixels.shape[1] == self.scale.shape[0]:
+            pixels = pixels * self.scale + self.shift
+        if self.size and tuple(pixels.shape[-2:]) != self.size:
+            pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True, align_corners=False)
+        return pixels
+
+
+def _normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    cfg = (
+        getattr(model, "pretrained_cfg", None) or getattr(getattr(model, "config", None), "pretrained_cfg", None) or {}
+    )
+    if cfg.get("mean") is None or cfg.get("std") is None:
+        return None
+    return tuple(cfg["mean"]), tuple(cfg["std"])
+
+
+def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
+    """(height, width) if the network takes one size only: a ViT or Swin of timm, or of transformers."""
+    model = getattr(model, "timm_model", model)  # as transformers wraps it
+    embed = getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", True) else None
+    if size is None and hasattr(model, "config"):  # not config.image_size: convolutional networks name one and take any
+        size = next((m.image_size for m in model.modules() if getattr(m, "image_size", None)), None)
+    return (size, size) if isinstance(size, int) else tuple(size) if size else None  # type: ignore[return-value]
+
+
+class Hosted(nn.Module):
+    """Peers, teachers and criterion under one forward: one module for the Trainer, one wrap for DDP, one state dict.
+
+    In training mode it returns ``{"loss"}`` and leaves the diagnostics of the step in ``stats``; in eval mode
+    ``{"loss", "logits" [B, K, C]}`` with the plain cross-entropy, mean over peers, which compares across methods.
+    Teachers are frozen, in eval mode, and not in the state dict.
+    """
+
+    _keys_to_ignore_on_save = None  # what the Trainer asks of a module that is not a PreTrainedModel
+    accepts_loss_kwargs = False
+    main_input_name = "pixel_values"
+
+    def __init__(self, peers: Sequence[nn.Module], criterion: Loss, teachers: Sequence[nn.Module] = ()) -> None:
+        super().__init__()
+        self.peers: Any = nn.ModuleList(peers)
+        self.criterion = criterion
+        self.inputs = nn.ModuleList(_Input(model, peers[0]) for model in [*peers, *teachers])
+        self.teachers = [teacher.requires_grad_(False).eval() for teacher in teachers]  # a list: not in the state dict
+        self.stats: dict[str, Tensor] = {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Hosted:
+        for teacher in self.teachers:
+            teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+    def _logits(self, model: nn.Module, k: int, pixels: Tensor) -> Tensor:
+        parameter = next(model.parameters(), pixels)
+        return logits_of(model(self.inputs[k](pixels).to(parameter.dtype)))  # bf16_full_eval casts the weights only
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        index: Tensor | None = None,
+        clean_labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        logits = [self._logits(model, k, pixel_values) for k, model in enumerate(self.peers)]
+        if not self.training or labels is None:
+            output = {"logits": torch.stack([z.float() for z in logits], dim=1)}  # [B, K, C]
+            if clean_labels is not None:
+                output["clean_labels"] = clean_labels
+            if labels is not None:
+                log_p = output["logits"].log_softmax(-1)
+                output = {
+                    "loss": -log_p.gather(-1, labels.view(-1, 1, 1).expand(-1, log_p.shape[1], 1)).mean()
+                } | output
+            return output
+
+        extra: dict[str, Any] = {}
+        if "teacher" in self.criterion.reads:
+            with torch.no_grad():
+                start = len(self.peers)
+                extra["teacher"] = torch.stack(
+                    [self._logits(model, start + t, pixel_values).float() for t, model in enumerate(self.teachers)]
+                )  # [T, B, C]
+        if "index" in self.criterion.reads:
+            extra["index"] = index
+        loss = self.criterion(tuple(logits) if self.criterion.peers else logits[0], labels, **extra)
+        self.stats = {"loss": loss.detach(), **self.criterion.stats}
+        if clean_labels is not None:
+            self.stats |= self._purity(clean_labels)
+        return {"loss": loss}
+
+    def _purity(self, clean_labels: Tensor) -> dict[str, Tensor]:
+        """Share of the batch that was selected, and of it with the true class taught, per peer (also of a term of a sum)."""
+        shares = {}
+        for module in self.criterion.modules():
+            for k, (mask, taught) in enumerate(module.selection if isinstance(module, Mutual) else ()):
+                shares[f"selected_{peer_name(k)}"] = mask.float().mean()
+                shares[f"selected_right_{peer_name(k)}"] = (mask & (taught == clean_labels)).float().mean()
+        return shares
+
+    def train(self, mode: bool = True) -> Hosted:
+        super().train(mode)
+        for teacher in self.teachers:
+            teacher.eval()
+        return self
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Trade compute for memory in every peer that knows how to; the Trainer calls this."""
+        for peer in self.peers:
+            if hasattr(peer, "set_grad_checkpointing"):
+                peer.set_grad_checkpointing(True)
+            elif hasattr(peer, "activation_checkpointing_enable"):
+                peer.activation_checkpointing_enable(**kwargs)
+            elif hasattr(peer, "gradient_checkpointing_enable"):  # transformers before it was renamed
+                peer.gradient_checkpointing_enable(**kwargs)
+            else:
+                raise ValueError(
+                    f"{type(peer).__name__} has no activation checkpointing: switch it off in the arguments"
+                )
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
+
+def export(model: Any, folder: str | Path, class_names: Sequence[str] | None = None) -> Path:
+    """Save one network so that timm and transformers load it alone, with equal logits. Nobody deploys a pair.
+
+    timm: ``timm.create_model("local-dir:FOLDER", pretrained=True)``; transformers:
+    ``AutoModelForImageClassification.from_pretrained("FOLDER")``. A module of neither is saved as ``model.safetensors``.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = list(class_names) if class_names is not None else None
+    if hasattr(model, "save_pretrained"):
+        if names and hasattr(model, "config"):
+            model.config.id2label = dict(enumerate(names))
+            model.config.label2id = {name: i for i, name in enumerate(names)}
+        model.save_pretrained(folder)
+    elif isinstance(getattr(model, "pretrained_cfg", None), dict) and hasattr(model, "default_cfg"):
+        model_config = {"label_names": names} if names else None
+        packed = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # safetensors takes no channels_last
+        timm.models.save_for_hf(packed, str(folder), model_config=model_config, safe_serialization=True)
+        # transformers passes num_classes itself and fails on a second one in model_args
+        path = folder / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.get("model_args", {}).pop("num_classes", None)
+        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    else:
+        from safetensors.torch import save_model
+
+        save_model(model, str(folder / "model.safetensors"))
+    return folder
+
+
+# ------------------------------------------------------------------------------------------- ResNets for 32 px pictures
+
+
+class _SmallPictureResNet(ResNet):
+    """timm's ResNet with the stem of the CIFAR literature: one 3x3 convolution as wide as the first stage, no pooling."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        first: Any = self.layer1[0]  # type: ignore[index]
+        wide = self.conv1.out_channels
+        width = first.conv1.out_channels
+        self.conv1: Any = nn.Conv2d(self.conv1.in_channels, width, 3, padding=1, bias=False)
+        if width != wide:  # timm's stem is 64 wide whatever follows
+            self.bn1 = type(self.bn1)(width)
+            first.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+            first.downsample = None
+        for conv in (self.conv1, first.conv1):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        self.maxpool: Any = nn.Identity()
+        info: Any
+        for info in self.feature_info:
+            info["reduction"] = max(info["reduction"] // 4, 1)
+        self.feature_info[0]["num_chs"] = width
+
+
+_CIFAR = {
+    "input_size": (3, 32, 32),
+    "pool_size": (4, 4),
+    "num_classes": 100,
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "mean": (0.5071, 0.4865, 0.4409),
+    "std": (0.2673, 0.2564, 0.2762),
+    "first_conv": "conv1",
+    "classifier": "fc",
+    "license": "apache-2.0",
+}
+default_cfgs = generate_default_cfgs({f"resnet{n}_cifar.untrained": _CIFAR for n in (10, 18, 34)})
+
+
+def _small_picture_resnet(name: str, layers: tuple[int, ...], kwargs: dict[str, Any]) -> ResNet:
+    return build_model_with_cfg(_SmallPictureResNet, name, **{"block": BasicBlock, "layers": layers, **kwargs})
+
+
+@register_model
+def resnet10_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-10 for 32 px pictures at a quarter of the usual width: what two CPU cores can train."""
+    return _small_picture_resnet(
+        "resnet10_cifar", (1, 1, 1, 1), {"pretrained": pretrained, "channels": (16, 32, 64, 128), **kwargs}
+    )
+
+
+@register_model
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-18 for 32 px pictures."""
+    return _small_picture_resnet("resnet18_cifar", (2, 2, 2, 2), {"pretrained": pretrained, **kwargs})
+
+
+@register_model
+def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-34 for 32 px pictures: the backbone of SMKD's tables on CIFAR-100."""
+    return _small_picture_resnet("resnet34_cifar", (3, 4, 6, 3), {"pretrained": pretrained, **kwargs})

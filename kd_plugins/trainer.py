@@ -1,0 +1,494 @@
+"""One HF Trainer for one network, for peers that teach each other, and for teachers beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import ProgressCallback as TrainerBar
+from transformers.utils import logging
+
+from .losses.base import Loss
+from .losses.mutual import Mutual, peer_name
+from .models import Hosted, class_count, export, logits_of, make_model
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class MutualTrainingArguments(TrainingArguments):
+    """``TrainingArguments`` with the defaults of the papers: SGD with momentum, weight decay on everything, steps in the
+    learning rate. Hyperparameters of a loss live in the loss.
+
+    Args:
+        milestones: shares of the training after which the learning rate is multiplied by ``lr_decay``; an empty list
+            leaves the schedule to ``lr_scheduler_type``.
+        lr_decay: that factor.
+        max_grad_norm: clips the gradient of each network by itself; 0 does not clip.
+    """
+
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4
+    optim: str = "sgd"
+    optim_args: str | None = "momentum=0.9"
+    milestones: list[float] = field(
+        default_factory=lambda: [0.3, 0.6, 0.8],
+        metadata={"help": "Shares of the training after which the learning rate is multiplied by lr_decay."},
+    )
+    lr_decay: float = field(default=0.2, metadata={"help": "Factor on the learning rate at each milestone."})
+    num_train_epochs: float = 100
+    per_device_train_batch_size: int = 128
+    per_device_eval_batch_size: int = 256
+    max_grad_norm: float = 0.0
+    logging_steps: float = 50
+    logging_first_step: bool = True
+    logging_nan_inf_filter: bool = False  # it would log a NaN loss as 0
+    remove_unused_columns: bool = False  # the views make their columns on the fly
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else bf16 and a second process fail or run apart
+        if any(not 0 < m < 1 for m in self.milestones) or sorted(self.milestones) != list(self.milestones):
+            raise ValueError(f"milestones={self.milestones}: expected rising shares of the training, each in (0, 1)")
+        super().__post_init__()
+
+
+class ProgressCallback(TrainerCallback):
+    """Tell a loss how far training is, and a seeded view which epoch it is; keep the loss's state in the checkpoints.
+
+    For a plain ``Trainer``; ``MutualDistillationTrainer`` brings its own. The loss is saved as ``loss.safetensors`` in each
+    checkpoint and restored when training resumes from one in ``args.output_dir``.
+    """
+
+    def __init__(self, loss: Loss, *, save: bool = True) -> None:
+        self.loss, self.save = loss, save
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not (self.save and state.global_step and self.loss.state_dict()):
+            return
+        path = _checkpoint(args, state) / "loss.safetensors"
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing: the loss would start with empty state; resume from a checkpoint in "
+                                    f"{args.output_dir} that has it")  # fmt: skip
+        self.loss.load_state_dict(load_file(path))
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        dataset: Any = getattr(train_dataloader, "dataset", None)
+        if hasattr(dataset, "set_epoch"):  # accelerate sets the sampler's epoch or the data set's, never both
+            dataset.set_epoch(int(state.epoch or 0))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.loss.set_progress(min(state.global_step / state.max_steps, 1.0))
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.save and args.should_save and self.loss.state_dict():
+            save_file(
+                {k: v.contiguous() for k, v in self.loss.state_dict().items()},
+                _checkpoint(args, state) / "loss.safetensors",
+            )
+
+
+def last_checkpoint(output_dir: str | Path | None) -> str | None:
+    """The newest checkpoint in a folder that was written to its end; None if there is none."""
+    paths = [p for p in Path(output_dir or ".").glob("checkpoint-*") if p.name.split("-")[-1].isdecimal()]
+    for path in sorted(paths, key=lambda p: -int(p.name.split("-")[-1])):
+        with contextlib.suppress(OSError, ValueError):  # the Trainer writes its state last
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+            return str(path)
+    return None
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"checkpoint-{state.global_step}"
+
+
+def as_compute_loss_func(loss: Loss) -> Callable[..., Tensor]:
+    """``compute_loss_func`` for a plain HF ``Trainer``, right under accumulation and on several processes.
+
+    >>> Trainer(vit, args, compute_loss_func=as_compute_loss_func(loss), callbacks=[ProgressCallback(loss)])  # doctest: +SKIP
+    """
+
+    def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        logits = logits_of(outputs)
+        loss.train(torch.is_grad_enabled())  # the Trainer does not toggle it: evaluation must not touch its state
+        if any(t.device != logits.device for t in loss.state_dict().values()):
+            loss.to(logits.device)
+        value = loss(logits, labels)
+        # the Trainer sums what it gets over accumulation steps and processes
+        return value if num_items_in_batch is None else value * (labels.shape[0] / num_items_in_batch)
+
+    return compute_loss
+
+
+class MutualDistillationTrainer(Trainer):
+    """HF ``Trainer`` that hosts one network, or several that teach each other, and the loss they share.
+
+    Pixels are handed over as the first network expects them; the others get them re-normalised (``pretrained_cfg``) and
+    resized if their input size is fixed. Logged are the loss terms and diagnostics of the loss (``own_a``, ``selected_a``,
+    ``chi``, ``r_a`` ...; with clean labels ``right_a``, the share of the taught labels that is true). Evaluated are top-1 and
+    top-5 accuracy of each network and of their ensemble (mean probability); with clean labels also the memorisation of
+    wrong ones. ``eval_loss`` is plain cross-entropy, mean over networks: it compares across losses.
+
+    Args:
+        models: a network or a sequence of them: timm names, timm modules, Hugging Face classifiers or any module from
+            pixels [B, 3, H, W] to logits [B, C].
+        loss: a loss for one network, or (``peers = True``) for as many as there are.
+        args: ``MutualTrainingArguments``.
+        teachers: frozen networks, for a loss that reads ``teacher``.
+        train_dataset, eval_dataset: rows with ``pixel_values`` and ``labels`` (and ``index``, ``clean_labels``), such as
+            :class:`~kd_plugins.data.ImageView`; eval_dataset may be a dictionary of them.
+        optim_per_peer: optimizer settings of each network that differ from ``args``: ``[{"lr": 0.1}, {"lr": 0.01}]``.
+        **hf: any other argument of ``Trainer``.
+
+    Raises:
+        ValueError, TypeError: what these networks, this loss and these data cannot do together, at construction.
+    """
+
+    model: Hosted
+    loss_is_scaled_for_ga = False  # the loss is a mean over the micro-batch
+
+    def __init__(
+        self,
+        models: str | nn.Module | Sequence[str | nn.Module],
+        loss: Loss,
+        args: TrainingArguments | None = None,
+        *,
+        teachers: Sequence[str | nn.Module] = (),
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        optim_per_peer: Sequence[dict[str, Any]] | None = None,
+        **hf: Any,
+    ) -> None:
+        args = args if args is not None else MutualTrainingArguments()
+        _refuse_arguments(args)
+        set_seed(args.seed)  # models made from names are then the same in every run, and differ from each other
+        data = train_dataset if train_dataset is not None else eval_dataset
+        num_classes = getattr(data, "num_classes", None)
+        models = [models] if isinstance(models, str | nn.Module) else list(models)
+        peers = [make_model(model, num_classes) for model in models]
+        masters = [make_model(model, num_classes) for model in teachers]
+        _refuse_pairing(peers, masters, loss)
+        for name, view in _named({"train": train_dataset}, eval_dataset):
+            _refuse_labels(view, peers, name)
+        if optim_per_peer is not None and len(optim_per_peer) != len(peers):
+            raise ValueError(
+                f"optim_per_peer has {len(optim_per_peer)} entries for {len(peers)} networks; expected one each"
+            )
+        self.optim_per_peer = optim_per_peer or [{}] * len(peers)
+
+        watch = getattr(train_dataset, "clean_labels", None) is not None
+        for module in loss.modules():
+            if isinstance(module, Mutual):
+                module.watch = watch
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        hf.setdefault("preprocess_logits_for_metrics", _ranked)  # class ids, not logits: 20k x 1000 x 2 takes 300 MB
+        hf.setdefault("compute_metrics", self._metrics)
+        hosted = Hosted(peers, loss, masters)
+        super().__init__(hosted, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **hf)
+        self.label_names = ["labels"]
+        self.add_callback(ProgressCallback(loss, save=False))  # the loss is part of the model
+        if self.pop_callback(TrainerBar):
+            self.add_callback(_ShortBar)
+
+    @property
+    def peers(self) -> list[nn.Module]:
+        """The networks that learn."""
+        return list(self.model.peers)
+
+    # ------------------------------------------------------------------------------------------------------- optimizer
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One parameter group per network, weight decay on all of it, and one for the loss if it learns something."""
+        if self.optimizer is None:
+            hosted: Any = self.model if model is None else model
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, hosted)  # type: ignore[arg-type]
+            groups = []
+            for peer, own in zip(hosted.peers, self.optim_per_peer, strict=True):
+                params = [p for p in peer.parameters() if p.requires_grad]
+                groups.append({"params": params, "weight_decay": self.args.weight_decay, **own})
+            if learned := [p for p in hosted.criterion.parameters() if p.requires_grad]:
+                groups.append({"params": learned, "weight_decay": self.args.weight_decay})
+            self.optimizer = cls(groups, **kwargs)
+            if unknown := {k for own in self.optim_per_peer for k in own} - set(self.optimizer.defaults):
+                raise ValueError(f"optim_per_peer: {cls.__name__} has no setting {sorted(unknown)} and would ignore it; "
+                                 f"it has {sorted(self.optimizer.defaults)}")  # fmt: skip
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Warm-up, then steps at the milestones; with no milestones what ``lr_scheduler_type`` says."""
+        args: Any = self.args
+        milestones = getattr(args, "milestones", None)
+        if self.lr_scheduler is not None or not milestones:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = args.get_warmup_steps(num_training_steps)
+
+        def factor(step: int) -> float:
+            decay = args.lr_decay ** bisect_right(milestones, step / max(num_training_steps, 1))
+            return decay * min(1.0, (step + 1) / (warmup + 1))
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip each network by itself: one peer's spike must not shrink the other's step. Returns the largest norm."""
+        self.accelerator.unscale_gradients()
+        parts = [list(part.parameters()) for part in (*self.model.peers, self.model.criterion)]
+        norms = [nn.utils.clip_grad_norm_(part, self.args.max_grad_norm) for part in parts if part]
+        return torch.stack(norms).max()
+
+    # -------------------------------------------------------------------------------------------------- steps and logs
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        outputs = model(**inputs)
+        if self.model.training:
+            for name, value in self.model.stats.items():  # on the device: nothing waits for it
+                self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+            self._steps += 1
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what the loss reported since the last log: means over steps and processes."""
+        if "loss" in logs and self._steps:
+            names = sorted(self._sums)
+            stacked = torch.stack([self._sums[name] for name in names]) / self._steps
+            means = dict(zip(names, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+            self._sums, self._steps = {}, 0
+            self._refuse_nan(means)
+            means.pop("loss")
+            for name in [n for n in means if n.startswith("selected_right_")]:
+                peer, right = name.removeprefix("selected_right_"), means.pop(name)
+                if means[f"selected_{peer}"] > 0:
+                    means[f"right_{peer}"] = right / means[f"selected_{peer}"]
+            logs |= {name: float(f"{value:.6g}") for name, value in means.items()}
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the Trainer's; weights that a NaN has reached are not written over good ones."""
+        if self._steps:
+            self._refuse_nan({name: value.item() for name, value in self._sums.items()})
+        # the gradient of the last step may be NaN where its loss was not
+        if bad := [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]:
+            self._refuse_nan({"loss": math.nan, **dict.fromkeys(bad, math.nan)})
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        state_dict = self.model.state_dict() if state_dict is None else state_dict
+        # networks in channels_last are strided, and safetensors takes packed tensors only
+        super()._save(output_dir, {name: value.contiguous() for name, value in state_dict.items()})
+
+    def _refuse_nan(self, means: dict[str, float]) -> None:
+        if not math.isfinite(means["loss"]):
+            bad = [name for name, value in means.items() if not math.isfinite(value)]
+            raise FloatingPointError(
+                f"the training loss is {means['loss']} at step {self.state.global_step} (not finite: {bad[:9]}); the weights are lost, "
+                f"the last checkpoint in {self.args.output_dir} is not. Lower the learning rate ({self.args.learning_rate}), "
+                "clip (max_grad_norm) or warm up, and resume"
+            )
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's. ``resume_from_checkpoint=True`` goes on from the last complete checkpoint, if there is one."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        for name, view in _named({"train": self.train_dataset}, self.eval_dataset):
+            broken = sorted(set(gather_object(view.broken()))) if hasattr(view, "broken") else []
+            if broken and self.is_world_process_zero():
+                shown = ", ".join(broken[:20]) + (" ..." if len(broken) > 20 else "")
+                logger.warning(
+                    f"{len(broken)} pictures of the {name} data were not readable and were replaced: {shown}"
+                )
+        return output
+
+    # ------------------------------------------------------------------------------------------------------ evaluation
+
+    def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        from .metrics import peer_metrics
+
+        ranked: Any = prediction.predictions
+        ranked, clean = ranked if isinstance(ranked, tuple) else (ranked, None)
+        return peer_metrics(ranked, prediction.label_ids, clean)
+
+    # ---------------------------------------------------------------------------------------------------------- export
+
+    def export(self, output_dir: str | Path | None = None) -> list[Path]:
+        """Save each network by itself, with a model card, as ``peer_a``, ``peer_b`` ...: see :func:`kd_plugins.models.export`."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        folders = [folder / f"peer_{peer_name(k)}" for k in range(len(self.model.peers))]
+        if self.is_world_process_zero():
+            for k, (peer, path) in enumerate(zip(self.model.peers, folders, strict=True)):
+                export(peer, path, getattr(self.train_dataset, "class_names", None))
+                (path / "README.md").write_text(self._card(peer, peer_name(k)), encoding="utf-8")
+        return folders
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the networks and their cards: see :meth:`export`."""
+        self.export()
+
+    def _card(self, peer: nn.Module, name: str) -> str:
+        architecture = (getattr(peer, "pretrained_cfg", None) or {}).get("architecture") or type(peer).__name__
+        data, args = self.train_dataset, self.args
+        optim = getattr(args.optim, "value", args.optim)
+        given, clean = getattr(data, "labels", None), getattr(data, "clean_labels", None)
+        noise = "not known: there are no clean labels to compare with"
+        if given is not None and clean is not None:
+            noise = (
+                f"{np.mean(np.asarray(given) != np.asarray(clean)):.1%} of the {len(given)} training labels are wrong"
+            )
+        # the last figure of each kind, from the Trainer's own log
+        figures = {
+            k: v
+            for log in self.state.log_history
+            for k, v in log.items()
+            if k.startswith("eval_") and isinstance(v, float)
+        }
+        skip = ("runtime", "per_second", "model_preparation_time")
+        lines = [f"| {k} | {v:.4f} |" for k, v in sorted(figures.items()) if not k.endswith(skip)]
+        others = [type(p).__name__ for p in self.model.peers if p is not peer]
+        loss = "\n".join(f"    {line}" for line in repr(self.model.criterion).splitlines())
+        table = "\n".join(["| metric | last evaluation |", "|---|---|", *lines]) if lines else "Not evaluated."
+        library = (
+            "timm" if hasattr(peer, "pretrained_cfg") else "transformers" if hasattr(peer, "config") else "pytorch"
+        )
+        return f"""---
+tags: [image-classification, kd-plugins]
+library_name: {library}
+---
+# {architecture}
+
+Network {name} of {len(self.model.peers)}, trained with kd-plugins{f" beside {', '.join(others)}" if others else ""}.
+
+**Method**
+
+{loss}
+
+**Data**: {_describe(data)}
+
+**Label noise**: {noise}
+
+**Training**: {self.state.global_step} steps, {self.state.epoch or 0:.4g} epochs, {optim}, learning rate {args.learning_rate},
+batch {args.train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size}, seed {args.seed}.
+
+**Figures** (all networks of the run; {name} is this one)
+
+{table}
+
+**Use**: `timm.create_model("local-dir:FOLDER", pretrained=True)` or
+`AutoModelForImageClassification.from_pretrained("FOLDER")`. An architecture whose name ends in `_cifar` wants
+`import kd_plugins.models` first.
+"""
+
+
+class _ShortBar(TrainerBar):
+    """The Trainer's bar; of thirty figures it prints the few that fit a line. The log keeps them all."""
+
+    shown = re.compile(r"loss|learning_rate|chi|selected_.|right_.|epoch|train_(loss|runtime)|"
+                       r"(eval_)(.*_)?(loss|accuracy|accuracy_ensemble|memorised)")  # fmt: skip
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        super().on_log(args, state, control, logs={k: v for k, v in logs.items() if self.shown.fullmatch(k)}, **kwargs)
+
+
+def _ranked(logits: Any, labels: Tensor) -> Any:
+    """[B, K, C] -> class ids [B, K (+ 1), 5], most likely first: the networks, then their ensemble (mean probability)."""
+    logits, clean = logits if isinstance(logits, tuple) else (logits, None)
+    scores = logits.float().softmax(-1)
+    if scores.shape[1] > 1:
+        scores = torch.cat([scores, scores.mean(1, keepdim=True)], dim=1)
+    ranked = scores.topk(min(5, scores.shape[-1]), dim=-1).indices.to(torch.int32)
+    return ranked if clean is None else (ranked, clean)
+
+
+def _named(first: dict[str, Any], evals: Any) -> list[tuple[str, Any]]:
+    """(name, view) of every data set."""
+    views = first | (evals if isinstance(evals, dict) else {"eval": evals})
+    return [(name, view) for name, view in views.items() if view is not None]
+
+
+def _describe(view: Any) -> str:
+    if view is None:
+        return "none"
+    info = getattr(getattr(view, "dataset", view), "info", None)
+    name = getattr(info, "dataset_name", None) or type(view).__name__
+    return f"{name}, {len(view)} rows" if hasattr(view, "__len__") else name
+
+
+def _refuse_arguments(args: TrainingArguments) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.world_size == 1:
+        raise RuntimeError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but this process sees itself alone: the processes would train apart and write "
+            "over each other's files. Without a GPU pass use_cpu=True (MutualTrainingArguments does)"
+        )
+    if args.n_gpu > 1:
+        raise RuntimeError(f"{args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel and lose the state of "
+                           "the loss: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0")  # fmt: skip
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} would replace the loss: use LabelSmoothing(eps)"
+        )
+    if (args.bf16_full_eval or args.fp16_full_eval) and args.eval_strategy != "no":
+        raise ValueError("bf16_full_eval and fp16_full_eval leave the weights in half precision after the first evaluation, "
+                         f"and eval_strategy={args.eval_strategy!r} evaluates while training: use bf16 or fp16 alone")  # fmt: skip
+    if args.push_to_hub:
+        raise ValueError("push_to_hub=True would upload the pair as one file that nothing loads: call export() after training "
+                         "and upload the folder of each network")  # fmt: skip
+
+
+def _refuse_pairing(peers: list[nn.Module], teachers: list[nn.Module], loss: Loss) -> None:
+    name = type(loss).__name__
+    if not isinstance(loss, Loss):
+        raise TypeError(f"loss must be a kd_plugins loss, got {name}; create_loss('ce') is plain cross-entropy")
+    if loss.peers and len(peers) < 2:
+        raise ValueError(f"{name} teaches peers and there is one network: pass at least two, or a loss for one")
+    if not loss.peers and len(peers) > 1:
+        raise ValueError(f"{name} is a loss for one network and there are {len(peers)}: Mutual({name}(), Nothing()) trains them "
+                         "side by side, SMKD(...) lets them teach each other")  # fmt: skip
+    for module in loss.modules():
+        if getattr(module, "num_peers", len(peers)) != len(peers):
+            raise ValueError(
+                f"{type(module).__name__} was made for num_peers={module.num_peers}, there are {len(peers)} networks"
+            )
+    if "teacher" in loss.reads and not teachers:
+        raise ValueError(f"{name} reads teacher, and there are no teachers: pass teachers=[...]")
+    if teachers and "teacher" not in loss.reads:
+        raise ValueError(f"{name} does not read teacher: the {len(teachers)} teachers would run for nothing")
+    if unserved := loss.reads - {"teacher", "index"}:
+        raise ValueError(f"{name} reads {sorted(unserved)}, which the Trainer does not supply")
+    if len({id(p) for p in [*peers, *teachers]}) < len(peers) + len(teachers):
+        raise ValueError(
+            "the same module stands twice among the networks: they would share their weights; make a second one"
+        )
+    counts = {peer_name(k): n for k, p in enumerate(peers) if (n := class_count(p))}
+    counts |= {f"teacher {k}": n for k, p in enumerate(teachers) if (n := class_count(p))}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"the networks have different numbers of classes: {counts}; they cannot teach each other")
+
+
+def _refuse_labels(view: Any, peers: list[nn.Module], name: str) -> None:
+    classes = next((n for p in peers if (n := class_count(p))), None)
+    labels = getattr(view, "labels", None)
+    if classes is None or labels is None or len(labels) == 0:
+        return
+    low, high = int(np.min(labels)), int(np.max(labels))
+    if low < 0 or high >= classes:
+        bad = low if low < 0 else high
+        row = int(np.argmax(np.asarray(labels) == bad))
+        raise ValueError(
+            f"label {bad} in row {row} of the {name} data is outside the {classes} classes of the networks"
+        )

@@ -1,0 +1,146 @@
+"""Train on CIFAR-100, or any image data set, with any label noise and any method by name; one network or several.
+
+    accelerate launch recipes/cifar100_noise.py --data uoft-cs/cifar100 --label fine_label \\
+        --method smkd --refine mylc --loss_args eta=2 b2=-6 --models resnet34_cifar resnet34_cifar \\
+        --noise symmetric --rate 0.4 --num_train_epochs 100 --bf16
+
+`--data` is a hub id or a folder (parquet, or one folder per class). On two processes without a GPU:
+`torchrun --nproc_per_node 2 recipes/cifar100_noise.py ...`. A killed run goes on from its last complete checkpoint when the
+same command is given again. Expected results, with their commands: recipes/README.md.
+"""
+
+import inspect
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import timm
+import torch
+from torchvision import transforms as T
+from transformers import HfArgumentParser, set_seed
+
+import kd_plugins.models  # noqa: F401  makes resnet18_cifar and its sisters known to timm
+from kd_plugins import (
+    Mutual,
+    MutualDistillationTrainer,
+    MutualTrainingArguments,
+    Nothing,
+    create_loss,
+    loss_class,
+    report,
+)
+from kd_plugins.data import ImageView, asymmetric, circular, noise_report, noisy_view, pair_flip, symmetric
+
+
+@dataclass
+class Settings:
+    data: str = field(default="uoft-cs/cifar100", metadata={"help": "hub id or folder"})
+    image: str = "image"
+    label: str = "label"
+    method: str = field(default="smkd", metadata={"help": "any of kd_plugins.list_losses()"})
+    refine: str = field(default="mylc", metadata={"help": "label modification inside smkd"})
+    loss_args: list[str] = field(default_factory=list, metadata={"help": "of the method: eta=2 b2=-6"})
+    refine_args: list[str] = field(default_factory=list, metadata={"help": "of the label modification: b1=10"})
+    models: list[str] = field(
+        default_factory=lambda: ["resnet34_cifar"] * 2, metadata={"help": "one or more timm names"}
+    )
+    noise: str = field(default="symmetric", metadata={"help": "symmetric, pair_flip, asymmetric (next class), circular "
+                       "(within coarse_label), none, or a column with given labels"})  # fmt: skip
+    rate: float = field(default=0.4, metadata={"help": "share of wrong labels"})
+    holdout: float = field(default=0.0, metadata={"help": "share of the noisy training data to evaluate on instead of the "
+                           "test data: hyperparameters are chosen there"})  # fmt: skip
+
+
+def make_loss(s: Settings, samples: int):
+    """The method by name; what depends on the data (window) or on the networks (num_peers) is filled in."""
+
+    def make(name, pairs, **known):
+        wants = inspect.signature(loss_class(name)).parameters
+        given = {
+            k: json.loads(v) if v not in ("inf", "-inf") else float(v) for k, v in (p.split("=", 1) for p in pairs)
+        }
+        return create_loss(name, **{k: v for k, v in known.items() if k in wants} | given)
+
+    known = {"window": samples, "num_peers": len(s.models)}
+    loss = make(s.method, s.loss_args, **known, refine=make(s.refine, s.refine_args, window=samples))
+    return loss if loss.peers or len(s.models) == 1 else Mutual(loss, Nothing(), num_peers=len(s.models))
+
+
+def make_noise(s: Settings, train):
+    classes = train.features[s.label].num_classes
+    if s.noise == "circular":
+        pairs = dict(zip(train[s.label], train["coarse_label"], strict=True))
+        return circular([pairs[c] for c in range(classes)], s.rate)
+    if s.noise in train.column_names:
+        return s.noise
+    makers = {"symmetric": symmetric, "pair_flip": pair_flip,
+              "asymmetric": lambda c, r: asymmetric(c, r, {i: (i + 1) % c for i in range(c)})}  # fmt: skip
+    if s.noise not in makers:
+        raise SystemExit(
+            f"--noise {s.noise}: expected {', '.join(makers)}, circular, none or one of {train.column_names}"
+        )
+    return makers[s.noise](classes, s.rate)
+
+
+def transform(size: int, model, train: bool):
+    cfg = timm.data.resolve_data_config(model=model)
+    if size <= 64:  # pad 4 and crop, as the papers do on 32 px pictures
+        crop = [T.RandomCrop(size, padding=4), T.RandomHorizontalFlip()] if train else []
+        return T.Compose([T.Resize((size, size)), *crop, T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])])
+    return timm.data.create_transform(**cfg, is_training=train)
+
+
+def main() -> dict:
+    parser = HfArgumentParser((Settings, MutualTrainingArguments))
+    parser.set_defaults(
+        output_dir="runs/cifar100_noise", eval_strategy="epoch", save_strategy="epoch", save_total_limit=2
+    )
+    s, args = parser.parse_args_into_dataclasses()
+    set_seed(args.seed)
+
+    data = datasets.load_dataset(s.data)
+    train, test = data["train"], data["test" if "test" in data else "validation"]
+    given = s.label
+    if s.noise != "none":
+        noise = make_noise(s, train)  # before the hold-out: a view of a split would copy the pictures
+        train = noisy_view(train, noise, seed=args.seed, label=s.label, noisy="given_label")
+        given = "given_label"
+        if args.process_index == 0:
+            print(
+                noise_report(np.asarray(train[s.label]), np.asarray(train[given]), train.features[s.label].num_classes)
+            )
+    if s.holdout > 0:
+        parts = train.train_test_split(s.holdout, seed=args.seed)
+        train, test = parts["train"], parts["test"]
+
+    classes = train.features[s.label].num_classes
+    models = [timm.create_model(name, num_classes=classes) for name in s.models]
+    models = [m.to(memory_format=torch.channels_last) for m in models]
+    size = min(train[0][s.image].size)
+    train_view = ImageView(
+        train, transform(size, models[0], True), seed=args.seed, image=s.image, label=given, clean=s.label
+    )
+    label = given if s.holdout > 0 else s.label  # chosen on given labels: nobody has clean ones to choose with
+    test_view = ImageView(test, transform(size, models[0], False), image=s.image, label=label)
+
+    loss = make_loss(s, len(train))
+    trainer = MutualDistillationTrainer(models, loss, args, train_dataset=train_view, eval_dataset=test_view)
+    trainer.train(resume_from_checkpoint=True)
+
+    fit = ImageView(train, transform(size, models[0], False), image=s.image, label=given, clean=s.label)
+    figures = trainer.evaluate(test_view) | trainer.evaluate(fit, metric_key_prefix="train")
+    trainer.export()
+    if trainer.is_world_process_zero():
+        figures = {k: v for k, v in figures.items() if not k.endswith(("runtime", "per_second"))}
+        Path(args.output_dir, "results.json").write_text(json.dumps(vars(s) | {"seed": args.seed} | figures, indent=1))
+        report.draw(args.output_dir, Path(args.output_dir, "pictures"))
+        shown = {k: round(v, 4) for k, v in figures.items() if isinstance(v, float) and not math.isnan(v)}
+        print(json.dumps(shown, indent=1))
+    return figures
+
+
+if __name__ == "__main__":
+    main()

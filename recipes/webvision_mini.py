@@ -1,0 +1,150 @@
+"""Two backbones learn from doubtful labels: plain cross-entropy against SMKD-P + MyLC, same seeds, on Mini-WebVision.
+
+    accelerate launch recipes/webvision_mini.py                                    # embedded: digits, 40% wrong labels
+    accelerate launch recipes/webvision_mini.py --seeds 3                          # the table of the README
+    accelerate launch recipes/webvision_mini.py --data_dir WEBVISION --imagenet_dir ILSVRC --bf16 --dataloader_num_workers 8
+
+Without --data_dir, scikit-learn's handwritten digits are written out in WebVision's layout with 40% symmetric label noise,
+and two small timm backbones of different kind train on them for a few minutes on two CPU cores. With it, the paper's
+setting (Google part, 50 classes, ResNet-50 twice, 320 px resized, 299 cropped, batch 32, 100 epochs; it publishes no
+learning rate). Expected: the table in README.md. A killed run goes on where it stopped; finished parts are not run again.
+"""
+
+import copy
+import json
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from torchvision import transforms as T
+from transformers import HfArgumentParser, set_seed
+
+from kd_plugins import CE, SMKD, Mutual, MutualDistillationTrainer, MutualTrainingArguments, MyLC, Nothing, report
+from kd_plugins.data import ImageView, corrupt, load_webvision, symmetric, write_webvision
+
+NOISE = 0.4  # share of wrong labels in the embedded data
+ETA, B2, B1 = 2.0, -6.0, 10.0  # confidence threshold (paper: eta 1 to 4), its tightening, steepness of MyLC's trust
+
+COMMON = dict(learning_rate=0.05, per_device_train_batch_size=32, eval_strategy="epoch", save_strategy="epoch",
+              save_total_limit=1, logging_steps=25, report_to="none")  # fmt: skip
+DIGITS = dict(models=["resnet10t", "mobilenetv3_small_050"], num_train_epochs=24, output_dir="runs/digits")
+WEBVISION = dict(
+    models=["resnet50", "resnet50"], num_train_epochs=100, output_dir="runs/webvision_mini", learning_rate=0.01
+)
+
+
+METHODS = {"ce": "cross-entropy", "smkd": "SMKD-P + MyLC"}
+
+
+@dataclass
+class Settings:
+    models: list[str] = field(default_factory=lambda: DIGITS["models"], metadata={"help": "two timm names"})
+    data_dir: str | None = field(default=None, metadata={"help": "root of WebVision 1.0; none: the embedded digits"})
+    imagenet_dir: str | None = field(
+        default=None, metadata={"help": "root of ILSVRC, to test on its validation set too"}
+    )
+    seeds: int = field(default=1, metadata={"help": "runs of each method, from --seed on"})
+
+
+def digits(root: Path, seed: int) -> Path:
+    """scikit-learn's 1,797 digits in WebVision's layout; the labels of the training part are 40% wrong."""
+    if not root.exists():
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        x, y = load_digits(return_X_y=True)
+        x = (x.reshape(-1, 8, 8) * 15.9).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)  # 32 px
+        x, x_val, y, y_val = train_test_split(x, y, test_size=0.25, stratify=y, random_state=0)
+        part = root.with_name(root.name + ".part")  # a killed run leaves no half data set under the real name
+        given = corrupt(y, symmetric(10, NOISE), seed=seed)
+        write_webvision(part, (x, given, y), (x_val, y_val), [f"digit {k}" for k in range(10)])
+        part.rename(root)
+    return root
+
+
+def views(s: Settings, root: Path, mean, std, seed: int) -> tuple[ImageView, dict[str, ImageView]]:
+    """Training data with seeded augmentation, and what is evaluated on after each epoch."""
+    last = [T.ToTensor(), T.Normalize(mean, std)]
+    if s.data_dir is None:
+        train, sets, clean = (
+            load_webvision(root, classes=None),
+            {"val": load_webvision(root, "val", classes=None)},
+            "clean_label",
+        )
+        augment, plain = T.Compose([T.RandomCrop(32, padding=4), *last]), T.Compose(last)
+        sets["train"] = train  # with its clean labels: how many wrong ones were learned by heart
+    else:
+        train, sets, clean = load_webvision(root), {"val": load_webvision(root, "val")}, None
+        if s.imagenet_dir:
+            sets["imagenet"] = load_webvision(s.imagenet_dir, "imagenet", synsets=Path(root, "info", "synsets.txt"))
+        augment = T.Compose([T.Resize(320), T.RandomCrop(299), T.RandomHorizontalFlip(), *last])
+        plain = T.Compose([T.Resize(320), T.CenterCrop(299), *last])
+    evals = {name: ImageView(part, plain, clean=clean if name == "train" else None) for name, part in sets.items()}
+    return ImageView(train, augment, seed=seed, clean=clean), evals
+
+
+def run(s: Settings, args: MutualTrainingArguments, root: Path, method: str) -> dict:
+    """One training; its figures, from disk if it has been run to its end before."""
+    done = Path(args.output_dir, "results.json")
+    asked = {"models": s.models, "data": str(s.data_dir), "epochs": args.num_train_epochs, "lr": args.learning_rate,
+             "batch": args.train_batch_size * args.world_size, "smkd": [ETA, B2, B1]}  # fmt: skip
+    if done.exists():
+        figures = json.loads(done.read_text())
+        if figures["asked"] != asked:
+            raise SystemExit(
+                f"{done} was made with {figures['asked']}; asked for are {asked}: choose another --output_dir"
+            )
+        print(f"{method}, seed {args.seed}: done before, see {done}")
+        return figures
+    set_seed(args.seed)
+    networks = [timm.create_model(name, num_classes=50 if s.data_dir else 10) for name in s.models]
+    networks = [network.to(memory_format=torch.channels_last) for network in networks]
+    cfg = timm.data.resolve_data_config(model=networks[0])
+    train, evals = views(s, root, cfg["mean"], cfg["std"], args.seed)
+    loss = Mutual(CE(), Nothing()) if method == "ce" else SMKD(MyLC(b1=B1, window=len(train)), eta=ETA, b2=B2)
+    print(f"\n{method}, seed {args.seed}: {len(train)} pictures, {train.num_classes} classes, {' and '.join(s.models)}")
+    trainer = MutualDistillationTrainer(networks, loss, args, train_dataset=train, eval_dataset=evals)
+    trainer.train(resume_from_checkpoint=True)
+    figures = {"asked": asked}
+    for log in trainer.state.log_history:  # the last figure of each kind, as the papers report
+        figures |= {k: v for k, v in log.items() if k.startswith("eval_")}
+    trainer.export()
+    if trainer.is_world_process_zero():
+        done.write_text(json.dumps(figures, indent=1))
+    return figures
+
+
+def main() -> None:
+    parser = HfArgumentParser((Settings, MutualTrainingArguments))
+    parser.set_defaults(**COMMON | (WEBVISION if any(a.startswith("--data_dir") for a in sys.argv) else DIGITS))
+    s, args = parser.parse_args_into_dataclasses()
+    folder, results = Path(args.output_dir), {}
+    for seed in range(args.seed, args.seed + s.seeds):
+        with args.main_process_first():
+            root = Path(s.data_dir) if s.data_dir else digits(folder / f"data-{seed}", seed)
+        for method in METHODS:
+            one = copy.copy(args)
+            one.seed, one.output_dir = seed, str(folder / f"{method}-{seed}")
+            results.setdefault(method, []).append(run(s, one, root, method))
+    if args.process_index:
+        return
+
+    last = results["smkd"][-1]
+    wanted = re.compile(r"eval_(?!train)\w+_accuracy(_[ab]|_ensemble)?|eval_train_memorised")
+    columns = {k.removeprefix("eval_"): k for k in last if wanted.fullmatch(k)}
+    rows = [
+        [METHODS[m], *(report.mean_std([r[k] for r in runs]) for k in columns.values())] for m, runs in results.items()
+    ]
+    pictures = report.draw({name: folder / f"{m}-{args.seed}" for m, name in METHODS.items()}, folder / "pictures")
+    print(f"\nPer cent, last epoch, {s.seeds} seed(s); networks a = {s.models[0]}, b = {s.models[1]}\n")
+    print(report.markdown(["method", *columns], rows))
+    print("\nPictures:", *pictures, sep="\n  ")
+    print(f"Networks, for timm and transformers: {folder}/smkd-{args.seed}/peer_a and peer_b")
+
+
+if __name__ == "__main__":
+    main()

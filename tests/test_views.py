@@ -1,0 +1,248 @@
+"""ImageView: repeatable randomness, every kind of picture and of broken picture, workers."""
+
+import copy
+import io
+import pickle
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Image as HFImage
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from kd_plugins.data import ImageView, noisy_view
+
+
+def to_tensor(picture):
+    return torch.from_numpy(np.array(picture))
+
+
+def jitter(picture):
+    """Draws from all three generators, as transforms of torchvision and timm do."""
+    noise = torch.rand(4), torch.tensor([random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()])
+    return torch.cat([to_tensor(picture).float().mean((0, 1)), *noise])
+
+
+def encoded(picture, kind="PNG", **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise_picture(seed, size=16):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+def pictures(n, replace=None, **columns):
+    """A data set of n distinct pictures of 3 classes; `replace` has other bytes for some rows."""
+    values = [{"bytes": (replace or {}).get(i, encoded(noise_picture(i))), "path": None} for i in range(n)]
+    features = Features(image=HFImage(), label=ClassLabel(names=["a", "b", "c"]))
+    data = Dataset.from_dict({"image": values, "label": [i % 3 for i in range(n)]}, features=features)
+    for name, column in columns.items():
+        data = data.add_column(name, np.array(column))
+    return data
+
+
+def test_items():
+    view = ImageView(pictures(4, true=[2, 1, -1, 0]), to_tensor, clean="true")
+    for i in range(4):
+        item = view[i]
+        assert {k: v for k, v in item.items() if k != "pixel_values"} == {
+            "labels": i % 3,
+            "index": i,
+            "clean_labels": [2, 1, -1, 0][i],
+        }
+        np.testing.assert_array_equal(item["pixel_values"], np.asarray(noise_picture(i)))
+    assert view.num_classes == 3 and view.class_names == ["a", "b", "c"] and len(view) == 4
+    assert view.labels.tolist() == [0, 1, 2, 0] and view.clean_labels.tolist() == [2, 1, -1, 0]
+    assert len(list(view)) == 4 and ImageView(pictures(1), to_tensor).clean_labels is None
+    with pytest.raises(IndexError, match="row 4 of 4"):
+        view[4]
+
+
+def test_indices_mapping_and_noise_are_followed():
+    data = noisy_view(pictures(9), (np.arange(9) + 1) % 3).shuffle(seed=0).select([5, 0, 7])
+    view = ImageView(data, to_tensor, label="noisy_label", clean="label")
+    for i, row in enumerate(data):
+        np.testing.assert_array_equal(view[i]["pixel_values"], np.asarray(row["image"]))
+        assert (view[i]["labels"], view[i]["clean_labels"]) == (row["noisy_label"], row["label"])
+
+
+def test_rows_may_be_paths_pil_images_arrays_or_dicts(tmp_path):
+    picture, path = noise_picture(0), tmp_path / "-x.png"
+    picture.save(path)
+    data = encoded(picture)
+    rows = [path, str(path), picture, np.asarray(picture), np.asarray(picture).tolist(), data]
+    rows += [{"bytes": data, "path": "gone.png"}, {"bytes": None, "path": str(path)}]
+    view = ImageView([{"image": row, "label": i % 2} for i, row in enumerate(rows)], to_tensor, max_broken=0)
+    for i in range(len(rows)):
+        np.testing.assert_array_equal(view[i]["pixel_values"], np.asarray(picture), err_msg=str(i))
+    assert view.num_classes == 2 and view.class_names == ["0", "1"]
+    table = Dataset.from_dict({"image": [str(path)], "label": [0]})
+    np.testing.assert_array_equal(ImageView(table, to_tensor)[0]["pixel_values"], np.asarray(picture))
+    with pytest.raises(TypeError, match="Column 'image' holds int"):
+        ImageView([{"image": 3, "label": 0}], to_tensor)[0]
+
+
+def test_every_mode_becomes_rgb():
+    grey = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    expected = np.repeat(np.asarray(grey)[..., None], 3, axis=2)
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    palette = grey.convert("P")
+    values = [encoded(grey), encoded(deep), encoded(palette), encoded(palette, transparency=bytes(range(256)))]
+    values += [encoded(grey.convert("LA")), encoded(grey.convert("RGBA"))]
+    view = ImageView(pictures(6, dict(enumerate(values))), to_tensor, max_broken=0)
+    for i in range(6):
+        np.testing.assert_array_equal(view[i]["pixel_values"], expected, err_msg=str(i))
+    cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    red = ImageView(pictures(1, {0: encoded(cmyk, "JPEG")}), to_tensor, max_broken=0)[0]["pixel_values"].float()
+    assert red.shape == (16, 16, 3) and red[..., 0].min() > 240 and red[..., 1:].max() < 15
+
+
+def test_randomness_is_a_function_of_seed_epoch_and_index():
+    view = ImageView(pictures(6), jitter, seed=1)
+    first = [view[i]["pixel_values"] for i in range(6)]
+    for i in (3, 0, 5):  # any order, and whatever the generators did before
+        torch.rand(3), random.random(), np.random.rand()
+        assert torch.equal(view[i]["pixel_values"], first[i])
+    draws = torch.stack(first)[:, 3:]
+    assert all(len(column.unique()) == 6 for column in draws.T)
+    view.set_epoch(1)
+    assert (view[2]["pixel_values"][3:] != first[2][3:]).all()
+    view.set_epoch(0)
+    assert torch.equal(view[2]["pixel_values"], first[2])
+    assert (ImageView(pictures(6), jitter, seed=2)[2]["pixel_values"][3:] != first[2][3:]).all()
+    again = pickle.loads(pickle.dumps(view))
+    assert torch.equal(again[2]["pixel_values"], first[2]) and torch.equal(
+        copy.deepcopy(view)[2]["pixel_values"], first[2]
+    )
+
+
+def test_global_generators_are_left_alone():
+    def fail(picture):
+        jitter(picture)
+        raise KeyError("transform")
+
+    def draw():
+        return torch.rand(1).item(), random.gauss(0, 1), np.random.randn()
+
+    def seeded():
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        draw()  # leaves half a pair of Gaussians in numpy and random
+
+    seeded()
+    expected = draw()
+    for transform in (jitter, fail):
+        seeded()
+        try:
+            ImageView(pictures(1), transform)[0]
+        except KeyError:  # a bug in the transform is no broken picture
+            assert transform is fail
+        assert draw() == expected
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_give_the_same_and_see_the_epoch(context):
+    view = ImageView(pictures(9, {4: b""}), jitter, seed=3, max_broken=0.2)
+    kept = {"persistent_workers": True, "multiprocessing_context": context}
+    loader = DataLoader(view, batch_size=2, num_workers=2, **kept)
+    for epoch in (0, 1):
+        view.set_epoch(epoch)
+        batches = list(loader)
+        assert view.broken() == ["row 4"]  # found by a worker
+        view.set_epoch(epoch)
+        for one, other in zip(batches, DataLoader(view, batch_size=2), strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in ("pixel_values", "labels", "index"))
+
+
+def test_broken_pictures_of_each_kind_are_replaced_by_the_next_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "folder.jpg").mkdir()
+    whole = encoded(noise_picture(0), "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    png = bytearray(encoded(noise_picture(0)))
+    png[40:60] = bytes(20)
+    bombs = [encoded(noise_picture(0, size)) for size in (33, 60)]  # PIL warns at the first and refuses the second
+    kinds = [b"", b"<html>404</html>", whole[:200], bytes(png), *bombs, None, np.zeros((2, 2), np.float32)]
+    kinds += [str(tmp_path / name) for name in ("gone.jpg", "empty.jpg", "folder.jpg", "cut.jpg")]
+    rows = [{"image": kind, "label": 0} for kind in kinds]
+    rows += [{"image": noise_picture(1), "label": 1}]
+    view = ImageView(rows, to_tensor, max_broken=0.95)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # PIL's warnings (the first bomb) are handled too
+        for i in range(len(rows)):
+            item = view[i]
+            assert (item["index"], item["labels"]) == (len(kinds), 1)
+            np.testing.assert_array_equal(item["pixel_values"], np.asarray(noise_picture(1)))
+    assert view.broken() == [*(f"row {i}" for i in range(8)), *kinds[8:]]
+
+
+def test_odd_metadata_is_not_broken():
+    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x02\x00\x1a\x01\x05\x00\x01\x00\x00\x00\xff\xff\x00\x00"
+    data = encoded(noise_picture(0), "JPEG", exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning), Image.open(io.BytesIO(data)) as picture:
+            picture.getexif().get(0x011A)
+            picture.load()
+        view = ImageView(pictures(1, {0: data}), to_tensor, max_broken=0)
+        assert view[0]["pixel_values"].shape == (16, 16, 3) and view.broken() == []
+
+
+def test_replacement_wraps_around_and_uses_the_asked_index_for_its_randomness():
+    view = ImageView(pictures(4, {3: b"", 1: b"x"}), jitter, max_broken=0.5)
+    assert [view[i]["index"] for i in range(4)] == [0, 2, 2, 0]
+    assert (view[0]["pixel_values"][3:] != view[3]["pixel_values"][3:]).all()
+
+
+def test_too_many_broken_pictures():
+    view = ImageView(pictures(10, {2: b"", 5: b"", 7: b""}), to_tensor, max_broken=0.2)
+    assert view[2]["index"] == 3 and view[2]["index"] == 3 and view[5]["index"] == 6  # counted once each
+    text = r"3 of 10 pictures cannot be read, more than max_broken=20.00%: row 2, row 5, row 7\. The last one: Unid"
+    with pytest.raises(RuntimeError, match=text):
+        view[7]
+    everything = ImageView(pictures(3, dict.fromkeys(range(3), b"")), to_tensor, max_broken=1)
+    with pytest.raises(RuntimeError, match="None of the 3 pictures can be read, as row 0, row 1, row 2"):
+        everything[1]
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: ImageView([], to_tensor), "no rows"),
+        (lambda: ImageView(pictures(2), to_tensor, max_broken=2), r"max_broken=2 is outside \[0, 1\]"),
+        (lambda: ImageView(pictures(2), to_tensor, image="img"), "No column 'img'; there are"),
+        (lambda: ImageView(pictures(2), to_tensor, label="fine"), "No column 'fine'; there are"),
+        (lambda: ImageView([{"image": None, "label": -1}], to_tensor), "Label -1 in row 0 of column 'label'"),
+        (lambda: ImageView([{"image": None, "label": "cat"}], to_tensor), "expected class indices"),
+        (lambda: ImageView(pictures(3, true=[0, 3, 0]), to_tensor, clean="true"), "Label 3 in row 1 of column 'true'"),
+    ],
+)
+def test_errors_at_construction(make, text):
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+def test_label_outside_the_class_names():
+    features = Features(image=Value("string"), label=ClassLabel(names=["a", "b"]))
+    data = Dataset.from_dict({"image": ["x", "y", "z"], "label": [0, -1, 1]}, features=features)
+    with pytest.raises(ValueError, match="Label -1 in row 1 of column 'label': labels go from 0 to 1"):
+        ImageView(data, to_tensor)
+
+
+def test_real_transforms_repeat_too():
+    timm_data = pytest.importorskip("timm.data")
+    transform = timm_data.create_transform(
+        16, is_training=True, auto_augment="rand-m9-mstd0.5", re_prob=0.5, color_jitter=0.4
+    )
+    one, other = (ImageView(pictures(12), transform, seed=5) for _ in range(2))
+    order = [7, 2, 11, 0]
+    for i, item in zip(order, [other[i] for i in order], strict=True):
+        assert torch.equal(one[i]["pixel_values"], item["pixel_values"])
+    one.set_epoch(1)
+    assert not all(torch.equal(one[i]["pixel_values"], other[i]["pixel_values"]) for i in order)
