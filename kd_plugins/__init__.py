@@ -19,7 +19,7 @@ _LAZY = {
     "load_webvision": "data",
 }
 
-__all__ = [*_losses, *_LAZY]
+__all__ = list(_losses)  # without the lazy names: a star import must not load transformers
 
 
 def __getattr__(name: str) -> Any:
@@ -31,4 +31,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_LAZY])

@@ -265,10 +265,14 @@ def methods() -> str:
 
 
 def _write_methods(path: Path) -> None:
-    head, start, rest = path.read_text(encoding="utf-8").partition("<!-- methods: python -m kd_plugins.report README.md -->\n")
+    head, start, rest = path.read_text(encoding="utf-8").partition(
+        "<!-- methods: python -m kd_plugins.report README.md -->\n"
+    )
     _, end, tail = rest.partition("<!-- /methods -->")
     if not end:
-        raise SystemExit(f"{path} has no place for the table: expected the comments <!-- methods: ... --> and <!-- /methods -->")
+        raise SystemExit(
+            f"{path} has no place for the table: expected the comments <!-- methods: ... --> and <!-- /methods -->"
+        )
     path.write_text(f"{head}{start}\n{methods()}\n\n{end}{tail}", encoding="utf-8")
 
 

@@ -50,9 +50,8 @@ class RunningMean(KeepsPrecision):
 
     @torch.no_grad()
     def update(self, values: Tensor) -> None:  # [B]
-        known = torch.isfinite(
-            values
-        )  # a NaN would stay in the mean for ever, also where the GradScaler skips the step
+        # a NaN would stay in the mean for ever, also where the GradScaler skips the step
+        known = torch.isfinite(values)
         total = torch.where(known, values, 0.0).sum().to(self.mean.dtype)
         total, n = sum_over_ranks(torch.stack([total, known.sum().to(total.dtype)]))  # one message
         seen = (self.count + n).clamp(max=self.window)

@@ -297,8 +297,8 @@ class MutualDistillationTrainer(Trainer):
         if not math.isfinite(means["loss"]):
             bad = [name for name, value in means.items() if not math.isfinite(value)]
             raise FloatingPointError(
-                f"the training loss is {means['loss']} at step {self.state.global_step} (not finite: {bad[:9]}); the weights are lost, "
-                f"the last checkpoint in {self.args.output_dir} is not. Lower the learning rate ({self.args.learning_rate}), "
+                f"the training loss is {means['loss']} at step {self.state.global_step} (not finite: {bad[:9]}); the weights are "
+                f"lost, the last checkpoint in {self.args.output_dir} is not. Lower the learning rate ({self.args.learning_rate}), "
                 "clip (max_grad_norm) or warm up, and resume"
             )
 

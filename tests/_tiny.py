@@ -129,6 +129,7 @@ def vit(classes=CLASSES, seed=0, **config):
 def plain(folder, loss, model=None, train=None, *, callbacks=None, **kwargs):
     """A stock Hugging Face Trainer with our loss."""
     settings = {"remove_unused_columns": False, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    settings["ddp_find_unused_parameters"] = False
     return Trainer(
         vit() if model is None else model,
         arguments(folder, TrainingArguments, **settings | kwargs),

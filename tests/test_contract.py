@@ -412,6 +412,7 @@ def test_shape_errors_name_the_shapes(name):
     with pytest.raises(ValueError, match=r"num_classes=5.*\[8, 4\]"):
         loss.num_classes = 5
         x(loss)
+    assert make(name, num_classes=C).num_classes == C
     loss.num_classes = C
     if "teacher" in x.extra:
         for wrong in (x.extra["teacher"][:, :1], x.extra["teacher"][:, :, :3]):  # the first would broadcast in silence

@@ -32,7 +32,7 @@ from _tiny import (
 )
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
 
 from kd_plugins import CE, MKD, SMKD, LabelSmoothing, Loss, Mutual, MyLC, Nothing, ProSelfLC
 from kd_plugins.data import ImageView
@@ -339,11 +339,11 @@ def test_resume_takes_the_last_complete_checkpoint(whole, tmp_path):
     (tmp_path / "checkpoint-best").mkdir()
     (tmp_path / "checkpoint-9").write_text("a file")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
-    run = hard(tmp_path, save_strategy="no", logging_steps=1)
+    seen = Recorder()
+    run = hard(tmp_path, [seen], save_strategy="no")
     run.train(resume_from_checkpoint=True)
     equal(run, whole)
-    steps = [log["step"] for log in run.state.log_history if "loss" in log]
-    assert steps[-4:] == [9, 10, 11, 12]
+    assert len(seen.batches) == 4
 
 
 def test_best_model_restores_both_peers(tmp_path):
@@ -611,7 +611,9 @@ def test_stock_trainer_resumes_bit_equal(tmp_path):
     def run(**kwargs):
         loss = MyLC(window=ROWS) + ProSelfLC()
         train = Epochs(rows(), jitter)
-        model = vit(hidden_dropout_prob=0.2)
+        sizes = {"embedding_size": 4, "hidden_sizes": [4, 4], "depths": [1, 1], "num_labels": CLASSES}
+        torch.manual_seed(0)
+        model = ResNetForImageClassification(ResNetConfig(**sizes))  # not a ViT: 5.23 saves its weights by other names
         return loss, train, plain(tmp_path, loss, model, train, save_steps=4, logging_steps=4, **kwargs)
 
     loss, data, whole = run(save_strategy="steps")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import Prediction, as_probs, certainty, cross_entropy, logistic
-from ..state import RunningMean
+from ..state import RunningMean, sum_over_ranks
 from .base import Loss, Progress, register_loss
 
 
@@ -253,17 +253,20 @@ class MyLC(_SelfTrust):
         was_training = [(module, module.training) for module in model.modules()]  # parts may be frozen in eval mode
         model.eval()
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        fresh = RunningMean(self.window).to(self.mean_certainty.mean.device)
+        total = torch.zeros(2, device=self.mean_certainty.mean.device)  # Σ l(p), samples
         try:
             for batch in loader:
                 pixels = batch["pixel_values"] if isinstance(batch, dict) else batch[0]
                 logits = model(pixels.to(device))
                 pred = Prediction.of(getattr(logits, "logits", logits).float())
-                fresh.update(certainty(pred.entropy, pred.num_classes).to(fresh.mean.device))
+                sure = certainty(pred.entropy, pred.num_classes).to(total.device)
+                total += torch.stack([sure.sum(), torch.full_like(sure.sum(), len(sure))])
         finally:
             for module, training in was_training:
                 module.training = training
-        if fresh.count == 0:
+        total = sum_over_ranks(total)  # once: ranks may hold different numbers of batches
+        if total[1] == 0:
             raise ValueError("prime: the loader gave no batch, so r would stay what it was")
-        self.mean_certainty.load_state_dict(fresh.state_dict())
+        self.mean_certainty.mean.copy_(total[0] / total[1])
+        self.mean_certainty.count.copy_(total[1].clamp(max=self.window))
         return self.r

@@ -152,6 +152,10 @@ class Mutual(Loss):
                 own = cross_entropy(pred.log_p, q)
             else:
                 q, own = target, refine.per_sample(pred.log_p, target)
+                if own.dim() == 0:
+                    raise TypeError(
+                        f"{type(refine).__name__} is a loss on the whole batch: it cannot teach selected samples"
+                    )
             total = total + self.own * own
             owns.append(own)
             mask = self.select(const, target)

@@ -1,0 +1,205 @@
+"""Two gloo processes against one, in one launch: each rank trains, and writes what it holds for this file to compare."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from _tiny import ROWS, Net, difference, jitter, logged, plain, rows, state, trainer, view
+
+from kd_plugins import SMKD, LabelSmoothing, MyLC, ProSelfLC
+from kd_plugins.data import ImageView
+
+WORLD = 2
+
+
+def mutual(folder, world, refine=None, **kwargs):
+    """SMKD-P normalised by the batch, no BatchNorm: 16 rows a step however many processes share them."""
+    loss = SMKD(refine or MyLC(window=ROWS), eta=1.5, b2=-4, normalize="batch")
+    settings = {"per_device_train_batch_size": 16 // world, "per_device_eval_batch_size": 10, "num_train_epochs": 4}
+    return trainer(folder, loss=loss, train=view(transform=jitter), evaluate=view(26, seed=1), **settings | kwargs)
+
+
+def saving(folder, world, **kwargs):
+    """BatchNorm and dropout on each rank: what makes resuming hard. Three steps an epoch, a checkpoint after each."""
+    models = [Net(1, bn=True, dropout=0.2), Net(2, dropout=0.3)]
+    settings = {"per_device_train_batch_size": 16 // world, "num_train_epochs": 3}
+    return trainer(folder, models, train=view(transform=jitter), **settings | kwargs)
+
+
+def accumulated(folder, world):
+    settings = {"per_device_train_batch_size": 8 // world, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
+    return mutual(folder, world, ProSelfLC(b1=4.0), **settings)
+
+
+def stock(folder, world):
+    """The stock Trainer, accumulating: where a bare loss function gives four times the gradient."""
+    settings = {"per_device_train_batch_size": 8 // world, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    return plain(folder, LabelSmoothing(0.2), train=view(clean=False), **settings)
+
+
+def result(run):
+    logs = [log for log in run.state.log_history if "loss" in log]
+    return {"state": state(run.model), "logs": logs, "steps": run.state.global_step}
+
+
+def broken(folder, world):
+    """Each rank meets its own share of the broken pictures."""
+    data = rows()
+    for row in (3, 4, 20, 33):
+        data[row]["image"] = b"no picture"
+    train = ImageView(data, jitter, clean="clean", max_broken=0.5)
+    return trainer(folder, train=train, num_train_epochs=1, per_device_train_batch_size=16 // world)
+
+
+def rank_main(folder):
+    """What each of the processes does."""
+    import logging
+
+    torch.set_num_threads(1)
+    rank, out = int(os.environ["RANK"]), {}
+    run = mutual(folder / "mutual", WORLD)
+    local = []
+    run.model.register_forward_hook(
+        lambda module, *_: local.append(module.stats.get("own_a")) if module.training else None
+    )
+    run.train()
+    assert run.args.world_size == WORLD
+    out["mutual"] = result(run) | {"eval": run.evaluate(), "local": [v.item() for v in local]}
+    for make in (accumulated, stock):
+        run = make(folder / make.__name__, WORLD)
+        run.train()
+        out[make.__name__] = result(run)
+
+    run = saving(folder / "saved", WORLD, save_strategy="steps", save_steps=1)
+    run.train()
+    out["whole"] = result(run)
+    for step in (2, 3, 5):
+        run = saving(folder / f"resumed{step}", WORLD)
+        run.train(str(folder / "saved" / f"checkpoint-{step}"))
+        out[f"resumed{step}"] = result(run)
+
+    messages, handler = [], logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger("kd_plugins.trainer").addHandler(handler)
+    run = broken(folder / "broken", WORLD)
+    run.train()
+    out["broken"] = messages
+    run.export(folder / "export")
+    torch.save(out, folder / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What both ranks report, from one launch."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(WORLD),
+        "--master_port",
+        str(port),
+    ]
+    done = subprocess.run([*command, __file__, str(folder)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "find_unused_parameters" not in done.stderr
+    assert sorted(p.name for p in (folder / "export").iterdir()) == ["peer_a", "peer_b"]
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(WORLD)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same in one process."""
+    run = mutual(tmp_path_factory.mktemp("alone"), 1)
+    run.train()
+    return run
+
+
+def test_two_processes_are_one(ranks, alone):
+    """On the same global batch: weights within 1e-5, r within 1e-6, and the ranks bit-equal to each other."""
+    first, second = (rank["mutual"]["state"] for rank in ranks)
+    assert difference(first, second) == 0
+    assert ranks[0]["mutual"]["steps"] == alone.state.global_step == 12
+    one = state(alone.model)
+    assert difference(first, one) < 1e-5
+    r = [name for name in one if "mean_certainty.mean" in name]
+    assert len(r) == 2
+    for name in r:
+        assert one[name] > 0.01
+        assert first[name] == second[name] == pytest.approx(one[name].item(), abs=1e-6)
+        assert first[name.replace("certainty.mean", "certainty.count")] == ROWS
+
+
+def test_logs_are_means_over_the_ranks(ranks, alone):
+    names = ("loss", "own_a", "own_b", "taught_a", "selected_a", "selected_b", "right_b", "r_a", "chi")
+    logs, local = ranks[0]["mutual"]["logs"], [rank["mutual"]["local"] for rank in ranks]
+    single = [log for log in alone.state.log_history if "loss" in log]
+    assert len(logs) == len(single) == 12
+    for ours, theirs in zip(logs, single, strict=True):
+        for name in names:
+            assert (name in ours) == (name in theirs)
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-5), name
+    assert np.allclose([log["own_a"] for log in logs], np.mean(local, axis=0), rtol=1e-4)
+    assert np.abs(np.subtract(*local)).max() > 0.05  # the ranks saw different rows
+    assert any(0 < selected < 1 for [selected] in logged(alone, "selected_a"))
+
+
+def test_evaluation_counts_every_row_once(ranks, alone):
+    """26 rows in batches of ten do not divide by two processes: padding must not count."""
+    metrics = alone.evaluate()
+    for rank in ranks:
+        for name, value in metrics.items():
+            if "accuracy" in name or "memorised" in name or "noise" in name:
+                assert rank["mutual"]["eval"][name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_accumulation_on_two_processes(ranks, tmp_path):
+    """2 processes x 2 steps x 4 rows is 1 x 2 x 8 and 1 x 16, also when clipped: within 1e-5."""
+    run = accumulated(tmp_path, 1)
+    run.train()
+    assert difference(ranks[0]["accumulated"]["state"], ranks[1]["accumulated"]["state"]) == 0
+    assert difference(ranks[0]["accumulated"]["state"], state(run.model)) < 1e-5
+    whole = mutual(tmp_path, 1, ProSelfLC(b1=4.0), max_grad_norm=0.5)
+    whole.train()
+    assert difference(state(run.model), state(whole.model)) < 1e-5
+
+
+def test_stock_trainer_on_two_processes(ranks, tmp_path):
+    run = stock(tmp_path, 1)
+    run.train()
+    assert difference(ranks[0]["stock"]["state"], ranks[1]["stock"]["state"]) == 0
+    assert difference(ranks[0]["stock"]["state"], state(run.model)) < 1e-5
+    ours, theirs = ([log["loss"] for log in logs] for logs in (ranks[0]["stock"]["logs"], result(run)["logs"]))
+    assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.parametrize("step", [2, 3, 5])
+def test_resume_on_two_processes_is_bit_equal(ranks, step):
+    for rank in ranks:
+        assert rank["whole"]["steps"] == rank[f"resumed{step}"]["steps"] == 9
+    first = ranks[0]
+    assert difference(first["whole"]["state"], first[f"resumed{step}"]["state"]) == 0
+
+
+def test_broken_pictures_of_all_ranks_are_named_once(ranks):
+    [message] = ranks[0]["broken"]
+    assert message.startswith("4 pictures of the train data")
+    assert all(f"row {row}" in message for row in (3, 4, 20, 33))
+    assert ranks[1]["broken"] == []
+
+
+if __name__ == "__main__":
+    rank_main(Path(sys.argv[1]))

@@ -1,0 +1,100 @@
+"""Each recipe as a user starts it, with tiny networks on tiny data: to its end, again, and after it was stopped."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+
+from kd_plugins.models import export
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+def start(monkeypatch, recipe, *argv):
+    monkeypatch.setattr(sys, "argv", [recipe, *map(str, argv)])
+    return runpy.run_path(str(RECIPES / recipe), run_name="__main__")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A data set of four classes as parquet, in a folder that load_dataset reads like a hub id."""
+    rng = np.random.default_rng(0)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list("wxyz")), "coarse_label": datasets.Value("int64")}
+    )
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, n in (("train", 32), ("test", 8)):
+        label = [i % 4 for i in range(n)]
+        rows = {"image": list(rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)), "label": label}
+        rows["coarse_label"] = [k // 2 for k in label]
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def test_webvision_mini(tmp_path, monkeypatch, capsys):
+    """The demo: table, pictures and networks come out; a second start trains nothing; other settings are refused."""
+    argv = ["webvision_mini.py", "--models", "test_resnet", "test_efficientnet", "--num_train_epochs", 1, "--output_dir", tmp_path]
+    start(monkeypatch, *argv)
+    out = capsys.readouterr().out
+    assert "| cross-entropy |" in out and "| SMKD-P + MyLC |" in out and "train_memorised" in out
+    assert (tmp_path / "pictures" / "curves.png").stat().st_size > 10_000
+    assert (tmp_path / "smkd-42" / "peer_b" / "model.safetensors").exists()
+    figures = json.loads((tmp_path / "smkd-42" / "results.json").read_text())
+    assert figures["eval_train_noise_rate"] == pytest.approx(0.4, abs=0.001)
+
+    start(monkeypatch, *argv)
+    again = capsys.readouterr().out
+    assert again.count("done before") == 2 and "train_runtime" not in again
+    argv[argv.index("--num_train_epochs") + 1] = 2
+    with pytest.raises(SystemExit, match=r"asked for are .*'epochs': 2"):
+        start(monkeypatch, *argv)
+
+
+METHODS = [
+    ["--method", "ce", "--noise", "symmetric"],
+    ["--method", "mylc", "--noise", "circular", "--models", "test_resnet"],
+    ["--method", "proselflc", "--noise", "pair_flip", "--holdout", "0.25"],
+    ["--method", "smkd", "--refine", "label_smoothing", "--refine_args", "eps=0.2", "--loss_args", "eta=inf", "b2=0"],
+    ["--method", "mkd", "--noise", "none", "--models", "test_resnet", "test_resnet", "test_resnet"],
+]
+
+
+@pytest.mark.parametrize("more", METHODS, ids=[m[1] for m in METHODS])
+def test_cifar100_noise(more, tmp_path, pictures, monkeypatch):
+    """Any method by name, any noise, one network or several."""
+    out = tmp_path / "out"
+    models = [] if "--models" in more else ["--models", "test_resnet", "test_efficientnet"]
+    fixed = ["--data", pictures, "--output_dir", out, "--num_train_epochs", 1, "--per_device_train_batch_size", 8, "--report_to", "none"]
+    start(monkeypatch, "cifar100_noise.py", *fixed, *models, *more)
+    figures = json.loads((out / "results.json").read_text())
+    assert 0 <= figures["eval_accuracy"] <= 1 and figures["method"] == more[1]
+    rate = 0.0 if "none" in more else 0.4
+    assert figures["train_noise_rate"] == pytest.approx(rate, abs=0.1)  # of a hold-out: about
+
+
+def test_cifar100_noise_refuses_unknown_noise(tmp_path, pictures, monkeypatch):
+    with pytest.raises(SystemExit, match="--noise salt: expected symmetric"):
+        start(monkeypatch, "cifar100_noise.py", "--data", pictures, "--noise", "salt", "--output_dir", tmp_path)
+
+
+@pytest.mark.parametrize("source", ["folder", "file"])
+def test_finetune_mylc(source, tmp_path, pictures, monkeypatch, capsys):
+    """From a local folder (same classes: head kept, r primed) and from a file (other classes: new head)."""
+    model = timm.create_model("test_resnet", num_classes=4 if source == "folder" else 7)
+    folder = export(model, tmp_path / "pretrained", list("wxyz") if source == "folder" else None)
+    given = ["--model", folder, "--prime", "True"]
+    if source == "file":
+        given = ["--model", "test_resnet", "--weights", folder / "model.safetensors", "--weights_classes", 7]
+    out = tmp_path / "out"
+    argv = ["--data", pictures, "--rate", 0.25, "--size", 32, "--num_train_epochs", 1, "--output_dir", out, *given]
+    start(monkeypatch, "finetune_mylc.py", *argv)
+    assert ("before training" in capsys.readouterr().out) == (source == "folder")
+    assert 0 <= json.loads((out / "results.json").read_text())["eval_accuracy"] <= 1
+    assert next(out.glob("checkpoint-*/loss.safetensors"))
+    timm.create_model(f"local-dir:{out / 'model'}", pretrained=True)
