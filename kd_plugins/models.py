@@ -41,7 +41,7 @@ def class_count(model: nn.Module) -> int | None:
 
 def logits_of(output: Any) -> Tensor:
     """The logits [B, C] in what a network returned: a tensor, a Hugging Face output, or a tuple that begins with them."""
-    output = output["logits"] if isinstance(output, dict) else getattr(output, "logits", output)
+    output = output.get("logits", output) if isinstance(output, dict) else getattr(output, "logits", output)
     output = output[0] if isinstance(output, tuple) else output
     if not isinstance(output, Tensor):
         raise TypeError(f"a network must return logits, or an output with .logits; got {type(output).__name__}")

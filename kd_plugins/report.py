@@ -111,7 +111,7 @@ def draw(runs: Run | Mapping[str, Run], folder: str | Path) -> list[Path]:
     if any(_finite(log, f"{_prefix(log, 'accuracy')}accuracy") for log in logs.values()):
         paths.append(curves(logs, folder / "curves.png"))
     for name, log in logs.items():
-        if _keys(log, "selected"):
+        if any(entry.get(key) for key in _keys(log, "selected") for entry in log):  # somebody taught somebody
             suffix = "-" + re.sub(r"\W+", "-", name).strip("-").lower() if isinstance(runs, Mapping) else ""
             paths.append(selection(log, folder / f"selection{suffix}.png"))
     return paths

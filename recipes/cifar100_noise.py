@@ -96,7 +96,11 @@ def transform(size: int, model, train: bool):
 def main() -> dict:
     parser = HfArgumentParser((Settings, MutualTrainingArguments))
     parser.set_defaults(
-        output_dir="runs/cifar100_noise", eval_strategy="epoch", save_strategy="epoch", save_total_limit=2
+        output_dir="runs/cifar100_noise",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        report_to="none",
     )
     s, args = parser.parse_args_into_dataclasses()
     set_seed(args.seed)

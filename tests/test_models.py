@@ -106,9 +106,10 @@ def test_logits_of():
     z = torch.zeros(2, 3)
     assert logits_of(z) is z
     assert logits_of((z, "more")) is z
+    assert logits_of({"loss": None, "logits": z}) is z
     assert logits_of(vit()(pixels())).shape == (6, CLASSES)
     with pytest.raises(TypeError, match="got dict"):
-        logits_of({"logits": z})
+        logits_of({"scores": z})
 
 
 # ------------------------------------------------------------------------------------------------------------ inputs

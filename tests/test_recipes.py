@@ -25,7 +25,11 @@ def pictures(tmp_path):
     """A data set of four classes as parquet, in a folder that load_dataset reads like a hub id."""
     rng = np.random.default_rng(0)
     features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list("wxyz")), "coarse_label": datasets.Value("int64")}
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=list("wxyz")),
+            "coarse_label": datasets.Value("int64"),
+        }
     )
     folder = tmp_path / "data"
     folder.mkdir()
@@ -39,7 +43,16 @@ def pictures(tmp_path):
 
 def test_webvision_mini(tmp_path, monkeypatch, capsys):
     """The demo: table, pictures and networks come out; a second start trains nothing; other settings are refused."""
-    argv = ["webvision_mini.py", "--models", "test_resnet", "test_efficientnet", "--num_train_epochs", 1, "--output_dir", tmp_path]
+    argv = [
+        "webvision_mini.py",
+        "--models",
+        "test_resnet",
+        "test_efficientnet",
+        "--num_train_epochs",
+        1,
+        "--output_dir",
+        tmp_path,
+    ]
     start(monkeypatch, *argv)
     out = capsys.readouterr().out
     assert "| cross-entropy |" in out and "| SMKD-P + MyLC |" in out and "train_memorised" in out
@@ -70,7 +83,7 @@ def test_cifar100_noise(more, tmp_path, pictures, monkeypatch):
     """Any method by name, any noise, one network or several."""
     out = tmp_path / "out"
     models = [] if "--models" in more else ["--models", "test_resnet", "test_efficientnet"]
-    fixed = ["--data", pictures, "--output_dir", out, "--num_train_epochs", 1, "--per_device_train_batch_size", 8, "--report_to", "none"]
+    fixed = ["--data", pictures, "--output_dir", out, "--num_train_epochs", 1, "--per_device_train_batch_size", 8]
     start(monkeypatch, "cifar100_noise.py", *fixed, *models, *more)
     figures = json.loads((out / "results.json").read_text())
     assert 0 <= figures["eval_accuracy"] <= 1 and figures["method"] == more[1]

@@ -30,6 +30,7 @@ from _tiny import (
     view,
     vit,
 )
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
 from transformers import ResNetConfig, ResNetForImageClassification, TrainerCallback
@@ -135,6 +136,22 @@ def test_sum_of_mutual_losses_reports_its_purity(tmp_path):
         [row["label"] == row["clean"] for row in rows()]
     )  # everything is selected, and is taught as labelled
     assert np.mean(logged(run, "right_a")) == pytest.approx(noisy)
+
+
+def test_plain_hf_dataset_with_a_transform(tmp_path):
+    """Dropping the columns that forward() does not name would take the picture away before the transform sees it."""
+    data = rows(16)
+    columns = {"picture": [row["image"].tolist() for row in data], "label": [row["label"] for row in data]}
+
+    def transform(batch):
+        pictures = [to_tensor(np.array(p, dtype=np.uint8)) for p in batch["picture"]]
+        return {"pixel_values": pictures, "labels": batch["label"]}
+
+    run = trainer(tmp_path, train=Dataset.from_dict(columns).with_transform(transform), num_train_epochs=1)
+    run.train()
+    assert run.state.global_step == 2
+    assert "selected_a" in run.state.log_history[0]
+    assert "right_a" not in run.state.log_history[0]
 
 
 def test_one_network(tmp_path):
@@ -409,6 +426,7 @@ def test_accumulation_changes_nothing(tmp_path):
         return made
 
     whole = run(8, 1)
+    assert whole.model_accepts_loss_kwargs is False  # transformers before 5.19 looks at this alone
     selected = np.array(logged(whole, "selected_a"))
     assert ((selected > 0) & (selected < 1)).any()
     for size, windows in ((2, 4), (1, 8)):
@@ -561,6 +579,8 @@ def test_learning_rates_by_hand(tmp_path):
     linear = [one * (10 - i) / 10 for i in range(10)]
     assert rates(milestones=[], lr_scheduler_type="linear") == pytest.approx(linear)
     defaults = MutualTrainingArguments(str(tmp_path))
+    # without it two processes on a machine without an accelerator run apart, and bf16 is refused
+    assert defaults.use_cpu is not torch.accelerator.is_available()
     assert (defaults.milestones, defaults.lr_decay, defaults.optim, defaults.optim_args) == (
         [0.3, 0.6, 0.8], 0.2, "sgd", "momentum=0.9")  # fmt: skip
 
@@ -759,6 +779,27 @@ def test_nan_that_the_loss_does_not_see_spoils_no_checkpoint(tmp_path, monkeypat
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in saved.values())
+
+
+class NanValue(Loss):
+    """A value that is NaN in the sixth batch, with a gradient that is not."""
+
+    calls = 0
+
+    def per_sample(self, logits, target):
+        self.calls += 1
+        return -(target * logits.log_softmax(-1)).sum(-1) + (float("nan") if self.calls == 6 else 0.0)
+
+
+@pytest.mark.parametrize("logging_steps", [1, 100])
+def test_nan_of_the_loss_alone_is_no_zero_and_no_checkpoint(tmp_path, monkeypatch, logging_steps):
+    """The Trainer's own filter would log it as the mean of the others."""
+    monkeypatch.setattr(base, "_refuse_nan", lambda *_: None)
+    run = trainer(tmp_path, Net(1), NanValue(), save_strategy="steps", save_steps=4, logging_steps=logging_steps)
+    assert run.args.logging_nan_inf_filter is False
+    with pytest.raises(FloatingPointError, match=r"training loss is nan.*\['loss'\]"):
+        run.train()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
 
 
 def test_nan_in_the_gradient_of_the_last_step_is_not_saved(tmp_path):
