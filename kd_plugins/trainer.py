@@ -22,6 +22,7 @@ from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArgum
 from transformers.trainer_callback import ProgressCallback as TrainerBar
 from transformers.utils import logging
 
+from .card import model_card
 from .losses.base import Loss
 from .losses.mutual import Mutual, peer_name
 from .models import Hosted, class_count, export, logits_of, make_model
@@ -35,8 +36,8 @@ class MutualTrainingArguments(TrainingArguments):
     learning rate. Hyperparameters of a loss live in the loss.
 
     Args:
-        milestones: shares of the training after which the learning rate is multiplied by ``lr_decay``; an empty list
-            leaves the schedule to ``lr_scheduler_type``.
+        milestones: shares of the training after which the learning rate is multiplied by ``lr_decay``, while
+            ``lr_scheduler_type`` is a constant one (the default); any other, such as ``"cosine"``, takes their place.
         lr_decay: that factor.
         max_grad_norm: clips the gradient of each network by itself; 0 does not clip.
     """
@@ -45,6 +46,7 @@ class MutualTrainingArguments(TrainingArguments):
     weight_decay: float = 5e-4
     optim: str = "sgd"
     optim_args: str | None = "momentum=0.9"
+    lr_scheduler_type: str = "constant_with_warmup"
     milestones: list[float] = field(
         default_factory=lambda: [0.3, 0.6, 0.8],
         metadata={"help": "Shares of the training after which the learning rate is multiplied by lr_decay."},
@@ -231,10 +233,11 @@ class MutualDistillationTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Warm-up, then steps at the milestones; with no milestones what ``lr_scheduler_type`` says."""
+        """Warm-up, then steps at the milestones; what ``lr_scheduler_type`` says if that is not a constant."""
         args: Any = self.args
-        milestones = getattr(args, "milestones", None)
-        if self.lr_scheduler is not None or not milestones:
+        milestones: Any = getattr(args, "milestones", None)
+        stepped = milestones and args.lr_scheduler_type in ("constant", "constant_with_warmup")
+        if self.lr_scheduler is not None or not stepped:
             return super().create_scheduler(num_training_steps, optimizer)
         warmup = args.get_warmup_steps(num_training_steps)
 
@@ -334,65 +337,12 @@ class MutualDistillationTrainer(Trainer):
         if self.is_world_process_zero():
             for k, (peer, path) in enumerate(zip(self.model.peers, folders, strict=True)):
                 export(peer, path, getattr(self.train_dataset, "class_names", None))
-                (path / "README.md").write_text(self._card(peer, peer_name(k)), encoding="utf-8")
+                (path / "README.md").write_text(model_card(self, k), encoding="utf-8")
         return folders
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write the networks and their cards: see :meth:`export`."""
         self.export()
-
-    def _card(self, peer: nn.Module, name: str) -> str:
-        architecture = (getattr(peer, "pretrained_cfg", None) or {}).get("architecture") or type(peer).__name__
-        data, args = self.train_dataset, self.args
-        optim = getattr(args.optim, "value", args.optim)
-        given, clean = getattr(data, "labels", None), getattr(data, "clean_labels", None)
-        noise = "not known: there are no clean labels to compare with"
-        if given is not None and clean is not None:
-            noise = (
-                f"{np.mean(np.asarray(given) != np.asarray(clean)):.1%} of the {len(given)} training labels are wrong"
-            )
-        # the last figure of each kind, from the Trainer's own log
-        figures = {
-            k: v
-            for log in self.state.log_history
-            for k, v in log.items()
-            if k.startswith("eval_") and isinstance(v, float)
-        }
-        skip = ("runtime", "per_second", "model_preparation_time")
-        lines = [f"| {k} | {v:.4f} |" for k, v in sorted(figures.items()) if not k.endswith(skip)]
-        others = [type(p).__name__ for p in self.model.peers if p is not peer]
-        loss = "\n".join(f"    {line}" for line in repr(self.model.criterion).splitlines())
-        table = "\n".join(["| metric | last evaluation |", "|---|---|", *lines]) if lines else "Not evaluated."
-        library = (
-            "timm" if hasattr(peer, "pretrained_cfg") else "transformers" if hasattr(peer, "config") else "pytorch"
-        )
-        return f"""---
-tags: [image-classification, kd-plugins]
-library_name: {library}
----
-# {architecture}
-
-Network {name} of {len(self.model.peers)}, trained with kd-plugins{f" beside {', '.join(others)}" if others else ""}.
-
-**Method**
-
-{loss}
-
-**Data**: {_describe(data)}
-
-**Label noise**: {noise}
-
-**Training**: {self.state.global_step} steps, {self.state.epoch or 0:.4g} epochs, {optim}, learning rate {args.learning_rate},
-batch {args.train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size}, seed {args.seed}.
-
-**Figures** (all networks of the run; {name} is this one)
-
-{table}
-
-**Use**: `timm.create_model("local-dir:FOLDER", pretrained=True)` or
-`AutoModelForImageClassification.from_pretrained("FOLDER")`. An architecture whose name ends in `_cifar` wants
-`import kd_plugins.models` first.
-"""
 
 
 class _ShortBar(TrainerBar):
@@ -419,14 +369,6 @@ def _named(first: dict[str, Any], evals: Any) -> list[tuple[str, Any]]:
     """(name, view) of every data set."""
     views = first | (evals if isinstance(evals, dict) else {"eval": evals})
     return [(name, view) for name, view in views.items() if view is not None]
-
-
-def _describe(view: Any) -> str:
-    if view is None:
-        return "none"
-    info = getattr(getattr(view, "dataset", view), "info", None)
-    name = getattr(info, "dataset_name", None) or type(view).__name__
-    return f"{name}, {len(view)} rows" if hasattr(view, "__len__") else name
 
 
 def _refuse_arguments(args: TrainingArguments) -> None:

@@ -136,6 +136,7 @@ def main() -> dict:
 
     fit = ImageView(train, transform(size, models[0], False), image=s.image, label=given, clean=s.label)
     figures = trainer.evaluate(test_view) | trainer.evaluate(fit, metric_key_prefix="train")
+    trainer.save_state()
     trainer.export()
     if trainer.is_world_process_zero():
         figures = {k: v for k, v in figures.items() if not k.endswith(("runtime", "per_second"))}

@@ -112,6 +112,7 @@ def run(s: Settings, args: MutualTrainingArguments, root: Path, method: str) -> 
     figures = {"asked": asked}
     for log in trainer.state.log_history:  # the last figure of each kind, as the papers report
         figures |= {k: v for k, v in log.items() if k.startswith("eval_")}
+    trainer.save_state()
     trainer.export()
     if trainer.is_world_process_zero():
         done.write_text(json.dumps(figures, indent=1))

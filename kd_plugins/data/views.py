@@ -59,6 +59,7 @@ class ImageView(torch.utils.data.Dataset):
         if not 0 <= max_broken <= 1:
             raise ValueError(f"max_broken={max_broken} is outside [0, 1]: it is a share of the rows (1% is 0.01).")
         self.transform, self.seed, self.image, self.max_broken = transform, seed, image, max_broken
+        self.name = dataset.info.dataset_name if isinstance(dataset, Dataset) else None  # for the model card
         self.labels = _column(dataset, label)
         self.clean_labels = None if clean is None else _column(dataset, clean)
         feature = dataset.features[label] if isinstance(dataset, Dataset) else None

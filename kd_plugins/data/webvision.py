@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Features, NamedSplit, Value
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, NamedSplit, Value
 from PIL import Image
 from pyarrow import csv
 
@@ -74,7 +74,8 @@ def load_webvision(
     features = Features({"image": Value("string"), **labels})
     # `Dataset(pa.Table)` takes the columns as they are: 2.4M rows in about a second, from_dict would need a minute.
     table = pa.Table.from_arrays(table.columns, schema=features.arrow_schema)
-    return Dataset(table, split=NamedSplit("train" if split == "train" else "validation"))
+    info = DatasetInfo(dataset_name="webvision")
+    return Dataset(table, info=info, split=NamedSplit("train" if split == "train" else "validation"))
 
 
 def write_webvision(root: str | os.PathLike, train: tuple, val: tuple, names: Sequence[str]) -> Path:
