@@ -128,7 +128,7 @@ def as_compute_loss_func(loss: Loss) -> Callable[..., Tensor]:
     def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         logits = logits_of(outputs)
         loss.train(torch.is_grad_enabled())  # the Trainer does not toggle it: evaluation must not touch its state
-        if any(t.device != logits.device for t in loss.state_dict().values()):
+        if any(t.device != logits.device for t in (*loss.buffers(), *loss.parameters())):
             loss.to(logits.device)
         value = loss(logits, labels)
         # the Trainer sums what it gets over accumulation steps and processes

@@ -9,6 +9,7 @@
 same command is given again. Expected results, with their commands: recipes/README.md.
 """
 
+import contextlib
 import inspect
 import json
 import math
@@ -57,11 +58,15 @@ class Settings:
 def make_loss(s: Settings, samples: int):
     """The method by name; what depends on the data (window) or on the networks (num_peers) is filled in."""
 
+    def value(text):
+        for read in (json.loads, float):  # float reads inf
+            with contextlib.suppress(ValueError):
+                return read(text)
+        return text
+
     def make(name, pairs, **known):
         wants = inspect.signature(loss_class(name)).parameters
-        given = {
-            k: json.loads(v) if v not in ("inf", "-inf") else float(v) for k, v in (p.split("=", 1) for p in pairs)
-        }
+        given = {k: value(v) for k, v in (pair.split("=", 1) for pair in pairs)}
         return create_loss(name, **{k: v for k, v in known.items() if k in wants} | given)
 
     known = {"window": samples, "num_peers": len(s.models)}
