@@ -180,14 +180,10 @@ class Hosted(nn.Module):
                 peer.set_grad_checkpointing(True)
             elif hasattr(peer, "activation_checkpointing_enable"):
                 peer.activation_checkpointing_enable(**kwargs)
-            elif hasattr(peer, "gradient_checkpointing_enable"):  # transformers before it was renamed
-                peer.gradient_checkpointing_enable(**kwargs)
             else:
                 raise ValueError(
                     f"{type(peer).__name__} has no activation checkpointing: switch it off in the arguments"
                 )
-
-    gradient_checkpointing_enable = activation_checkpointing_enable
 
 
 def export(model: Any, folder: str | Path, class_names: Sequence[str] | None = None) -> Path:

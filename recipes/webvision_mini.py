@@ -29,15 +29,14 @@ from kd_plugins.data import ImageView, corrupt, load_webvision, symmetric, write
 NOISE = 0.4  # share of wrong labels in the embedded data
 ETA, B2, B1 = 2.0, -6.0, 10.0  # confidence threshold (paper: eta 1 to 4), its tightening, steepness of MyLC's trust
 
-COMMON = dict(learning_rate=0.02, per_device_train_batch_size=32, eval_strategy="epoch", save_strategy="epoch",
-              save_total_limit=1, logging_steps=25, report_to="none")  # fmt: skip
-DIGITS = dict(models=["resnet10t", "mobilenetv3_small_050"], num_train_epochs=24, output_dir="runs/digits")
-WEBVISION = dict(
-    models=["resnet50", "resnet50"], num_train_epochs=100, output_dir="runs/webvision_mini", learning_rate=0.01
-)
-
-
 METHODS = {"ce": "cross-entropy", "smkd": "SMKD-P + MyLC"}
+COMMON = dict(per_device_train_batch_size=32, eval_strategy="epoch", save_strategy="epoch", save_total_limit=1,
+              logging_steps=100, report_to="none")  # fmt: skip
+DIGITS = dict(models=["resnet10t", "mobilenetv3_small_050"], num_train_epochs=24, learning_rate=0.02,
+              logging_strategy="epoch", output_dir="runs/digits")  # fmt: skip
+WEBVISION = dict(
+    models=["resnet50", "resnet50"], num_train_epochs=100, learning_rate=0.01, output_dir="runs/webvision_mini"
+)
 
 
 @dataclass
