@@ -73,7 +73,18 @@ METHODS = [
     ["--method", "ce", "--noise", "symmetric"],
     ["--method", "mylc", "--noise", "circular", "--models", "test_resnet"],
     ["--method", "proselflc", "--noise", "pair_flip", "--holdout", "0.25"],
-    ["--method", "smkd", "--refine", "label_smoothing", "--refine_args", "eps=0.2", "--loss_args", "eta=inf", "b2=0", "normalize=batch"],
+    [
+        "--method",
+        "smkd",
+        "--refine",
+        "label_smoothing",
+        "--refine_args",
+        "eps=0.2",
+        "--loss_args",
+        "eta=inf",
+        "b2=0",
+        "normalize=batch",
+    ],
     ["--method", "mkd", "--noise", "none", "--models", "test_resnet", "test_resnet", "test_resnet"],
 ]
 
