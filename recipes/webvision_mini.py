@@ -67,6 +67,8 @@ def digits(root: Path, seed: int) -> Path:
 
 def views(s: Settings, root: Path, mean, std, seed: int) -> tuple[ImageView, dict[str, ImageView]]:
     """Training data with seeded augmentation, and what is evaluated on after each epoch."""
+    if s.data_dir is None:
+        mean = std = 0.5  # grey strokes, not photographs
     last = [T.ToTensor(), T.Normalize(mean, std)]
     if s.data_dir is None:
         train, sets, clean = (
