@@ -6,7 +6,8 @@
 
 `--data` is a hub id or a folder (parquet, or one folder per class). On two processes without a GPU:
 `torchrun --nproc_per_node 2 recipes/cifar100_noise.py ...`. A killed run goes on from its last complete checkpoint when the
-same command is given again. Expected results, with their commands: recipes/README.md.
+same command is given again. Expected: on 10,000 pictures, two small networks and 12 epochs 14.0 ± 0.5 (MyLC) against 13.9 ± 0.3
+per cent (cross-entropy), and why no more: recipes/README.md.
 """
 
 import contextlib
