@@ -5,7 +5,8 @@
     python recipes/finetune_mylc.py --model resnet18 --weights resnet18.safetensors --weights_classes 1000 --data FOLDER
 
 `--data` is a hub id or a folder, its labels are taken as they are; `--rate 0.4` makes 40% of them wrong first. `--method ce`
-is the baseline. Expected: 46.3 ± 1.2 against 46.3 ± 1.1 per cent on ten classes at 32 px, see recipes/README.md. The same in a plain PyTorch loop: README.md.
+is the baseline. Expected: 46.3 ± 1.2 against 46.3 ± 1.1 per cent on ten classes at 32 px, see recipes/README.md.
+The same in a plain PyTorch loop: README.md.
 """
 
 import json
