@@ -115,6 +115,29 @@ def last_checkpoint(output_dir: str | Path | None) -> str | None:
     return None
 
 
+def claim_folder(args: TrainingArguments, **settings: Any) -> None:
+    """Keep ``args.output_dir`` for one experiment: a run with other settings would go on from its checkpoints, unnoticed.
+
+    The first call writes ``settings.json``; a later one with other settings, seed, length, batch or optimizer raises.
+    """
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    settings |= {"seed": args.seed, "epochs": args.num_train_epochs, "max_steps": args.max_steps, "batch": batch}
+    settings |= {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay, "optim": args.optim}
+    asked = json.loads(json.dumps(settings, default=str))
+    path = Path(str(args.output_dir), "settings.json")
+    if path.exists():
+        made = json.loads(path.read_text(encoding="utf-8"))
+        if other := [k for k in sorted({*made, *asked}) if made.get(k) != asked.get(k)]:
+            raise ValueError(f"{path.parent} holds a run with {({k: made.get(k) for k in other})}, asked for is "
+                             f"{({k: asked.get(k) for k in other})}; its checkpoints would be taken for this run's. Choose "
+                             "another --output_dir, or delete it")  # fmt: skip
+    elif args.process_index == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asked, indent=1), encoding="utf-8")
+        part.replace(path)  # whole or not at all
+
+
 def _checkpoint(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 

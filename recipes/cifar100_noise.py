@@ -35,6 +35,7 @@ from kd_plugins import (
     report,
 )
 from kd_plugins.data import ImageView, asymmetric, circular, noise_report, noisy_view, pair_flip, symmetric
+from kd_plugins.trainer import claim_folder
 
 
 @dataclass
@@ -109,6 +110,7 @@ def main() -> dict:
         report_to="none",
     )
     s, args = parser.parse_args_into_dataclasses()
+    claim_folder(args, **vars(s))
     set_seed(args.seed)
 
     data = datasets.load_dataset(s.data)

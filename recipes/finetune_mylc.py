@@ -23,7 +23,7 @@ from kd_plugins import ProgressCallback, as_compute_loss_func, create_loss
 from kd_plugins.data import ImageView, noise_report, noisy_view, symmetric
 from kd_plugins.metrics import TopKAccuracy
 from kd_plugins.models import export
-from kd_plugins.trainer import last_checkpoint
+from kd_plugins.trainer import claim_folder, last_checkpoint
 
 DEFAULTS = dict(output_dir="runs/finetune_mylc", num_train_epochs=10, per_device_train_batch_size=32, learning_rate=3e-4,
                 lr_scheduler_type="cosine", warmup_steps=0.1, weight_decay=0.05, eval_strategy="epoch", save_strategy="epoch",
@@ -68,6 +68,7 @@ def main() -> None:
     parser = HfArgumentParser((Settings, TrainingArguments))
     parser.set_defaults(**DEFAULTS, use_cpu=not torch.accelerator.is_available())
     s, args = parser.parse_args_into_dataclasses()
+    claim_folder(args, **vars(s))
     set_seed(args.seed)
 
     data = datasets.load_dataset(s.data)

@@ -26,6 +26,7 @@ from transformers import HfArgumentParser, set_seed
 
 from kd_plugins import CE, SMKD, Mutual, MutualDistillationTrainer, MutualTrainingArguments, MyLC, Nothing, report
 from kd_plugins.data import ImageView, corrupt, load_webvision, symmetric, write_webvision
+from kd_plugins.trainer import claim_folder
 
 NOISE = 0.4  # share of wrong labels in the embedded data
 ETA, B2, B1 = 2.0, -6.0, 10.0  # confidence threshold (paper: eta 1 to 4), its tightening, steepness of MyLC's trust
@@ -93,16 +94,10 @@ def views(s: Settings, root: Path, mean, std, seed: int) -> tuple[ImageView, dic
 def run(s: Settings, args: MutualTrainingArguments, root: Path, method: str) -> dict:
     """One training; its figures, from disk if it has been run to its end before."""
     done = Path(args.output_dir, "results.json")
-    asked = {"models": s.models, "data": str(s.data_dir), "epochs": args.num_train_epochs, "lr": args.learning_rate,
-             "batch": args.train_batch_size * args.world_size, "smkd": [ETA, B2, B1]}  # fmt: skip
+    claim_folder(args, models=s.models, data=s.data_dir, method=method, smkd=[ETA, B2, B1])
     if done.exists():
-        figures = json.loads(done.read_text())
-        if figures["asked"] != asked:
-            raise SystemExit(
-                f"{done} was made with {figures['asked']}; asked for are {asked}: choose another --output_dir"
-            )
         print(f"{method}, seed {args.seed}: done before, see {done}")
-        return figures
+        return json.loads(done.read_text())
     set_seed(args.seed)
     networks = [timm.create_model(name, num_classes=50 if s.data_dir else 10) for name in s.models]
     networks = [network.to(memory_format=torch.channels_last) for network in networks]
@@ -112,7 +107,7 @@ def run(s: Settings, args: MutualTrainingArguments, root: Path, method: str) -> 
     print(f"\n{method}, seed {args.seed}: {len(train)} pictures, {train.num_classes} classes, {' and '.join(s.models)}")
     trainer = MutualDistillationTrainer(networks, loss, args, train_dataset=train, eval_dataset=evals)
     trainer.train(resume_from_checkpoint=True)
-    figures = {"asked": asked}
+    figures: dict = {}
     for log in trainer.state.log_history:  # the last figure of each kind, as the papers report
         figures |= {k: v for k, v in log.items() if k.startswith("eval_")}
     trainer.save_state()

@@ -65,7 +65,7 @@ def test_webvision_mini(tmp_path, monkeypatch, capsys):
     again = capsys.readouterr().out
     assert again.count("done before") == 2 and "train_runtime" not in again
     argv[argv.index("--num_train_epochs") + 1] = 2
-    with pytest.raises(SystemExit, match=r"asked for are .*'epochs': 2"):
+    with pytest.raises(ValueError, match=r"holds a run with {'epochs': 1\.0}, asked for is {'epochs': 2\.0}"):
         start(monkeypatch, *argv)
 
 
@@ -122,3 +122,12 @@ def test_finetune_mylc(source, tmp_path, pictures, monkeypatch, capsys):
     assert 0 <= json.loads((out / "results.json").read_text())["eval_accuracy"] <= 1
     assert next(out.glob("checkpoint-*/loss.safetensors"))
     timm.create_model(f"local-dir:{out / 'model'}", pretrained=True)
+
+
+def test_another_experiment_does_not_go_on_from_these_checkpoints(tmp_path, pictures, monkeypatch):
+    """The default folder is the same for every method: smkd after ce would start, and end, with ce's weights."""
+    argv = ["--data", pictures, "--models", "test_resnet", "--num_train_epochs", 1, "--output_dir", tmp_path / "out"]
+    start(monkeypatch, "cifar100_noise.py", *argv, "--method", "ce")
+    with pytest.raises(ValueError, match=r"holds a run with {'method': 'ce'}, asked for is {'method': 'mylc'}"):
+        start(monkeypatch, "cifar100_noise.py", *argv, "--method", "mylc")
+    start(monkeypatch, "cifar100_noise.py", *argv, "--method", "ce")
