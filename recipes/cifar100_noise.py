@@ -65,6 +65,9 @@ class Settings:
     data: str = field(default="uoft-cs/cifar100", metadata={"help": "hub id or folder"})
     image: str = "image"
     label: str = "label"
+    classes: int = field(default=0, metadata={"help": "keep the first so many classes only"})
+    where: str | None = field(default=None, metadata={"help": "keep the training rows only where this column is true"})
+    augment: bool = field(default=True, metadata={"help": "crop and flip; without it a short run learns labels by heart too"})
     method: str = field(default="smkd", metadata={"help": "any of kd_plugins.list_losses(), or cdr"})
     refine: str = field(default="mylc", metadata={"help": "label modification inside smkd"})
     loss_args: list[str] = field(default_factory=list, metadata={"help": "of the method: eta=2 b2=-6"})
@@ -120,6 +123,15 @@ def make_noise(s: Settings, train):
     return makers[s.noise](classes, s.rate)
 
 
+def first_classes(data, label: str, count: int):
+    """The rows of the first classes, and no other names in the label column."""
+    names = data["train"].features[label].names
+    if not 1 < count <= len(names):
+        raise SystemExit(f"--classes {count}: expected 2 to {len(names)}, as many as there are")
+    data = data.filter(lambda labels: [y < count for y in labels], input_columns=label, batched=True)
+    return data.cast_column(label, datasets.ClassLabel(names=names[:count]))
+
+
 def transform(size: int, model, train: bool):
     cfg = timm.data.resolve_data_config(model=model)
     if size <= 64:  # pad 4 and crop, as the papers do on 32 px pictures
@@ -142,7 +154,11 @@ def main() -> dict:
     set_seed(args.seed)
 
     data = datasets.load_dataset(s.data)
+    if s.classes:
+        data = first_classes(data, s.label, s.classes)
     train, test = data["train"], data["test" if "test" in data else "validation"]
+    if s.where:
+        train = train.select(np.flatnonzero(train.with_format("numpy")[s.where][:]))
     given = s.label
     if s.noise != "none":
         noise = make_noise(s, train)  # before the hold-out: a view of a split would copy the pictures
@@ -161,7 +177,7 @@ def main() -> dict:
     example = timm.create_model(s.models[0], num_classes=classes)
     plain = transform(size, example, False)
     train_view = ImageView(
-        train, transform(size, example, True), seed=args.seed, image=s.image, label=given, clean=s.label
+        train, transform(size, example, s.augment), seed=args.seed, image=s.image, label=given, clean=s.label
     )
     label = given if s.holdout > 0 else s.label  # chosen on given labels: nobody has clean ones to choose with
     test_view = ImageView(test, plain, image=s.image, label=label)
