@@ -12,9 +12,12 @@ from .losses import __all__ as _losses
 # than torch.
 _LAZY = {
     "CDRCallback": "trainer",
+    "DynamicsCallback": "dynamics",
+    "MutualDistillationTask": "timm_tasks",
     "MutualDistillationTrainer": "trainer",
     "MutualTrainingArguments": "trainer",
     "ProgressCallback": "trainer",
+    "StatefulClassificationTask": "timm_tasks",
     "as_compute_loss_func": "trainer",
     "ImageView": "data",
     "cache_teachers": "data",
@@ -22,6 +25,12 @@ _LAZY = {
     "select_lowest": "data",
     "noisy_view": "data",
     "load_webvision": "data",
+    "contact_sheet": "suspects",
+    "correct_labels": "suspects",
+    "drop_suspects": "suspects",
+    "find_suspects": "suspects",
+    "html_page": "suspects",
+    "predict_probs": "suspects",
 }
 
 __all__ = ["mask_noncritical_", *_losses]  # without the lazy names: a star import must not load transformers

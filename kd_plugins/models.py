@@ -160,6 +160,7 @@ class Hosted(nn.Module):
     ``{"loss", "logits" [B, K, C]}`` with the plain cross-entropy, mean over peers, which compares across methods.
     Teachers are frozen, in eval mode, and not in the state dict. PCL gets as ``teacher`` the peers
     with their weights averaged over time, which are in it: :meth:`average` takes the peers in, after each step.
+    With ``watch`` on, ``seen`` holds what the last training batch looked like to each peer, sample by sample.
     """
 
     _keys_to_ignore_on_save = None  # what the Trainer asks of a module that is not a PreTrainedModel
@@ -174,6 +175,8 @@ class Hosted(nn.Module):
         self.teachers = [teacher.requires_grad_(False).eval() for teacher in teachers]  # a list: not in the state dict
         self.deep = any(layer != -1 for layer in layers_of(criterion))
         self.stats: dict[str, Tensor] = {}
+        self.watch = False  # see DynamicsCallback
+        self.seen: dict[str, Tensor] = {}
         ema = averages_of(criterion)
         self.averages: Any = nn.ModuleList(_average(peer, ema) for peer in peers) if ema is not None else None
         # all ranks write the same rows into their tables: DDP need not send them at every step
@@ -239,7 +242,25 @@ class Hosted(nn.Module):
         self.stats = {"loss": loss.detach(), **self.criterion.stats}
         if clean_labels is not None:
             self.stats |= self._purity(clean_labels)
+        if self.watch:
+            self.seen = self._figures(logits, labels, index)
         return {"loss": loss}
+
+    @torch.no_grad()
+    def _figures(self, logits: list[Tensor], labels: Tensor, index: Tensor | None) -> dict[str, Tensor]:
+        """Index and label [B]; predicted class, its probability and the label's [B, K]; selected [B, K] where the loss selects."""
+        if index is None:
+            raise ValueError("training dynamics are kept by sample, and the batches have no index: expected rows with index, the "
+                             "position in the data set, as ImageView hands out; else nobody knows whose they are")  # fmt: skip
+        label = labels if labels.dim() == 1 else labels.argmax(-1)
+        p = torch.stack([z.detach().float() for z in logits], dim=1).softmax(-1)  # [B, K, C]
+        conf, pred = p.max(-1)
+        p_label = p.gather(-1, label.view(-1, 1, 1).expand(-1, p.shape[1], 1)).squeeze(-1)
+        small = torch.int16 if p.shape[-1] <= 2**15 else torch.int32
+        seen = {"index": index, "label": label.to(small), "pred": pred.to(small), "conf": conf, "p_label": p_label}
+        masks = [torch.stack([mask for mask, _ in module.selection], dim=1) for module in self.criterion.modules()
+                 if isinstance(module, Mutual) and module.selection]  # fmt: skip
+        return seen | {"selected": torch.stack(masks).any(0)} if masks else seen
 
     def _purity(self, clean_labels: Tensor) -> dict[str, Tensor]:
         """Share of the batch that was selected, and of it with the true class taught, per peer (also of a term of a sum)."""
@@ -291,6 +312,14 @@ def _average(peer: nn.Module, decay: float) -> AveragedModel:
     return AveragedModel(peer, avg_fn=step, use_buffers=True).requires_grad_(False).eval()  # type: ignore[arg-type]
 
 
+def library_of(model: Any) -> str:
+    """What loads an exported network: ``"timm"`` (and transformers), ``"transformers"``, or for any other module ``"pytorch"``."""
+    if hasattr(model, "save_pretrained"):
+        return "transformers"
+    known = isinstance(getattr(model, "pretrained_cfg", None), dict) and hasattr(model, "default_cfg")
+    return "timm" if known else "pytorch"
+
+
 def export(model: Any, folder: str | Path, class_names: Sequence[str] | None = None) -> Path:
     """Save one network so that timm and transformers load it alone, with equal logits. Nobody deploys a pair.
 
@@ -300,12 +329,13 @@ def export(model: Any, folder: str | Path, class_names: Sequence[str] | None = N
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = list(class_names) if class_names is not None else None
-    if hasattr(model, "save_pretrained"):
+    library = library_of(model)
+    if library == "transformers":
         if names and hasattr(model, "config"):
             model.config.id2label = dict(enumerate(names))
             model.config.label2id = {name: i for i, name in enumerate(names)}
         model.save_pretrained(folder)
-    elif isinstance(getattr(model, "pretrained_cfg", None), dict) and hasattr(model, "default_cfg"):
+    elif library == "timm":
         model_config = {"label_names": names} if names else None
         packed = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # safetensors takes no channels_last
         timm.models.save_for_hf(packed, str(folder), model_config=model_config, safe_serialization=True)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel, gather_object
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -383,19 +384,65 @@ class MutualDistillationTrainer(Trainer):
 
     # ---------------------------------------------------------------------------------------------------------- export
 
-    def export(self, output_dir: str | Path | None = None) -> list[Path]:
-        """Save each network by itself, with a model card, as ``peer_a``, ``peer_b`` ...: see :func:`kd_plugins.models.export`."""
+    def export(self, output_dir: str | Path | None = None, **card: Any) -> list[Path]:
+        """Save each network by itself, with a model card, as ``peer_a``, ``peer_b`` ...: see :func:`kd_plugins.models.export`.
+
+        ``card``: fields of the card's metadata, as the hub names them: ``license="apache-2.0"``, ``datasets=["uoft-cs/cifar100"]``.
+        """
         folder = Path(output_dir or str(self.args.output_dir))
         folders = [folder / f"peer_{peer_name(k)}" for k in range(len(self.model.peers))]
         if self.is_world_process_zero():
             for k, (peer, path) in enumerate(zip(self.model.peers, folders, strict=True)):
                 export(peer, path, getattr(self.train_dataset, "class_names", None))
-                (path / "README.md").write_text(model_card(self, k), encoding="utf-8")
+                (path / "README.md").write_text(model_card(self, k, **card), encoding="utf-8")
         return folders
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, **card: Any) -> None:
         """Write the networks and their cards: see :meth:`export`."""
-        self.export()
+        self.export(**card)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> list[Any]:
+        """Upload each network with its card, and nothing else, to a repository of its own, which is made if need be.
+
+        They are called ``args.hub_model_id`` (or as the output folder) with ``-a``, ``-b`` ... behind it, of a single network
+        with nothing. Arguments are those of the Trainer, ``card`` that of :meth:`export`; what is not given is taken from
+        ``args.hub_token``, ``hub_revision`` and ``hub_private_repo``. Returns a commit per network, futures with
+        ``blocking=False``; on other processes than the main one nothing.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if not self.is_world_process_zero():
+            return []
+        api: Any = HfApi()
+        args, peers = self.args, range(len(self.model.peers))
+        token = args.hub_token if token is None else token
+        private = args.hub_private_repo if private is None else private
+        name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
+        names = [f"{name}-{peer_name(k)}" if len(peers) > 1 else name for k in peers]
+        folders = self.export(**card)
+        repos = [api.create_repo(n, token=token, private=private, exist_ok=True).repo_id for n in names]
+        commits = []
+        for k, repo, folder in zip(peers, repos, folders, strict=True):
+            (folder / "README.md").write_text(model_card(self, k, repo, **card), encoding="utf-8")
+            commits.append(
+                api.upload_folder(
+                    repo_id=repo,
+                    folder_path=folder,
+                    commit_message=commit_message,
+                    token=token,
+                    revision=args.hub_revision if revision is None else revision,
+                    run_as_future=not blocking,
+                    allow_patterns=["config.json", "model*.safetensors", "model*.json", "README.md"],
+                )
+            )
+        return commits
 
 
 class _ShortBar(TrainerBar):
@@ -441,8 +488,9 @@ def _refuse_arguments(args: TrainingArguments) -> None:
         raise ValueError("bf16_full_eval and fp16_full_eval leave the weights in half precision after the first evaluation, "
                          f"and eval_strategy={args.eval_strategy!r} evaluates while training: use bf16 or fp16 alone")  # fmt: skip
     if args.push_to_hub:
-        raise ValueError("push_to_hub=True would upload the pair as one file that nothing loads: call export() after training "
-                         "and upload the folder of each network")  # fmt: skip
+        raise ValueError("push_to_hub=True would upload the pair as one file that nothing loads: leave it out and call "
+                         "trainer.push_to_hub() after training, which gives each network its repository (and takes hub_model_id, "
+                         "hub_token, hub_revision and hub_private_repo from these arguments)")  # fmt: skip
 
 
 def _refuse_pairing(peers: list[nn.Module], teachers: list[nn.Module], loss: Loss, cached: Any = None) -> None:
