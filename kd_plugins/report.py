@@ -2,6 +2,8 @@
 
 A run is a folder with trainer_state.json or checkpoint-*/, such a file, or a list of log_history dicts. `runs` is one
 run or a dict name -> run. Needs matplotlib: pip install kd-plugins[recipes].
+
+    python -m kd_plugins.report RUN [RUN ...]     draws into the folder of the first, whenever you like
 """
 
 import json
@@ -277,4 +279,11 @@ def _write_methods(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    _write_methods(Path(sys.argv[1]))
+    if not sys.argv[1:]:
+        raise SystemExit("usage: python -m kd_plugins.report RUN [RUN ...]")
+    if Path(sys.argv[1]).suffix == ".md":  # a README, whose table of methods is written anew
+        _write_methods(Path(sys.argv[1]))
+    else:
+        names = [Path(run).resolve().name for run in sys.argv[1:]]
+        named = dict(zip(names if len(set(names)) == len(names) else sys.argv[1:], sys.argv[1:], strict=True))
+        print(*draw(named if len(named) > 1 else sys.argv[1], Path(sys.argv[1], "pictures")), sep="\n")

@@ -31,6 +31,7 @@ from transformers import HfArgumentParser, set_seed
 
 import kd_plugins.models  # noqa: F401  makes resnet18_cifar and its sisters known to timm
 from kd_plugins import (
+    DynamicsCallback,
     Mutual,
     MutualDistillationTrainer,
     MutualTrainingArguments,
@@ -66,8 +67,12 @@ class Settings:
     image: str = "image"
     label: str = "label"
     classes: int = field(default=0, metadata={"help": "keep the first so many classes only"})
-    where: str | None = field(default=None, metadata={"help": "keep the training rows only where this column is true"})
-    augment: bool = field(default=True, metadata={"help": "crop and flip; without it a short run learns labels by heart too"})
+    where: str | None = field(default=None, metadata={"help": "train only on the rows where this column is true, and test on the "
+                              "classes that they have"})  # fmt: skip
+    augment: bool = field(
+        default=True, metadata={"help": "crop and flip; without it a short run learns labels by heart too"}
+    )
+    size: int = field(default=0, metadata={"help": "side of the pictures in px; as they are if 0"})
     method: str = field(default="smkd", metadata={"help": "any of kd_plugins.list_losses(), or cdr"})
     refine: str = field(default="mylc", metadata={"help": "label modification inside smkd"})
     loss_args: list[str] = field(default_factory=list, metadata={"help": "of the method: eta=2 b2=-6"})
@@ -82,6 +87,8 @@ class Settings:
                                       "num_train_epochs each if not given"})  # fmt: skip
     estimator: str = field(default="anchor", metadata={"help": "of the transition matrix: anchor, dual_t, or known, which takes "
                            "that of --noise and needs no stage"})  # fmt: skip
+    dynamics: bool = field(default=False, metadata={"help": "keep what each network said of each sample, visit by visit: "
+                           "output_dir/dynamics, for find_wrong_labels.py"})  # fmt: skip
     holdout: float = field(default=0.0, metadata={"help": "share of the noisy training data to evaluate on instead of the "
                            "test data: hyperparameters are chosen there"})  # fmt: skip
 
@@ -159,6 +166,8 @@ def main() -> dict:
     train, test = data["train"], data["test" if "test" in data else "validation"]
     if s.where:
         train = train.select(np.flatnonzero(train.with_format("numpy")[s.where][:]))
+        taught = np.unique(train.with_format("numpy")[s.label][:])
+        test = test.select(np.flatnonzero(np.isin(test.with_format("numpy")[s.label][:], taught)))
     given = s.label
     if s.noise != "none":
         noise = make_noise(s, train)  # before the hold-out: a view of a split would copy the pictures
@@ -173,7 +182,7 @@ def main() -> dict:
         train, test = parts["train"], parts["test"]
 
     classes = train.features[s.label].num_classes
-    size = min(train[0][s.image].size)
+    size = s.size or min(train[0][s.image].size)
     example = timm.create_model(s.models[0], num_classes=classes)
     plain = transform(size, example, False)
     train_view = ImageView(
@@ -213,7 +222,8 @@ def main() -> dict:
             loss = create_loss("t_revision", transition=known["transition"], revise=False)
         else:
             loss = make_loss(s, name, models, **known)
-        callbacks = [CDRCallback(s.rate)] if s.method == "cdr" else []
+        callbacks: list = [CDRCallback(s.rate)] if s.method == "cdr" else []
+        callbacks += [DynamicsCallback()] if s.dynamics else []
         trainer = MutualDistillationTrainer(
             models,
             loss,

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
-from kd_plugins import ProgressCallback, as_compute_loss_func, create_loss
+from kd_plugins import ProgressCallback, as_compute_loss_func, create_loss, report
 from kd_plugins.data import ImageView, noise_report, noisy_view, symmetric
 from kd_plugins.metrics import TopKAccuracy
 from kd_plugins.models import export
@@ -111,9 +111,11 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     figures = trainer.evaluate()
+    trainer.save_state()
     if trainer.is_world_process_zero():
         export(model, Path(args.output_dir, "model"), train_view.class_names)
         Path(args.output_dir, "results.json").write_text(json.dumps(vars(s) | {"seed": args.seed} | figures, indent=1))
+        report.draw(args.output_dir, Path(args.output_dir, "pictures"))
         print({k: round(v, 4) for k, v in figures.items()})
 
 

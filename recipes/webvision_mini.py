@@ -24,7 +24,20 @@ import torch
 from torchvision import transforms as T
 from transformers import HfArgumentParser, set_seed
 
-from kd_plugins import CE, SMKD, Mutual, MutualDistillationTrainer, MutualTrainingArguments, MyLC, Nothing, report
+from kd_plugins import (
+    CE,
+    SMKD,
+    DynamicsCallback,
+    Mutual,
+    MutualDistillationTrainer,
+    MutualTrainingArguments,
+    MyLC,
+    Nothing,
+    contact_sheet,
+    find_suspects,
+    html_page,
+    report,
+)
 from kd_plugins.data import ImageView, corrupt, load_webvision, symmetric, write_webvision
 from kd_plugins.trainer import claim_folder
 
@@ -105,7 +118,12 @@ def run(s: Settings, args: MutualTrainingArguments, root: Path, method: str) -> 
     train, evals = views(s, root, cfg["mean"], cfg["std"], args.seed)
     loss = Mutual(CE(), Nothing()) if method == "ce" else SMKD(MyLC(b1=B1, window=len(train)), eta=ETA, b2=B2)
     print(f"\n{method}, seed {args.seed}: {len(train)} pictures, {train.num_classes} classes, {' and '.join(s.models)}")
-    trainer = MutualDistillationTrainer(networks, loss, args, train_dataset=train, eval_dataset=evals)
+    callbacks = (
+        [DynamicsCallback()] if method == "smkd" else []
+    )  # what the networks said of each sample, for suspects()
+    trainer = MutualDistillationTrainer(
+        networks, loss, args, train_dataset=train, eval_dataset=evals, callbacks=callbacks
+    )
     trainer.train(resume_from_checkpoint=True)
     figures: dict = {}
     for log in trainer.state.log_history:  # the last figure of each kind, as the papers report
@@ -115,6 +133,22 @@ def run(s: Settings, args: MutualTrainingArguments, root: Path, method: str) -> 
     if trainer.is_world_process_zero():
         done.write_text(json.dumps(figures, indent=1))
     return figures
+
+
+def suspects(folder: Path, dynamics: Path, s: Settings, root: Path) -> list[Path]:
+    """The labels that are probably wrong, as a table, as pictures, and as a page to go through."""
+    train = load_webvision(root) if s.data_dir else load_webvision(root, classes=None)
+    found = find_suspects(dynamics=dynamics, class_names=train.features["label"].names)
+    text = f"{len(found)} of {len(train)} labels are suspected"
+    if not s.data_dir:
+        wrong = np.asarray(train["label"]) != np.asarray(train["clean_label"])
+        hits = wrong[found["index"]]
+        text += f", {hits.mean():.0%} of them are wrong ({hits[:100].mean():.0%} of the first hundred), "
+        text += f"{hits.sum() / wrong.sum():.0%} of all wrong labels are among them"
+    print(f"\n{text}")
+    found.to_csv(folder / "suspects.csv")
+    return [folder / "suspects.csv", contact_sheet(found, train, folder / "suspects.png"),
+            html_page(found, train, folder / "suspects.html")]  # fmt: skip
 
 
 def main() -> None:
@@ -141,7 +175,9 @@ def main() -> None:
     pictures = report.draw({name: folder / f"{m}-{args.seed}" for m, name in METHODS.items()}, folder / "pictures")
     print(f"\nPer cent, last epoch, {s.seeds} seed(s); networks a = {s.models[0]}, b = {s.models[1]}\n")
     print(report.markdown(["method", *columns], rows))
-    print("\nPictures:", *pictures, sep="\n  ")
+    data = Path(s.data_dir) if s.data_dir else folder / f"data-{args.seed}"
+    listed = suspects(folder / "pictures", folder / f"smkd-{args.seed}" / "dynamics", s, data)
+    print("\nPictures:", *pictures, *listed, sep="\n  ")
     print(f"Networks, for timm and transformers: {folder}/smkd-{args.seed}/peer_a and peer_b")
 
 

@@ -11,7 +11,7 @@ import pytest
 import timm
 from safetensors.torch import load_file
 
-from kd_plugins import list_losses, loss_class
+from kd_plugins import MutualDistillationTrainer, list_losses, loss_class
 from kd_plugins.models import export
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -59,6 +59,9 @@ def test_webvision_mini(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "| cross-entropy |" in out and "| SMKD-P + MyLC |" in out and "train_memorised" in out
     assert (tmp_path / "pictures" / "curves.png").stat().st_size > 10_000
+    assert "labels are suspected, " in out and "of all wrong labels are among them" in out
+    assert (tmp_path / "pictures" / "suspects.html").read_text().count("data:image") > 100
+    assert (tmp_path / "pictures" / "suspects.png").stat().st_size > 10_000
     assert (tmp_path / "smkd-42" / "peer_b" / "model.safetensors").exists()
     figures = json.loads((tmp_path / "smkd-42" / "results.json").read_text())
     assert figures["eval_train_noise_rate"] == pytest.approx(0.4, abs=0.001)
@@ -74,7 +77,7 @@ def test_webvision_mini(tmp_path, monkeypatch, capsys):
 METHODS = [
     ["--method", "ce", "--noise", "symmetric"],
     ["--method", "mylc", "--noise", "circular", "--models", "test_resnet"],
-    ["--method", "proselflc", "--noise", "pair_flip", "--holdout", "0.25"],
+    ["--method", "proselflc", "--noise", "pair_flip", "--holdout", "0.25", "--dynamics", "True"],
     [
         "--method",
         "smkd",
@@ -100,6 +103,7 @@ def test_cifar100_noise(more, tmp_path, pictures, monkeypatch):
     start(monkeypatch, "cifar100_noise.py", *fixed, *models, *more)
     figures = json.loads((out / "results.json").read_text())
     assert 0 <= figures["eval_accuracy"] <= 1 and figures["method"] == more[1]
+    assert len(list((out / "dynamics").glob("*.parquet"))) == ("--dynamics" in more)
     rate = 0.0 if "none" in more else 0.4
     assert figures["train_noise_rate"] == pytest.approx(rate, abs=0.1)  # of a hold-out: about
 
@@ -188,6 +192,46 @@ def test_stages_that_do_not_fit_are_refused(more, match, tmp_path, pictures, mon
         start(monkeypatch, "cifar100_noise.py", "--data", pictures, "--output_dir", tmp_path / "out", *more)
 
 
+def test_cifar100_noise_on_part_of_the_data(tmp_path, pictures, monkeypatch):
+    """The first classes; rows that a column names, with the test pictures of their classes; labels of a column; a size."""
+    rows = datasets.load_dataset(str(pictures))
+    given = [(k + i % 2) % 3 for i, k in enumerate(rows["train"]["label"])]
+    train = rows["train"].add_column("exact", [k < 2 for k in rows["train"]["label"]]).add_column("human", given)
+    other = tmp_path / "other"
+    other.mkdir()
+    train.to_parquet(other / "train-00000-of-00001.parquet")
+    blank = {"exact": [True] * 8, "human": rows["test"]["label"]}
+    test = rows["test"].add_column("exact", blank["exact"]).add_column("human", blank["human"])
+    test.to_parquet(other / "test-00000-of-00001.parquet")
+
+    seen = []
+    original = MutualDistillationTrainer.__init__
+
+    def watch(self, models, loss, args, **kwargs):
+        seen.append((kwargs["train_dataset"], kwargs["eval_dataset"]))
+        original(self, models, loss, args, **kwargs)
+
+    monkeypatch.setattr(MutualDistillationTrainer, "__init__", watch)
+    argv = ["--data", other, "--models", "test_resnet", "--num_train_epochs", 1, "--method", "ce"]
+    parts = ["--classes", 3, "--output_dir", tmp_path / "classes", "--size", 24, "--augment", "False"]
+    start(monkeypatch, "cifar100_noise.py", *argv, *parts)
+    train, test = seen.pop()
+    assert (train.num_classes, len(train), len(test)) == (3, 24, 6) and train[0]["pixel_values"].shape == (3, 24, 24)
+    train.set_epoch(1)
+    before = train[0]["pixel_values"]
+    train.set_epoch(2)
+    assert before.equal(train[0]["pixel_values"])
+
+    human = ["--where", "exact", "--noise", "human", "--output_dir", tmp_path / "human"]
+    start(monkeypatch, "cifar100_noise.py", *argv, *human)
+    train, test = seen.pop()
+    assert (train.num_classes, len(train), len(test)) == (4, 16, 4) and set(test.labels) == {0, 1}
+    kept = [i for i, k in enumerate(rows["train"]["label"]) if k < 2]
+    assert train.labels.tolist() == [given[i] for i in kept] and set(train.clean_labels) == {0, 1}
+    with pytest.raises(SystemExit, match="--classes 5: expected 2 to 4"):
+        start(monkeypatch, "cifar100_noise.py", *argv, "--classes", 5, "--output_dir", tmp_path / "five")
+
+
 def test_cifar100_noise_refuses_unknown_noise(tmp_path, pictures, monkeypatch):
     with pytest.raises(SystemExit, match="--noise salt: expected symmetric"):
         start(monkeypatch, "cifar100_noise.py", "--data", pictures, "--noise", "salt", "--output_dir", tmp_path)
@@ -207,6 +251,7 @@ def test_finetune_mylc(source, tmp_path, pictures, monkeypatch, capsys):
     assert ("before training" in capsys.readouterr().out) == (source == "folder")
     assert 0 <= json.loads((out / "results.json").read_text())["eval_accuracy"] <= 1
     assert next(out.glob("checkpoint-*/loss.safetensors"))
+    assert (out / "pictures" / "curves.png").exists()
     timm.create_model(f"local-dir:{out / 'model'}", pretrained=True)
 
 

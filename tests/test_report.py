@@ -2,7 +2,9 @@
 
 import json
 import math
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
@@ -95,3 +97,23 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install kd-plugins\[recipes\]"):
         report.curves(make_log(), tmp_path / "c.png")
+
+
+def test_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """Of one run and of several, into the folder of the first; folders of the same name keep apart."""
+    for name in ("x/ce", "y/ce", "y/smkd"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"global_step": 1, "log_history": make_log()}))
+    monkeypatch.chdir(tmp_path)
+    for runs, drawn in {
+        ("x/ce",): ["curves.png", "selection.png"],
+        ("x/ce", "y/smkd"): ["curves.png", "selection-ce.png", "selection-smkd.png"],
+        ("y/ce", "x/ce"): ["curves.png", "selection-y-ce.png", "selection-x-ce.png"],
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["report", *runs])
+        runpy.run_path(report.__file__, run_name="__main__")
+        assert capsys.readouterr().out.split() == [str(Path(runs[0], "pictures", name)) for name in drawn]
+        assert all((tmp_path / runs[0] / "pictures" / name).exists() for name in drawn)
+    monkeypatch.setattr(sys, "argv", ["report"])
+    with pytest.raises(SystemExit, match="usage"):
+        runpy.run_path(report.__file__, run_name="__main__")
