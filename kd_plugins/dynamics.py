@@ -180,7 +180,7 @@ def _drop_after(folder: Path, step: int) -> None:
 def read_dynamics(folder: str | Path) -> Dataset:
     """All visits as a ``datasets.Dataset`` in memory, in no promised order; also of a run that is still going.
 
-    It takes 26 bytes a visit with two networks. :func:`summarise` reads the folder an epoch at a time.
+    It takes 24 bytes a visit with two networks. :func:`summarise` reads the folder an epoch at a time.
     """
     return Dataset(_segments(folder).to_table())
 

@@ -331,7 +331,8 @@ def run(cells: list[Cell], jobs: int) -> dict[str, str]:
             running.append(process)
             ok = process.wait() == 0
         if ok:
-            clock = {"seconds": round(time.time() - started), "jobs": jobs, "command": cell.command[1:]}
+            name = torch.cuda.get_device_name(worker % devices) if devices else f"{os.cpu_count()} CPU cores"
+            clock = {"seconds": round(time.time() - started), "jobs": jobs, "device": name, "command": cell.command[1:]}
             (cell.folder / "clock.json").write_text(json.dumps(clock, indent=1))
             bar.update()
             bar.set_postfix_str(f"{cell.row} {cell.column} {cell.seed}".strip() or "teachers")
@@ -392,7 +393,8 @@ def tidy(s: Settings, cells: list[Cell], table: Table) -> pd.DataFrame:
                 paper = table.paper.get((cell.row, cell.column)) if metric == table.metric else None
                 rows.append({"table": s.table, "budget": s.budget, "row": cell.row, "column": cell.column, "seed": cell.seed,
                              "metric": metric, "value": float(value), "paper": None if paper is None else paper / 100,
-                             "seconds": clock.get("seconds"), "command": " ".join(clock.get("command", []))})  # fmt: skip
+                             **{key: clock.get(key) for key in ("seconds", "jobs", "device")},
+                             "command": " ".join(clock.get("command", []))})  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -452,6 +454,8 @@ def picture(s: Settings, table: Table, figures: pd.DataFrame, path: Path, captio
                 ax.plot(values.mean(), at, "|", color=colour, markersize=10, markeredgewidth=3)
             if (row, column) in table.paper and s.budget == "full":
                 ax.plot(table.paper[row, column], at, "D", color=colour, markerfacecolor="none", markersize=5)
+    if table.paper and s.budget == "full":
+        ax.plot([], [], "D", color=report.GREY, markerfacecolor="none", markersize=5, label="the paper")
     ax.set_yticks(range(len(rows)), rows)
     ax.set_xlabel(f"{'mean over networks, ' if table.metric == 'eval_accuracy' else ''}top-1 test accuracy [%]")
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)

@@ -73,6 +73,7 @@ def test_matrix_is_run_once_and_published(start, capsys):
     assert set(figures.metric) == {"eval_accuracy", "eval_accuracy_a"} and set(figures.budget) == {"full"}
     assert figures[figures.metric == "eval_accuracy_a"].paper.isna().all()
     assert one.command.str.contains("--refine mylc").all()
+    assert one.device.str.contains("CPU cores|NVIDIA|AMD").all() and one.jobs.tolist() == [3, 3]
 
     start("--seeds", 2, "--jobs", 3)
     assert set(starts(root).values()) == {1}  # nothing twice
