@@ -7,6 +7,7 @@ D feature dimension · z logits · p = softmax(z) · q the label as a distributi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -111,13 +112,14 @@ class Prediction:
         self.log_p = log_p  # [B, C]
         self._p: Tensor | None = None
         self._entropy: Tensor | None = None
+        self._certainty: Tensor | None = None
 
     @staticmethod
     def of(logits: Tensor | Prediction) -> Prediction:
         return logits if isinstance(logits, Prediction) else Prediction(F.log_softmax(logits, dim=-1))
 
     def detach(self) -> Prediction:
-        return Prediction(self.log_p.detach())
+        return Prediction(self.log_p.detach()) if self.log_p.requires_grad else self
 
     @property
     def num_classes(self) -> int:
@@ -132,5 +134,93 @@ class Prediction:
     @property
     def entropy(self) -> Tensor:  # [B], nats
         if self._entropy is None:
-            self._entropy = torch.special.entr(self.p).sum(-1).clamp_min(0.0)
+            # entr takes a logarithm again, but its gradient is finite at p = 0
+            h = entropy(self.log_p) if self.log_p.requires_grad else -mean_log(self.p, self.log_p)
+            self._entropy = h.clamp_min(0.0)
         return self._entropy
+
+    @property
+    def certainty(self) -> Tensor:  # [B], in [0, 1]
+        if self._certainty is None:
+            self._certainty = certainty(self.entropy, self.num_classes)
+        return self._certainty
+
+
+def mean_log(p: Tensor, log_q: Tensor) -> Tensor:
+    """Σ_c p_c log q_c per row, for constants: ([B, C], [B, C]) -> [B]. 0 log 0 = 0; a NaN in p stays."""
+    return (p * log_q).nansum(-1) + 0.0 * p[:, 0]  # softmax spreads a NaN over its row
+
+
+class _WithGradients(torch.autograd.Function):
+    """Values [B] that come with their gradients: ``apply(value, *gradients [B, C], *logits [B, C])``."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[: len(tensors) // 2])
+        return value.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        gradients = ctx.saved_tensors
+        return None, *[None] * len(gradients), *[upstream.unsqueeze(1) * gradient for gradient in gradients]
+
+
+def mixed_cross_entropy(
+    logits: Sequence[Tensor],
+    preds: Sequence[Prediction],
+    target: Tensor,
+    shares: Sequence[tuple[Tensor, Tensor | None]],
+    weights: Sequence[Tensor | float],
+    own: float,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Σ_k [ own · H(q~_k, p_k) + Σ_{j≠k} w_j H(q~_j, p_k) ] per sample, for constant labels q~_j = a_j q + b_j p_j.
+
+    The same as cross-entropies with the q~_j, without writing any of them down: H(q~_j, p_k) = a_j H(q, p_k) + b_j H(p_j, p_k), and
+    the gradient at z_k is Σ_j w_jk [ (a_j + b_j) p_k - a_j q - b_j p_j ] with w_kk = own. It is written where log p_k was.
+
+    Args:
+        logits: [B, C] of each peer.
+        preds: their predictions, constants; of no use afterwards.
+        target: class indices [B] or distributions [B, C].
+        shares: (a_j, b_j) of each peer, [B] each; b_j is None where it is 0.
+        weights: w_j, [B] or a number.
+        own: weight of a peer's own label.
+
+    Returns:
+        The sum [B], and H(q~_k, p_k) and Σ_{j≠k} w_j H(q~_j, p_k) of each peer, [B] each.
+    """
+    peers = range(len(logits))
+    index = target.unsqueeze(1) if target.dim() == 1 else None
+    total: Tensor = 0.0  # type: ignore[assignment]
+    owns, lessons, gradients, factors = [], [], [], []
+    for k in peers:
+        log_p = preds[k].log_p
+        label = -(log_p.gather(1, index).squeeze(1) if index is not None else mean_log(target, log_p))  # H(q, p_k)
+        lesson: Any = torch.zeros_like(label)
+        mass, named, mixed = own * shares[k][0], own * shares[k][0], []  # of p_k, q and the other p_j in the gradient
+        for j in peers:
+            a, b = shares[j]
+            if j == k:
+                owns.append(a * label if b is None else a * label + b * preds[k].entropy)
+                continue
+            cost = a * label if b is None else a * label - b * mean_log(preds[j].p, log_p)
+            lesson, named = lesson + weights[j] * cost, named + weights[j] * a
+            mass = mass + weights[j] * (a if b is None else a + b)
+            if b is not None:
+                mixed.append((j, weights[j] * b))
+        lessons.append(lesson)
+        factors.append((mass, named, mixed))
+        total = total + own * owns[k] + lesson
+    if not any(z.requires_grad for z in logits):
+        return total, owns, lessons
+    for k, (mass, named, mixed) in enumerate(factors):
+        gradient = torch.mul(preds[k].p, mass.unsqueeze(1), out=preds[k].log_p)
+        for j, weight in mixed:
+            gradient.addcmul_(preds[j].p, weight.unsqueeze(1), value=-1.0)
+        if index is not None:
+            gradient.scatter_add_(1, index, -named.unsqueeze(1))
+        else:
+            gradient.addcmul_(target, named.unsqueeze(1), value=-1.0)
+        gradients.append(gradient)
+    return _WithGradients.apply(total, *gradients, *logits), owns, lessons

@@ -87,12 +87,10 @@ class RunningMean(KeepsPrecision):
     def update(self, values: Tensor) -> None:  # [B]
         # a NaN would stay in the mean for ever, also where the GradScaler skips the step
         known = torch.isfinite(values)
-        total = torch.where(known, values, 0.0).sum().to(self.mean.dtype)
-        total, n = sum_over_ranks(torch.stack([total, known.sum().to(total.dtype)]))  # one message
-        seen = (self.count + n).clamp(max=self.window)
-        share = (n / seen.clamp_min(1.0)).clamp(max=1.0)
-        self.mean.add_(share * (total / n.clamp_min(1.0) - self.mean))
-        self.count.copy_(seen)
+        sums = [torch.where(known, values, 0.0).sum(dtype=self.mean.dtype), known.sum(dtype=self.mean.dtype)]
+        total, n = sum_over_ranks(torch.stack(sums))  # one message
+        self.count.add_(n).clamp_(max=self.window)
+        self.mean.add_((total - n * self.mean) / torch.maximum(self.count, n).clamp_min(1.0))
 
 
 class SampleTable(KeepsPrecision):

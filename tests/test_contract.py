@@ -200,10 +200,41 @@ class HoldsConstants(TorchFunctionMode):
         return self
 
 
+def written_out(loss):
+    """The loss with its refined labels as tensors [B, C], where it would only count with their shares."""
+    for module in loss.modules():
+        if isinstance(module, Loss):
+            module.indices = False
+    return loss
+
+
+@pytest.mark.parametrize("name", [n for n in list_losses() if make(n).indices])
+@pytest.mark.parametrize("kind", ["index", "soft", "impossible class"])
+def test_labels_that_are_not_written_down(name, kind):
+    """The same value, gradients and diagnostics as with them, on class indices and distributions, and where a p is 0."""
+    (a, x), (b, _) = pair(name), pair(name)
+    if kind == "soft":
+        x = x.replace(target=torch.rand(B, C, dtype=torch.float64).softmax(-1))
+    elif kind == "impossible class":
+        with torch.no_grad():
+            for z in x.logits:
+                z[0, (int(x.target[0]) + 1) % C] = -torch.inf
+    for _ in range(2):  # the second time with state
+        a.zero_grad()
+        got, want = x(a), x(written_out(b))
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(a.stats, b.stats, check_dtype=False)
+        weights = torch.tensor(1.7, dtype=torch.float64)
+        for mine, theirs in zip(torch.autograd.grad(weights * got, leaves(x)), torch.autograd.grad(weights * want, leaves(x)),
+                                strict=True):  # fmt: skip
+            torch.testing.assert_close(mine, theirs)
+
+
 @every
 def test_gradient_is_the_slope_of_the_value(name):
     """gradcheck in float64, with a fresh copy at each point and all that is detached held where it was."""
     loss, x = pair(name)
+    loss = written_out(loss)  # what is not written down counts with constants, and has its own test above
     value = x(copy.deepcopy(loss))
     grads = torch.autograd.grad(value, leaves(x), allow_unused=True)
     hold = HoldsConstants()

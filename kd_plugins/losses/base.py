@@ -59,11 +59,13 @@ class Loss(KeepsPrecision):
     Attributes:
         reads: the keywords that ``forward`` wants, from the signature of ``per_sample``.
         peers: True if ``logits`` is a sequence of the logits of several networks.
+        indices: True if ``per_sample`` also takes class indices [B] as they are, and is faster for it.
         stats: detached 0-d diagnostics of the last forward, by name.
     """
 
     reads: frozenset[str] = frozenset()
     peers: bool = False
+    indices: bool = False
     stats: dict[str, Tensor]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -89,7 +91,8 @@ class Loss(KeepsPrecision):
     def forward(self, logits: Tensor | Sequence[Tensor], target: Tensor, **extra: Any) -> Tensor:
         first = self._check(logits, target, extra)
         with torch.autocast(first.device.type, enabled=False):  # CPU autocast would leave log_softmax in bfloat16
-            target = as_probs(target, first.shape[-1], _full(first).dtype)
+            if target.dim() == 2 or not self.indices:
+                target = as_probs(target, first.shape[-1], _full(first).dtype)
             full: Any = [_full(z) for z in logits] if self.peers else _full(first)
             extra = {name: _prepare(name, value, self) for name, value in extra.items()}
             self.stats = {}  # whoever calls per_sample empties them: torch.compile would guard on what they held before

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import Prediction, as_probs, certainty, cross_entropy, logistic
+from ..functional import Prediction, as_probs, cross_entropy, logistic, mixed_cross_entropy
 from ..state import RunningMean, in_eval, sum_over_ranks
 from .base import Loss, Progress, register_loss
 
@@ -29,8 +29,16 @@ class Refined(Loss):
         """The refined label q~ [B, C] of logits [B, C] and distributions [B, C]; rows sum to 1 (CP: to 1 - 2 eps)."""
         raise NotImplementedError
 
+    def shares(self, pred: Prediction) -> tuple[Tensor, Tensor | None]:
+        """(a, b), constants [B], of a label q~ = a q + b p, for a class with ``indices``; b is None where it is 0."""
+        raise NotImplementedError
+
     def per_sample(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
+        if self.indices and self.detach and isinstance(logits, Tensor):
+            pred = Prediction.of(logits.detach())
+            return mixed_cross_entropy([logits], [pred], target, [self.shares(pred)], [0.0], own=1.0)[0]
         pred = Prediction.of(logits)
+        target = as_probs(target, pred.num_classes, pred.log_p.dtype)
         return cross_entropy(pred.log_p, self.refine(pred.detach() if self.detach else pred, target))
 
 
@@ -53,6 +61,11 @@ class CE(Refined):
     >>> CE()(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
     tensor(0.6931)
     """
+
+    indices = True
+
+    def shares(self, pred: Prediction) -> tuple[Tensor, None]:
+        return torch.ones_like(pred.log_p[:, 0]), None
 
     def refine(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
         return target
@@ -156,6 +169,8 @@ class BootHard(Refined):
 class _SelfTrust(Refined):
     """q~ = (1 - eps) q + eps p with a trust eps = g l(p) per sample: how far training is, times how sure p is."""
 
+    indices = True
+
     def __init__(self, detach: bool = True, **base: Any) -> None:
         super().__init__(**base)
         self.detach = detach
@@ -164,13 +179,17 @@ class _SelfTrust(Refined):
         """g, a 0-d tensor in [0, 1]."""
         raise NotImplementedError
 
+    @torch.no_grad()  # the weights are not differentiated, also where q~ is
+    def shares(self, pred: Prediction) -> tuple[Tensor, Tensor]:
+        pred = pred.detach()
+        eps = self.trust(pred).to(pred.log_p.dtype) * pred.certainty
+        self.stats["eps"] = eps.mean()
+        return 1.0 - eps, eps
+
     def refine(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
         pred = Prediction.of(logits)
-        p = pred.p  # before no_grad: what is first computed in there stays without gradient
-        with torch.no_grad():  # the weights are not differentiated, also where q~ is
-            eps = self.trust(pred).to(target.dtype) * certainty(pred.entropy, pred.num_classes)
-        self.stats["eps"] = eps.mean()
-        return _mix(target, p, eps.unsqueeze(-1))
+        a, b = self.shares(pred)
+        return a.unsqueeze(-1) * target + b.unsqueeze(-1) * pred.p
 
 
 @register_loss("proselflc")
@@ -235,7 +254,7 @@ class MyLC(_SelfTrust):
 
     def trust(self, pred: Prediction) -> Tensor:
         if self.training:
-            self.mean_certainty.update(certainty(pred.entropy, pred.num_classes))
+            self.mean_certainty.update(pred.certainty)
         r = self.stats["r"] = self.r
         return logistic(r - self.rho, self.b1)
 
@@ -256,7 +275,7 @@ class MyLC(_SelfTrust):
                 pixels = batch["pixel_values"] if isinstance(batch, dict) else batch[0]
                 logits = model(pixels.to(device))
                 pred = Prediction.of(getattr(logits, "logits", logits).float())
-                sure = certainty(pred.entropy, pred.num_classes).to(total.device)
+                sure = pred.certainty.to(total.device)
                 total += torch.stack([sure.sum(), torch.full_like(sure.sum(), len(sure))])
         total = sum_over_ranks(total)  # once: ranks may hold different numbers of batches
         if total[1] == 0:

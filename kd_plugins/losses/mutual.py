@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import Prediction, cross_entropy, logistic
+from ..functional import Prediction, as_probs, cross_entropy, logistic, mixed_cross_entropy
 from ..state import KeepsPrecision
 from .base import Loss, Progress, register_loss
 from .label import MyLC, Refined
@@ -22,6 +22,7 @@ class Selector(KeepsPrecision):
     """Which samples a network may teach: ``(logits [B, C], target [B, C]) -> mask [B]`` of booleans, never differentiated."""
 
     stats: dict[str, Tensor]
+    reads_target = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,12 +35,16 @@ class Selector(KeepsPrecision):
 class Everything(Selector):
     """Every sample: the "all knowledge" limit of SMKD."""
 
+    reads_target = False
+
     def forward(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
         return torch.ones(target.shape[0], dtype=torch.bool, device=target.device)
 
 
 class Nothing(Selector):
     """No sample: "zero knowledge", the networks train side by side and independently."""
+
+    reads_target = False
 
     def forward(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
         return torch.zeros(target.shape[0], dtype=torch.bool, device=target.device)
@@ -62,6 +67,8 @@ class Confident(Selector):
     >>> Confident(eta=2, b2=0)(torch.tensor([[5.0, 0.0], [0.1, 0.0]]), torch.zeros(2, 2))
     tensor([ True, False])
     """
+
+    reads_target = False
 
     def __init__(self, eta: float = 2.0, b2: float = -6.0) -> None:
         super().__init__()
@@ -135,15 +142,19 @@ class Mutual(Loss):
         self.refine: Any = nn.ModuleList([refine, *(copy.deepcopy(refine) for _ in range(num_peers - 1))])
         self.select, self.own, self.normalize, self.num_peers = select, own, normalize, num_peers
         self.reads = refine.reads
+        # labels that are mixtures of q and p are never written down
+        self.indices = isinstance(refine, Refined) and refine.indices and refine.detach and not select.reads_target
         self.watch = False  # keep the last selection, for whoever wants to look at it
         self.selection: list[tuple[Tensor, Tensor]] = []  # per peer: mask [B], class that its target names [B]
 
     def per_sample(self, logits: Sequence[Tensor], target: Tensor, **extra: Any) -> Tensor:  # type: ignore[override]
         if len(logits) != self.num_peers:
             raise ValueError(f"{type(self).__name__} was made for num_peers={self.num_peers}, got {len(logits)} logits")
+        self.stats, self.selection = {}, []
+        if self.indices:
+            return self._mixed(logits, target)
         preds = [Prediction.of(z) for z in logits]
         consts = [pred.detach() for pred in preds]
-        self.stats, self.selection = {}, []
 
         total = torch.zeros_like(preds[0].log_p[:, 0])
         taught, owns = [], []  # per teacher: its targets [B, C] and their weights [B]; per peer: its own loss [B]
@@ -164,13 +175,9 @@ class Mutual(Loss):
             mask = self.select(const, target)
             if self.watch:
                 self.selection.append((mask, q.detach().argmax(-1)))
-            weight = mask.to(total.dtype)
-            if self.normalize == "selected":  # times B, since the batch mean will divide by it
-                weight = weight * (weight.shape[0] / weight.sum().clamp_min(1.0))
-            taught.append((q.detach(), weight))
-            peer = peer_name(k)
-            self.stats |= {f"own_{peer}": own.detach().mean(), f"selected_{peer}": mask.float().mean()}
-            self.stats |= {f"{name}_{peer}": value for name, value in refine.stats.items()}
+            taught.append((q.detach(), self._weight(mask, total.dtype, k)))
+            self.stats[f"own_{peer_name(k)}"] = own.detach().mean()
+            self.stats |= {f"{name}_{peer_name(k)}": value for name, value in refine.stats.items()}
 
         for k, (refine, pred) in enumerate(zip(self.refine, preds, strict=True)):
             lesson = torch.zeros_like(total)
@@ -184,11 +191,43 @@ class Mutual(Loss):
         self.stats |= self.select.stats
         return total
 
+    def _weight(self, mask: Tensor, dtype: torch.dtype, k: int) -> Tensor:
+        """What peer k's targets weigh, [B]."""
+        weight = mask.to(dtype)
+        share = self.stats[f"selected_{peer_name(k)}"] = weight.mean()
+        if self.normalize == "selected":  # times B / n, since the batch mean will divide by B
+            weight = weight / share.clamp_min(1.0 / len(weight))
+        return weight
+
+    def _mixed(self, logits: Sequence[Tensor], target: Tensor) -> Tensor:
+        """The same where each q~ is a constant a q + b p."""
+        preds = [Prediction.of(z.detach()) for z in logits]
+        shares, weights = [], []
+        for k, (refine, pred) in enumerate(zip(self.refine, preds, strict=True)):
+            refine.stats = {}
+            shares.append(refine.shares(pred))
+            mask = self.select(pred, target)
+            if self.watch:
+                self.selection.append((mask, _named(pred, target, *shares[k])))
+            weights.append(self._weight(mask, pred.log_p.dtype, k))
+            self.stats |= {f"{name}_{peer_name(k)}": value for name, value in refine.stats.items()}
+        total, owns, lessons = mixed_cross_entropy(logits, preds, target, shares, weights, self.own)
+        for k, (own, lesson) in enumerate(zip(owns, lessons, strict=True)):
+            self.stats |= {f"own_{peer_name(k)}": own.mean(), f"taught_{peer_name(k)}": lesson.mean()}
+        self.stats |= self.select.stats
+        return total
+
     def prime(self, models: Sequence[nn.Module], loader: Iterable[Any]) -> list[Tensor]:
         """Set the r of each peer's MyLC from one pass over ``loader``: see :meth:`MyLC.prime`."""
         if not isinstance(self.refine[0], MyLC):
             raise TypeError(f"prime sets MyLC's r; these peers use {type(self.refine[0]).__name__}, which has none")
         return [refine.prime(model, loader) for refine, model in zip(self.refine, models, strict=True)]  # type: ignore[operator]
+
+
+def _named(pred: Prediction, target: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
+    """The largest class of a q + b p, [B]."""
+    q = as_probs(target, pred.num_classes, pred.log_p.dtype)
+    return (q if b is None else a.unsqueeze(1) * q + b.unsqueeze(1) * pred.p).argmax(-1)
 
 
 @register_loss("smkd")
