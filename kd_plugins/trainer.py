@@ -10,6 +10,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from .models import Hosted, averages_of, class_count, export, has_features, logi
 from .state import SampleTable
 
 logger = logging.get_logger(__name__)
+DATA = "training_data.json"  # in each checkpoint
 
 
 @dataclass
@@ -349,6 +351,7 @@ class MutualDistillationTrainer(Trainer):
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         # networks in channels_last are strided, and safetensors takes packed tensors only
         super()._save(output_dir, {name: value.contiguous() for name, value in state_dict.items()})
+        Path(output_dir or str(self.args.output_dir), DATA).write_text(json.dumps(_identity(self.train_dataset)))
 
     def _refuse_nan(self, means: dict[str, float]) -> None:
         if not math.isfinite(means["loss"]):
@@ -363,6 +366,8 @@ class MutualDistillationTrainer(Trainer):
         """As the Trainer's. ``resume_from_checkpoint=True`` goes on from the last complete checkpoint, if there is one."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint:
+            _refuse_other_data(Path(resume_from_checkpoint, DATA), self.train_dataset)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
         for name, view in _named({"train": self.train_dataset}, self.eval_dataset):
             broken = sorted(set(gather_object(view.broken()))) if hasattr(view, "broken") else []
@@ -546,6 +551,30 @@ def _refuse_tables(loss: Loss, view: Any) -> None:
         if isinstance(module, SampleTable) and rows not in (None, module.num_samples):
             raise ValueError(f"{name} of {type(loss).__name__} has num_samples={module.num_samples} rows, the training data "
                              f"{rows}: samples would share rows, or have none")  # fmt: skip
+
+
+def _identity(view: Any) -> dict[str, Any]:
+    """What tells training data from other training data: their rows, and a digest of their labels where they show them."""
+    labels = getattr(view, "labels", None)
+    digest = (
+        None
+        if labels is None
+        else blake2b(np.ascontiguousarray(labels, np.int64).tobytes(), digest_size=16).hexdigest()
+    )
+    return {"rows": len(view) if hasattr(view, "__len__") else None, "labels": digest}
+
+
+def _refuse_other_data(path: Path, view: Any) -> None:
+    """A run goes on with the data that it began with."""
+    if not path.exists():  # of an earlier version
+        return
+    then, now = json.loads(path.read_text(encoding="utf-8")), _identity(view)
+    if then != now:
+        what = (
+            f"{then['rows']} rows, now {now['rows']}" if then["rows"] != now["rows"] else "other labels in as many rows"
+        )
+        raise ValueError(f"{path.parent} was trained on other data: {what}; tables by sample and the order of the samples would "
+                         "no longer fit. Give it the same data, or train anew into another output_dir")  # fmt: skip
 
 
 def _refuse_labels(view: Any, peers: list[nn.Module], name: str) -> None:
