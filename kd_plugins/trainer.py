@@ -10,12 +10,15 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, gather_object
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
@@ -72,6 +75,9 @@ class MutualTrainingArguments(TrainingArguments):
             self.use_cpu = True  # else bf16 and a second process fail or run apart
         if any(not 0 < m < 1 for m in self.milestones) or sorted(self.milestones) != list(self.milestones):
             raise ValueError(f"milestones={self.milestones}: expected rising shares of the training, each in (0, 1)")
+        if self.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            # transformers does it too, but forgets ddp_timeout on CPUs: a process cut off from others would wait for half an hour
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
 
 
@@ -351,7 +357,9 @@ class MutualDistillationTrainer(Trainer):
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         # networks in channels_last are strided, and safetensors takes packed tensors only
         super()._save(output_dir, {name: value.contiguous() for name, value in state_dict.items()})
-        Path(output_dir or str(self.args.output_dir), DATA).write_text(json.dumps(_identity(self.train_dataset)))
+        if self.args.should_save:
+            path = Path(output_dir or str(self.args.output_dir), DATA)
+            path.write_text(json.dumps(_identity(self.train_dataset)), encoding="utf-8")
 
     def _refuse_nan(self, means: dict[str, float]) -> None:
         if not math.isfinite(means["loss"]):
