@@ -1,0 +1,354 @@
+"""What the library costs, as ratios measured in one run: each row against the same work without it, in turns.
+
+    python recipes/benchmark.py                          # every row that this machine can measure
+    python recipes/benchmark.py --rows "loss" "import"   # rows whose name holds one of these
+    python recipes/benchmark.py --quick                  # smaller networks and data: minutes instead of a quarter of an hour
+
+Both sides of a ratio are warmed up and then run in turns; the figure is the median of the ratios of neighbouring runs, so that a
+machine that is slow for a while is slow for both. The table goes to the screen, and with hardware and versions into
+`--output`. Rows with "GPU" in their name want one.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from transformers import TrainerCallback
+
+import kd_plugins.models  # noqa: F401  makes resnet18_cifar known to timm
+from kd_plugins import (
+    AEKD,
+    AVER,
+    CAMKD,
+    CE,
+    KD,
+    SMKD,
+    LabelRevision,
+    MutualDistillationTrainer,
+    MutualTrainingArguments,
+    MyLC,
+    Selected,
+)
+from kd_plugins.data import ImageView, noisy_view, symmetric
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+Row = tuple[float, str, float]  # figure, unit, the figure to reach
+
+
+def seconds(work: Callable[[], object]) -> float:
+    if GPU:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if GPU:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def ratio(ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 11, warm: int = 2) -> float:
+    """Median over neighbouring runs of time of ours to time of theirs."""
+    for _ in range(warm):
+        ours(), theirs()
+    return statistics.median(seconds(ours) / seconds(theirs) for _ in range(repeats))
+
+
+def calls(work: Callable[[], object], count: int) -> Callable[[], None]:
+    """Many short calls as one: the clock has its own cost."""
+
+    def several() -> None:
+        for _ in range(count):
+            work()
+
+    return several
+
+
+# ------------------------------------------------------------------------------------------------------------- the rows
+
+
+def loss_alone(batch: int, classes: int, compiled: bool) -> Row:
+    """SMKD + MyLC, forward and backward, against two cross-entropies of torch."""
+    zs = [torch.randn(batch, classes, device=DEVICE, requires_grad=True) for _ in range(2)]
+    y = torch.randint(classes, (batch,), device=DEVICE)
+    smkd, plain = SMKD(MyLC(window=50_000)).to(DEVICE), nn.CrossEntropyLoss()
+    smkd.set_progress(0.5)
+    ours: Callable = torch.compile(smkd, fullgraph=True) if compiled else smkd
+
+    def both(loss: Callable[[], torch.Tensor]) -> None:
+        loss().backward()
+        for z in zs:
+            z.grad = None
+
+    count = max(1, 200_000 // (batch * classes // 10))
+    figure = ratio(calls(lambda: both(lambda: ours(tuple(zs), y)), count),
+                   calls(lambda: both(lambda: plain(zs[0], y) + plain(zs[1], y)), count))  # fmt: skip
+    return figure, "x two cross-entropies", 1.5 if compiled else 2.5
+
+
+def step_of_a_pair(name: str, size: int, batch: int, quick: bool) -> Row:
+    """A training step of two networks: SMKD + MyLC against cross-entropy."""
+    if quick:
+        name, size, batch = "resnet10_cifar", 32, 64
+    nets = [timm.create_model(name, num_classes=100).to(DEVICE, memory_format=torch.channels_last) for _ in range(2)]
+    optimizer = torch.optim.SGD([p for net in nets for p in net.parameters()], lr=1e-3, momentum=0.9)
+    x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=torch.channels_last)
+    y = torch.randint(100, (batch,), device=DEVICE)
+    smkd, plain = SMKD(MyLC(window=50_000)).to(DEVICE), nn.CrossEntropyLoss()
+    smkd.set_progress(0.5)
+
+    def step(loss: Callable) -> None:
+        optimizer.zero_grad()
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            zs = tuple(net(x) for net in nets)
+        loss(zs).backward()
+        optimizer.step()
+
+    figure = ratio(lambda: step(lambda zs: smkd(zs, y)), lambda: step(lambda zs: sum(plain(z.float(), y) for z in zs)),
+                   repeats=31 if GPU or quick else 3, warm=1)  # fmt: skip
+    return figure, "x with cross-entropy", 1.03
+
+
+def step_with_teachers(ours, theirs, count: int) -> Row:
+    """A student's step with `count` teachers whose logits are there, two losses against each other."""
+    student = timm.create_model("resnet10_cifar", num_classes=100).to(DEVICE)
+    x, y = torch.randn(64, 3, 32, 32, device=DEVICE), torch.randint(100, (64,), device=DEVICE)
+    masters = [timm.create_model("resnet10_cifar", num_classes=100).to(DEVICE).eval() for _ in range(count)]
+    extra = {"index": torch.arange(64, device=DEVICE)}
+
+    def step(loss) -> None:
+        with torch.no_grad():
+            teacher = torch.stack([master(x) for master in masters])
+        known = {"teacher": teacher, **extra}
+        loss(student(x), y, **{name: known[name] for name in loss.reads}).backward()
+        student.zero_grad()
+
+    losses = [loss.to(DEVICE) for loss in (ours, theirs)]
+    return ratio(lambda: step(losses[0]), lambda: step(losses[1]), repeats=15), "x the step beside it", 1.05
+
+
+def epoch_in_the_trainer(quick: bool) -> Row:
+    """An epoch in MutualDistillationTrainer, after start-up, against the same work in a loop of ten lines."""
+    rows, batch = 512 if quick else 2048, 64
+    pictures = torch.randn(rows, 3, 32, 32)
+    data = [{"pixel_values": pictures[i], "labels": i % 10, "index": i} for i in range(rows)]
+
+    def networks() -> list[nn.Module]:
+        return [timm.create_model("resnet10_cifar", num_classes=10) for _ in range(2)]
+
+    class Clock(TrainerCallback):
+        """Seconds of each epoch."""
+
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            self.start = time.perf_counter()
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            times.append(time.perf_counter() - self.start)
+
+    def plain() -> list[float]:
+        nets = [net.to(DEVICE) for net in networks()]
+        loss = SMKD(MyLC(window=rows)).to(DEVICE)
+        optimizer = torch.optim.SGD([p for net in nets for p in net.parameters()], lr=0.01, momentum=0.9)
+        loader = torch.utils.data.DataLoader(data, batch, shuffle=True)
+        out = []
+        for epoch in range(3):
+            start = time.perf_counter()
+            for i, item in enumerate(loader):
+                loss.set_progress((epoch + i / len(loader)) / 3)
+                x, y = item["pixel_values"].to(DEVICE), item["labels"].to(DEVICE)
+                value = loss(tuple(net(x) for net in nets), y)
+                optimizer.zero_grad()
+                value.backward()
+                optimizer.step()
+            if GPU:
+                torch.cuda.synchronize()
+            out.append(time.perf_counter() - start)
+        return out
+
+    times: list[float] = []
+    ratios = []
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(2 if quick else 3):
+            times.clear()
+            args = MutualTrainingArguments(f"{folder}/{k}", num_train_epochs=3, per_device_train_batch_size=batch,
+                                           save_strategy="no", report_to="none", disable_tqdm=True, learning_rate=0.01,
+                                           logging_steps=10_000)  # fmt: skip
+            loss = SMKD(MyLC(window=rows))
+            MutualDistillationTrainer(networks(), loss, args, train_dataset=data, callbacks=[Clock()]).train()
+            ratios += [ours / theirs for ours, theirs in zip(times[1:], plain()[1:], strict=True)]
+    return statistics.median(ratios), "x a plain loop", 1.05
+
+
+def pictures_on_disk(folder: Path, count: int, side: int) -> None:
+    """The same JPEG files as one folder per class and as parquet."""
+    rng = np.random.default_rng(0)
+    small = rng.integers(0, 256, (count, side // 8, side // 8, 3), dtype=np.uint8)
+    for i in range(count):
+        path = folder / "train" / f"class{i % 4}" / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(small[i]).resize((side, side), Image.Resampling.BILINEAR).save(path, quality=90)
+    files = sorted((folder / "train").rglob("*.jpg"))
+    rows = [{"image": {"bytes": p.read_bytes(), "path": None}, "label": int(p.parent.name[5:])} for p in files]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=4)})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
+
+
+def data_rate(kind: str, quick: bool) -> Row:
+    """Rows a second decoded, augmented and batched, against timm's own loader on the same files: higher is better."""
+    count, side = (256 if quick else 1024), 256
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pictures_on_disk(folder, count, side)
+        transform = timm.data.create_transform(224, is_training=True, color_jitter=None)  # what the loader makes too
+        if kind == "parquet":
+            data = datasets.Dataset.from_parquet(str(folder / "train.parquet"), cache_dir=name)
+        else:
+            data = datasets.load_dataset("imagefolder", data_dir=str(folder / "train"), split="train", cache_dir=name)
+        view = ImageView(data, transform)
+        theirs = timm.data.create_dataset("", root=str(folder / "train"))
+        loader = timm.data.create_loader(theirs, (3, 224, 224), 64, is_training=True, num_workers=0, use_prefetcher=False,
+                                         color_jitter=None, persistent_workers=False)  # fmt: skip
+
+        def run(batches) -> None:
+            for _ in batches:
+                pass
+
+        ours = torch.utils.data.DataLoader(view, 64, shuffle=True, drop_last=True)
+        return 1 / ratio(lambda: run(ours), lambda: run(loader), repeats=5, warm=1), "x timm's rows a second", 1.3
+
+
+def noisy_view_of_millions() -> Row:
+    rows = 2_400_000
+    table = {"label": np.arange(rows) % 1000, "path": [""] * rows}
+    features = datasets.Features({"label": datasets.ClassLabel(num_classes=1000), "path": datasets.Value("string")})
+    data = datasets.Dataset.from_dict(table, features=features)
+    noise = symmetric(1000, 0.4)
+    return seconds(lambda: noisy_view(data, noise, seed=0)), "s", 1.0
+
+
+def import_time() -> Row:
+    def start(module: str) -> float:
+        code = f"import time; s = time.perf_counter(); import {module}; print(time.perf_counter() - s)"
+        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    times = [(start("kd_plugins"), start("torch")) for _ in range(5)]
+    return statistics.median(ours - theirs for ours, theirs in times), "s more than torch", 0.1
+
+
+def no_synchronisation() -> Row:
+    """Steps of every loss for one network or for peers in which the host waits for the GPU."""
+    from kd_plugins import create_loss, list_losses, loss_class
+
+    waited = 0
+    for name in list_losses():
+        cls = loss_class(name)
+        if cls.reads:
+            continue
+        try:
+            loss = create_loss(name).to(DEVICE)
+        except TypeError:
+            continue  # it wants arguments: tests/test_contract.py has those
+        loss.set_progress(0.5)
+        zs = tuple(torch.randn(64, 10, device=DEVICE, requires_grad=True) for _ in range(2))
+        y = torch.randint(10, (64,), device=DEVICE)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss(zs if cls.peers else zs[0], y).backward()
+        except RuntimeError:
+            waited += 1
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return waited, "losses that wait", 0
+
+
+def peak_memory() -> Row:
+    """At 21,841 classes, SMKD + MyLC against two cross-entropies."""
+
+    def peak(make: Callable[[list[torch.Tensor]], torch.Tensor]) -> int:
+        zs = [torch.randn(256, 21_841, device=DEVICE, requires_grad=True) for _ in range(2)]
+        torch.cuda.reset_peak_memory_stats()
+        make(zs).backward()
+        return torch.cuda.max_memory_allocated()
+
+    y = torch.randint(21_841, (256,), device=DEVICE)
+    smkd, plain = SMKD(MyLC(window=50_000)).to(DEVICE), nn.CrossEntropyLoss()
+    smkd.set_progress(0.5)
+    theirs = peak(lambda zs: plain(zs[0], y) + plain(zs[1], y))
+    return peak(lambda zs: smkd(tuple(zs), y)) / theirs, "x two cross-entropies", 1.25
+
+
+def table(quick: bool) -> dict[str, Callable[[], Row]]:
+    shapes = [(128, 100), (128, 1000), (256, 21_841)]
+    rows: dict[str, Callable[[], Row]] = {
+        "import kd_plugins": import_time,
+        "noisy view, 2.4 million rows": noisy_view_of_millions,
+    }
+    for compiled in (False, True):
+        for b, c in shapes:
+            rows[f"loss alone [{b}, {c}], {'compiled' if compiled else 'eager'}"] = lambda b=b, c=c, k=compiled: (
+                loss_alone(b, c, k)
+            )
+    rows |= {
+        "step of two ResNet-18 at 32 px, SMKD + MyLC": lambda: step_of_a_pair("resnet18_cifar", 32, 128, quick),
+        "AEKD step, five teachers, against AVER": lambda: step_with_teachers(AEKD(), AVER(), 5),
+        "CA-MKD step, three teachers, against KD": lambda: step_with_teachers(CAMKD(), KD(), 3),
+        "LR + DS step, one teacher, against KD": lambda: step_with_teachers(
+            CE() + Selected(torch.arange(64) % 5 > 0, LabelRevision(KD())), CE() + KD(), 1
+        ),
+        "epoch in the Trainer": lambda: epoch_in_the_trainer(quick),
+        "data from parquet": lambda: data_rate("parquet", quick),
+        "data from folders": lambda: data_rate("folders", quick),
+    }
+    if GPU:
+        rows |= {
+            "step of two ResNet-50 at 224 px, SMKD + MyLC, GPU": lambda: step_of_a_pair("resnet50", 224, 32, quick),
+            "host synchronisations, GPU": no_synchronisation,
+            "peak memory [256, 21841], GPU": peak_memory,
+        }
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=[""], help="names, or parts of them")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--output", default="runs/benchmark.json")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    device = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    threads = torch.get_num_threads()
+    names = ("torch", "timm", "transformers", "datasets", "kd-plugins")
+    results = {
+        "device": device,
+        "threads": threads,
+        "quick": args.quick,
+        "versions": {n: version(n) for n in names},
+        "rows": {},
+    }
+    print(f"{device}, {threads} threads\n\n| what | measured | to reach |\n|---|---|---|", flush=True)
+    for name, measure in table(args.quick).items():
+        if not any(part in name for part in args.rows):
+            continue
+        figure, unit, goal = measure()
+        results["rows"][name] = {"figure": figure, "unit": unit, "goal": goal}
+        print(f"| {name} | {figure:.3g} {unit} | {goal:g} |", flush=True)
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.output).write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
