@@ -317,3 +317,14 @@ def test_distill_teachers_that_are_trained_first(tmp_path, pictures, monkeypatch
 def test_distill_teachers_refuses(more, match, tmp_path, pictures, monkeypatch):
     with pytest.raises(SystemExit, match=match):
         distil(monkeypatch, tmp_path / "out", pictures, *more)
+
+
+def test_benchmark(tmp_path, monkeypatch, capsys):
+    """Rows by part of their name; figure, goal, hardware and versions as JSON."""
+    rows = ["loss alone [128, 100], eager", "AEKD", "noisy view"]
+    start(monkeypatch, "benchmark.py", "--quick", "--rows", *rows, "--output", tmp_path / "b.json")
+    out = json.loads((tmp_path / "b.json").read_text())
+    assert len(out["rows"]) == 3 and {"torch", "timm", "kd-plugins"} <= set(out["versions"]) and out["device"]
+    assert all(row["figure"] > 0 and row["goal"] > 0 for row in out["rows"].values())
+    assert out["rows"]["noisy view, 2.4 million rows"]["figure"] < 20
+    assert capsys.readouterr().out.count("| loss alone") == 1
