@@ -177,7 +177,7 @@ def mixed_cross_entropy(
     """Σ_k [ own · H(q~_k, p_k) + Σ_{j≠k} w_j H(q~_j, p_k) ] per sample, for constant labels q~_j = a_j q + b_j p_j.
 
     The same as cross-entropies with the q~_j, without writing any of them down: H(q~_j, p_k) = a_j H(q, p_k) + b_j H(p_j, p_k), and
-    the gradient at z_k is Σ_j w_jk [ (a_j + b_j) p_k - a_j q - b_j p_j ] with w_kk = own. It is written where log p_k was.
+    the gradient at z_k is Σ_j w_jk [ a_j (p_k - q) + b_j (p_k - p_j) ] with w_kk = own. It is written where log p_k was.
 
     Args:
         logits: [B, C] of each peer.
@@ -192,13 +192,15 @@ def mixed_cross_entropy(
     """
     peers = range(len(logits))
     index = target.unsqueeze(1) if target.dim() == 1 else None
+    size: Any = 1.0 if index is not None else target.sum(-1)  # of q, which need not be 1
     total: Tensor = 0.0  # type: ignore[assignment]
     owns, lessons, gradients, factors = [], [], [], []
     for k in peers:
         log_p = preds[k].log_p
         label = -(log_p.gather(1, index).squeeze(1) if index is not None else mean_log(target, log_p))  # H(q, p_k)
         lesson: Any = torch.zeros_like(label)
-        mass, named, mixed = own * shares[k][0], own * shares[k][0], []  # of p_k, q and the other p_j in the gradient
+        named, mixed = own * shares[k][0], []  # what q and the other p_j have in the gradient
+        mass = named * size  # and p_k
         for j in peers:
             a, b = shares[j]
             if j == k:
@@ -206,7 +208,7 @@ def mixed_cross_entropy(
                 continue
             cost = a * label if b is None else a * label - b * mean_log(preds[j].p, log_p)
             lesson, named = lesson + weights[j] * cost, named + weights[j] * a
-            mass = mass + weights[j] * (a if b is None else a + b)
+            mass = mass + weights[j] * (a * size if b is None else a * size + b)
             if b is not None:
                 mixed.append((j, weights[j] * b))
         lessons.append(lesson)

@@ -209,12 +209,14 @@ def written_out(loss):
 
 
 @pytest.mark.parametrize("name", [n for n in list_losses() if make(n).indices])
-@pytest.mark.parametrize("kind", ["index", "soft", "impossible class"])
+@pytest.mark.parametrize("kind", ["index", "soft", "of another mass", "impossible class"])
 def test_labels_that_are_not_written_down(name, kind):
     """The same value, gradients and diagnostics as with them, on class indices and distributions, and where a p is 0."""
     (a, x), (b, _) = pair(name), pair(name)
     if kind == "soft":
         x = x.replace(target=torch.rand(B, C, dtype=torch.float64).softmax(-1))
+    elif kind == "of another mass":  # as torch's cross-entropy takes it
+        x = x.replace(target=torch.rand(B, C, dtype=torch.float64))
     elif kind == "impossible class":
         with torch.no_grad():
             for z in x.logits:
