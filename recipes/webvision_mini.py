@@ -138,7 +138,8 @@ def run(s: Settings, args: MutualTrainingArguments, root: Path, method: str) -> 
 def suspects(folder: Path, dynamics: Path, s: Settings, root: Path) -> list[Path]:
     """The labels that are probably wrong, as a table, as pictures, and as a page to go through."""
     train = load_webvision(root) if s.data_dir else load_webvision(root, classes=None)
-    found = find_suspects(dynamics=dynamics, class_names=train.features["label"].names)
+    names = [name.partition(" ")[2] or name for name in train.features["label"].names]  # without n01440764
+    found = find_suspects(dynamics=dynamics, class_names=names)
     text = f"{len(found)} of {len(train)} labels are suspected"
     if not s.data_dir:
         wrong = np.asarray(train["label"]) != np.asarray(train["clean_label"])
