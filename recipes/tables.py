@@ -335,7 +335,7 @@ def run(cells: list[Cell], jobs: int) -> dict[str, str]:
             clock = {"seconds": round(time.time() - started), "jobs": jobs, "device": name, "command": cell.command[1:]}
             (cell.folder / "clock.json").write_text(json.dumps(clock, indent=1))
             bar.update()
-            bar.set_postfix_str(f"{cell.row} {cell.column} {cell.seed}".strip() or "teachers")
+            bar.set_postfix_str(f"{cell.row} {cell.column} {cell.seed}" if cell.row else "teachers")
         return ok
 
     def work(worker: int) -> None:
