@@ -59,14 +59,14 @@ def hosts():
             ip("netns", "del", name)
 
 
-def start(hosts, folder):
+def start(hosts, folder, port):
     """torchrun on both hosts; the processes, whose output goes into files."""
     processes = []
     for k, name in enumerate(hosts):
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-        command += ["--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"10.77.0.1:{PORT}"]
+        command += ["--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"10.77.0.1:{port}"]
         command += ["--rdzv_conf", f"is_host={1 - k}"]  # it would look for its own address under its host name
-        command += ["--rdzv_id", folder.name, "--local_addr", f"10.77.0.{k + 1}", __file__, str(folder)]
+        command += ["--rdzv_id", str(port), "--local_addr", f"10.77.0.{k + 1}", __file__, str(folder)]
         here = Path(__file__).parent
         env = os.environ | {
             "PYTHONPATH": f"{here.parent}:{here}",
@@ -82,7 +82,7 @@ def test_two_hosts_are_one_run_and_a_cut_cable_ends_it(hosts, tmp_path):
     """As one process on the same batches; when one is cut off, the other ends with an error in time, and the run resumes."""
     one, two = tmp_path / "one", tmp_path / "two"
     work(one, 8)
-    processes = start(hosts, two)
+    processes = start(hosts, two, PORT)
     logs = [Path(f"{two}-{k}.log") for k in range(2)]
     try:
         deadline = time.monotonic() + 120
@@ -101,7 +101,13 @@ def test_two_hosts_are_one_run_and_a_cut_cable_ends_it(hosts, tmp_path):
     assert not (two / "end").exists()
 
     ip("-n", hosts[1], "link", "set", "kd1", "up")
-    for process, log in zip(start(hosts, two), logs, strict=True):
-        assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
+    processes = start(hosts, two, PORT + 1)  # what was killed may still hold the first
+    try:
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     ends = [load_file(folder / "end" / "model.safetensors") for folder in (one, two)]
     assert difference(*ends) < 1e-5
