@@ -146,83 +146,139 @@ class Prediction:
         return self._certainty
 
 
+class Predictions:
+    """Predictions of K networks on one batch, as constants: what is known of a sample stands in [K, B].
+
+    One operation for all networks, since at 100 classes a loss is as slow as it has operations.
+
+    Args:
+        logits: [B, C] of each network.
+    """
+
+    def __init__(self, logits: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            self.log_p = [F.log_softmax(z, dim=-1) for z in logits]  # [B, C] each
+            self.p = [log_p.exp() for log_p in self.log_p]
+        self._entropy: Tensor | None = None
+        self._certainty: Tensor | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return self.p[0].shape[-1]
+
+    @property
+    def entropy(self) -> Tensor:  # [K, B], nats
+        if self._entropy is None:
+            h = torch.stack([(p * log_p).nansum(-1) for p, log_p in zip(self.p, self.log_p, strict=True)])
+            self._entropy = (self.nan - h).clamp_(min=0.0)
+        return self._entropy
+
+    @property
+    def certainty(self) -> Tensor:  # [K, B], in [0, 1]
+        if self._certainty is None:
+            self._certainty = certainty(self.entropy, self.num_classes)
+        return self._certainty
+
+    @property
+    def nan(self) -> Tensor:  # [K, B]
+        """0, or NaN where the logits have one: softmax spreads it over its row, and a nansum would hide it."""
+        return 0.0 * torch.stack([p[:, 0] for p in self.p])
+
+
 def mean_log(p: Tensor, log_q: Tensor) -> Tensor:
     """Σ_c p_c log q_c per row, for constants: ([B, C], [B, C]) -> [B]. 0 log 0 = 0; a NaN in p stays."""
     return (p * log_q).nansum(-1) + 0.0 * p[:, 0]  # softmax spreads a NaN over its row
 
 
-class _WithGradients(torch.autograd.Function):
-    """Values [B] that come with their gradients: ``apply(value, *gradients [B, C], *logits [B, C])``."""
+class _MixedGradient(torch.autograd.Function):
+    """Σ_k costs_k [B], with the gradient mass_k p_k - named_k q - Σ_{j≠k} mixed_j p_j at z_k.
+
+    Takes costs [K, B], (mass, named, mixed) [3, K, B] (two where nothing is mixed in), q (classes [B, 1] or [B, C]), every p_k and
+    every z_k. The gradient is written in the backward pass, where its weight in the batch is known.
+    """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors[: len(tensors) // 2])
-        return value.clone()
+    def forward(ctx: Any, costs: Tensor, factors: Tensor, q: Tensor, *peers: Tensor) -> Tensor:
+        ctx.save_for_backward(factors, q, *peers[: len(peers) // 2])
+        return costs.sum(0)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradients = ctx.saved_tensors
-        return None, *[None] * len(gradients), *[upstream.unsqueeze(1) * gradient for gradient in gradients]
+        factors, q, *ps = ctx.saved_tensors
+        mass, named, *mixed = (factors * upstream).unsqueeze(-1)
+        gradients = []
+        for k, p in enumerate(ps):
+            gradient = p * mass[k]
+            for j, other in enumerate(ps):
+                if mixed and j != k:
+                    gradient.addcmul_(other, mixed[0][j], value=-1.0)
+            if q.shape == p.shape:
+                gradient.addcmul_(q, named[k], value=-1.0)
+            else:
+                gradient.scatter_add_(1, q, -named[k])
+            gradients.append(gradient)
+        return None, None, None, *[None] * len(ps), *gradients
 
 
 def mixed_cross_entropy(
     logits: Sequence[Tensor],
-    preds: Sequence[Prediction],
+    preds: Predictions,
     target: Tensor,
-    shares: Sequence[tuple[Tensor, Tensor | None]],
-    weights: Sequence[Tensor | float],
-    own: float,
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    a: Tensor,
+    b: Tensor | None = None,
+    weights: Tensor | None = None,
+    own: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Σ_k [ own · H(q~_k, p_k) + Σ_{j≠k} w_j H(q~_j, p_k) ] per sample, for constant labels q~_j = a_j q + b_j p_j.
 
     The same as cross-entropies with the q~_j, without writing any of them down: H(q~_j, p_k) = a_j H(q, p_k) + b_j H(p_j, p_k), and
-    the gradient at z_k is Σ_j w_jk [ a_j (p_k - q) + b_j (p_k - p_j) ] with w_kk = own. It is written where log p_k was.
+    the gradient at z_k is Σ_j w_jk [ a_j (p_k - q) + b_j (p_k - p_j) ] with w_kk = own.
 
     Args:
         logits: [B, C] of each peer.
-        preds: their predictions, constants; of no use afterwards.
+        preds: their predictions.
         target: class indices [B] or distributions [B, C].
-        shares: (a_j, b_j) of each peer, [B] each; b_j is None where it is 0.
-        weights: w_j, [B] or a number.
+        a, b: [K, B]; b is None where it is 0.
+        weights: w, [K, B]; None for one network.
         own: weight of a peer's own label.
 
     Returns:
-        The sum [B], and H(q~_k, p_k) and Σ_{j≠k} w_j H(q~_j, p_k) of each peer, [B] each.
+        The sum [B], and H(q~_k, p_k) and Σ_{j≠k} w_j H(q~_j, p_k), constants [K, B].
     """
-    peers = range(len(logits))
-    index = target.unsqueeze(1) if target.dim() == 1 else None
-    size: Any = 1.0 if index is not None else target.sum(-1)  # of q, which need not be 1
-    total: Tensor = 0.0  # type: ignore[assignment]
-    owns, lessons, gradients, factors = [], [], [], []
-    for k in peers:
-        log_p = preds[k].log_p
-        label = -(log_p.gather(1, index).squeeze(1) if index is not None else mean_log(target, log_p))  # H(q, p_k)
-        lesson: Any = torch.zeros_like(label)
-        named, mixed = own * shares[k][0], []  # what q and the other p_j have in the gradient
-        mass = named * size  # and p_k
-        for j in peers:
-            a, b = shares[j]
-            if j == k:
-                owns.append(a * label if b is None else a * label + b * preds[k].entropy)
-                continue
-            cost = a * label if b is None else a * label - b * mean_log(preds[j].p, log_p)
-            lesson, named = lesson + weights[j] * cost, named + weights[j] * a
-            mass = mass + weights[j] * (a * size if b is None else a * size + b)
-            if b is not None:
-                mixed.append((j, weights[j] * b))
-        lessons.append(lesson)
-        factors.append((mass, named, mixed))
-        total = total + own * owns[k] + lesson
-    if not any(z.requires_grad for z in logits):
-        return total, owns, lessons
-    for k, (mass, named, mixed) in enumerate(factors):
-        gradient = torch.mul(preds[k].p, mass.unsqueeze(1), out=preds[k].log_p)
-        for j, weight in mixed:
-            gradient.addcmul_(preds[j].p, weight.unsqueeze(1), value=-1.0)
-        if index is not None:
-            gradient.scatter_add_(1, index, -named.unsqueeze(1))
+    with torch.no_grad():
+        if target.dim() == 1:
+            target = target.unsqueeze(1)
+            label = -torch.cat([log_p.gather(1, target) for log_p in preds.log_p], 1).t()  # H(q, p_k), [K, B]
+            size = None
         else:
-            gradient.addcmul_(target, named.unsqueeze(1), value=-1.0)
-        gradients.append(gradient)
-    return _WithGradients.apply(total, *gradients, *logits), owns, lessons
+            size = target.sum(-1)  # of q, which need not be 1
+            label = 0.0 * size + preds.nan - torch.stack([(target * log_p).nansum(-1) for log_p in preds.log_p])
+        owns = a * label if b is None else torch.addcmul(a * label, b, preds.entropy)
+        lessons = taught = torch.zeros_like(a)
+        mixed = None
+        if weights is not None:
+            taught = _others(weights * a)
+            lessons = taught * label
+            if b is not None:
+                mixed = weights * b
+                lessons = lessons + torch.stack([_crossed(preds, mixed, k) for k in range(len(logits))])
+        costs, named = torch.add(lessons, owns, alpha=own), torch.add(taught, a, alpha=own)
+        mass = named if size is None else named * size
+        if mixed is not None:
+            mass = mass + _others(mixed)
+        factors = torch.stack([mass, named] if mixed is None else [mass, named, mixed])
+    return _MixedGradient.apply(costs, factors, target, *preds.p, *logits), owns, lessons
+
+
+def _others(x: Tensor) -> Tensor:
+    """Σ_{j≠k} x_j: [K, B] -> [K, B]."""
+    if len(x) == 2:
+        return x.flip(0)
+    return torch.stack([torch.cat([x[:k], x[k + 1 :]]).sum(0) for k in range(len(x))])  # x.sum(0) - x would round
+
+
+def _crossed(preds: Predictions, weights: Tensor, k: int) -> Tensor:
+    """Σ_{j≠k} w_j H(p_j, p_k), [B]."""
+    terms = [weights[j] * (p * preds.log_p[k]).nansum(-1) for j, p in enumerate(preds.p) if j != k]
+    return -sum(terms[1:], terms[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -83,14 +83,20 @@ class RunningMean(KeepsPrecision):
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("count", torch.zeros(()))  # never above window
 
-    @torch.no_grad()
     def update(self, values: Tensor) -> None:  # [B]
+        self.update_all([self], values.unsqueeze(0))
+
+    @staticmethod
+    @torch.no_grad()
+    def update_all(means: Sequence[RunningMean], values: Tensor) -> None:
+        """Row k of values [K, B] goes to means[k]; one message between processes for all."""
         # a NaN would stay in the mean for ever, also where the GradScaler skips the step
         known = torch.isfinite(values)
-        sums = [torch.where(known, values, 0.0).sum(dtype=self.mean.dtype), known.sum(dtype=self.mean.dtype)]
-        total, n = sum_over_ranks(torch.stack(sums))  # one message
-        self.count.add_(n).clamp_(max=self.window)
-        self.mean.add_((total - n * self.mean) / torch.maximum(self.count, n).clamp_min(1.0))
+        sums = torch.stack([torch.where(known, values, 0.0), known]).sum(-1, dtype=means[0].mean.dtype)
+        for self, total, n in zip(means, *sum_over_ranks(sums), strict=True):
+            self.count.add_(n).clamp_(max=self.window)
+            change = torch.addcmul(total, n, self.mean, value=-1.0)
+            self.mean.addcdiv_(change, torch.maximum(self.count, n).clamp_(min=1.0))
 
 
 class SampleTable(KeepsPrecision):

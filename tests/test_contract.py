@@ -504,9 +504,12 @@ def test_types_and_empty_batches(name):
 
 
 @every
-def test_nan_is_refused_and_not_remembered(name):
+@pytest.mark.parametrize("soft", [False, True])
+def test_nan_is_refused_and_not_remembered(name, soft):
     """On the CPU; one such batch must not stay in a running mean for the rest of training."""
     loss, x = pair(name)
+    if soft:
+        x = x.replace(target=torch.rand(B, C, dtype=torch.float64).softmax(-1))
     x(loss)
     for k in range(len(x.logits)):
         logits = [z.detach().clone() for z in x.logits]
@@ -518,6 +521,17 @@ def test_nan_is_refused_and_not_remembered(name):
         with pytest.raises(ValueError, match="NaN"):
             x.replace(logits=logits)(loss)
     assert all(t.isfinite().all() for t in loss.state_dict().values() if t.is_floating_point())
+
+
+@every
+def test_nan_in_a_distribution_is_refused(name):
+    loss, x = pair(name)
+    target = torch.rand(B, C, dtype=torch.float64).softmax(-1)
+    if x.replace(target=target)(pair(name)[0]) == x(pair(name)[0]):
+        return  # a loss that never looks at the target
+    target[1, 2] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        x.replace(target=target)(loss)
 
 
 # ---------------------------------------------------------------------------------------------- compilation and devices

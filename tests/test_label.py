@@ -114,6 +114,15 @@ def test_mylc_r_is_one_for_a_certain_model_and_zero_for_a_blank_one():
     assert blank.stats["eps"].item() == pytest.approx(0.0, abs=1e-6)
 
 
+def test_mylc_r_leaves_out_what_is_not_a_number():
+    """A NaN row is neither certain nor uncertain: r is the mean over the others, 1 and 0."""
+    loss = MyLC()
+    z = torch.tensor([[1e4, 0.0, 0.0], [0.0, torch.nan, 0.0], [0.0, 0.0, 0.0]])
+    with pytest.raises(ValueError, match=r"NaN for samples \[1\]"):
+        loss(z, torch.tensor([0, 0, 0]))
+    assert loss.r.item() == 0.5
+
+
 def test_r_is_a_reading_and_not_the_state_itself():
     loss = MyLC()
     z, y = case()

@@ -5,13 +5,13 @@ Every class writes :meth:`Refined.refine`; in a ``Mutual`` loss the same q~ is t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import Prediction, as_probs, cross_entropy, logistic, mixed_cross_entropy
+from ..functional import Prediction, Predictions, as_probs, cross_entropy, logistic, mixed_cross_entropy
 from ..state import RunningMean, in_eval, sum_over_ranks
 from .base import Loss, Progress, register_loss
 
@@ -29,14 +29,15 @@ class Refined(Loss):
         """The refined label q~ [B, C] of logits [B, C] and distributions [B, C]; rows sum to 1 (CP: to 1 - 2 eps)."""
         raise NotImplementedError
 
-    def shares(self, pred: Prediction) -> tuple[Tensor, Tensor | None]:
-        """(a, b), constants [B], of a label q~ = a q + b p, for a class with ``indices``; b is None where it is 0."""
+    @staticmethod
+    def shares(peers: Sequence[Any], preds: Predictions) -> tuple[Tensor, Tensor | None]:
+        """(a, b), constants [K, B], of each peer's label q~ = a q + b p, for a class with ``indices``; b is None where it is 0."""
         raise NotImplementedError
 
     def per_sample(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
         if self.indices and self.detach and isinstance(logits, Tensor):
-            pred = Prediction.of(logits.detach())
-            return mixed_cross_entropy([logits], [pred], target, [self.shares(pred)], [0.0], own=1.0)[0]
+            preds = Predictions([logits])
+            return mixed_cross_entropy([logits], preds, target, *self.shares([self], preds))[0]
         pred = Prediction.of(logits)
         target = as_probs(target, pred.num_classes, pred.log_p.dtype)
         return cross_entropy(pred.log_p, self.refine(pred.detach() if self.detach else pred, target))
@@ -64,8 +65,9 @@ class CE(Refined):
 
     indices = True
 
-    def shares(self, pred: Prediction) -> tuple[Tensor, None]:
-        return torch.ones_like(pred.log_p[:, 0]), None
+    @staticmethod
+    def shares(peers: Sequence[CE], preds: Predictions) -> tuple[Tensor, None]:
+        return preds.p[0].new_ones(len(peers), len(preds.p[0])), None
 
     def refine(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
         return target
@@ -175,21 +177,23 @@ class _SelfTrust(Refined):
         super().__init__(**base)
         self.detach = detach
 
-    def trust(self, pred: Prediction) -> Tensor:
-        """g, a 0-d tensor in [0, 1]."""
+    @staticmethod
+    def trust(peers: Sequence[Any], certainty: Tensor) -> Tensor:
+        """g in [0, 1] of each peer, [K, 1] or [1], given l(p) [K, B]."""
         raise NotImplementedError
 
+    @classmethod
     @torch.no_grad()  # the weights are not differentiated, also where q~ is
-    def shares(self, pred: Prediction) -> tuple[Tensor, Tensor]:
-        pred = pred.detach()
-        eps = self.trust(pred).to(pred.log_p.dtype) * pred.certainty
-        self.stats["eps"] = eps.mean()
+    def shares(cls, peers: Sequence[_SelfTrust], preds: Predictions) -> tuple[Tensor, Tensor]:
+        eps = cls.trust(peers, preds.certainty).to(preds.certainty.dtype) * preds.certainty
+        for peer, mean in zip(peers, eps.mean(-1), strict=True):
+            peer.stats["eps"] = mean
         return 1.0 - eps, eps
 
     def refine(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
         pred = Prediction.of(logits)
-        a, b = self.shares(pred)
-        return a.unsqueeze(-1) * target + b.unsqueeze(-1) * pred.p
+        a, b = self.shares([self], Predictions([pred.log_p]))
+        return a[0].unsqueeze(-1) * target + b[0].unsqueeze(-1) * pred.p
 
 
 @register_loss("proselflc")
@@ -213,8 +217,9 @@ class ProSelfLC(_SelfTrust):
         self.b1, self.shift = b1, shift
         self.progress = Progress()
 
-    def trust(self, pred: Prediction) -> Tensor:
-        return logistic(self.progress.get(self) - self.shift, self.b1)
+    @staticmethod
+    def trust(peers: Sequence[ProSelfLC], certainty: Tensor) -> Tensor:
+        return logistic(peers[0].progress.get(peers[0]) - peers[0].shift, peers[0].b1)  # the peers' clock is one
 
 
 @register_loss("mylc")
@@ -252,11 +257,14 @@ class MyLC(_SelfTrust):
         """Mean certainty of the model's predictions over the data set, in [0, 1]."""
         return self.mean_certainty.mean.clone()
 
-    def trust(self, pred: Prediction) -> Tensor:
-        if self.training:
-            self.mean_certainty.update(pred.certainty)
-        r = self.stats["r"] = self.r
-        return logistic(r - self.rho, self.b1)
+    @staticmethod
+    def trust(peers: Sequence[MyLC], certainty: Tensor) -> Tensor:
+        if peers[0].training:
+            RunningMean.update_all([peer.mean_certainty for peer in peers], certainty)
+        r = torch.stack([peer.mean_certainty.mean for peer in peers])
+        for peer, mean in zip(peers, r, strict=True):
+            peer.stats["r"] = mean
+        return logistic(r - peers[0].rho, peers[0].b1).unsqueeze(-1)
 
     def prime(self, model: nn.Module, loader: Iterable[Any]) -> Tensor:
         """Set r from one pass of ``model`` (in eval mode) over ``loader``; returns r.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import Prediction, as_probs, cross_entropy, logistic, mixed_cross_entropy
+from ..functional import Prediction, Predictions, as_probs, cross_entropy, logistic, mixed_cross_entropy
 from ..state import KeepsPrecision
 from .base import Loss, Progress, register_loss
 from .label import MyLC, Refined
@@ -19,7 +19,12 @@ NORMALIZE = ("selected", "batch")
 
 
 class Selector(KeepsPrecision):
-    """Which samples a network may teach: ``(logits [B, C], target [B, C]) -> mask [B]`` of booleans, never differentiated."""
+    """Which samples a network may teach: ``(logits [B, C], target [B, C]) -> mask [B]`` of booleans, never differentiated.
+
+    Attributes:
+        reads_target: False if it does not look at the target; it may then be asked for all peers at once, with their
+            ``Predictions``, and answers [K, B], or [B] where the peers do not matter.
+    """
 
     stats: dict[str, Tensor]
     reads_target = True
@@ -28,7 +33,7 @@ class Selector(KeepsPrecision):
         super().__init__()
         self.stats = {}
 
-    def forward(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor | Prediction | Predictions, target: Tensor) -> Tensor:
         raise NotImplementedError
 
 
@@ -37,7 +42,7 @@ class Everything(Selector):
 
     reads_target = False
 
-    def forward(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor | Prediction | Predictions, target: Tensor) -> Tensor:
         return torch.ones(target.shape[0], dtype=torch.bool, device=target.device)
 
 
@@ -46,7 +51,7 @@ class Nothing(Selector):
 
     reads_target = False
 
-    def forward(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
+    def forward(self, logits: Tensor | Prediction | Predictions, target: Tensor) -> Tensor:
         return torch.zeros(target.shape[0], dtype=torch.bool, device=target.device)
 
 
@@ -84,8 +89,8 @@ class Confident(Selector):
             return static
         return static * 2.0 * logistic(self.progress.get(self) - 0.5, self.b2)
 
-    def forward(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
-        pred = Prediction.of(logits)
+    def forward(self, logits: Tensor | Prediction | Predictions, target: Tensor) -> Tensor:
+        pred = logits if isinstance(logits, Predictions) else Prediction.of(logits)
         chi = self.chi(pred.num_classes)
         self.stats = {"chi": chi if isinstance(chi, Tensor) else pred.entropy.new_full((), chi)}
         return pred.entropy < chi
@@ -175,7 +180,8 @@ class Mutual(Loss):
             mask = self.select(const, target)
             if self.watch:
                 self.selection.append((mask, q.detach().argmax(-1)))
-            taught.append((q.detach(), self._weight(mask, total.dtype, k)))
+            weight, self.stats[f"selected_{peer_name(k)}"] = self._weight(mask, total.dtype)
+            taught.append((q.detach(), weight))
             self.stats[f"own_{peer_name(k)}"] = own.detach().mean()
             self.stats |= {f"{name}_{peer_name(k)}": value for name, value in refine.stats.items()}
 
@@ -191,29 +197,33 @@ class Mutual(Loss):
         self.stats |= self.select.stats
         return total
 
-    def _weight(self, mask: Tensor, dtype: torch.dtype, k: int) -> Tensor:
-        """What peer k's targets weigh, [B]."""
+    def _weight(self, mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What the samples [..., B] of a selection weigh, and the share of them that is selected [...]."""
         weight = mask.to(dtype)
-        share = self.stats[f"selected_{peer_name(k)}"] = weight.mean()
+        share = weight.mean(-1)
         if self.normalize == "selected":  # times B / n, since the batch mean will divide by B
-            weight = weight / share.clamp_min(1.0 / len(weight))
-        return weight
+            weight = weight / share.clamp_min(1.0 / mask.shape[-1]).unsqueeze(-1)
+        return weight, share
 
     def _mixed(self, logits: Sequence[Tensor], target: Tensor) -> Tensor:
         """The same where each q~ is a constant a q + b p."""
-        preds = [Prediction.of(z.detach()) for z in logits]
-        shares, weights = [], []
-        for k, (refine, pred) in enumerate(zip(self.refine, preds, strict=True)):
+        for refine in self.refine:
             refine.stats = {}
-            shares.append(refine.shares(pred))
-            mask = self.select(pred, target)
-            if self.watch:
-                self.selection.append((mask, _named(pred, target, *shares[k])))
-            weights.append(self._weight(mask, pred.log_p.dtype, k))
-            self.stats |= {f"{name}_{peer_name(k)}": value for name, value in refine.stats.items()}
-        total, owns, lessons = mixed_cross_entropy(logits, preds, target, shares, weights, self.own)
-        for k, (own, lesson) in enumerate(zip(owns, lessons, strict=True)):
-            self.stats |= {f"own_{peer_name(k)}": own.mean(), f"taught_{peer_name(k)}": lesson.mean()}
+        with torch.no_grad():
+            preds = Predictions(logits)
+            a, b = self.refine[0].shares(self.refine, preds)
+            mask = self.select(preds, target).expand(a.shape)
+            weights, share = self._weight(mask, a.dtype)
+        total, owns, lessons = mixed_cross_entropy(logits, preds, target, a, b, weights, self.own)
+        if self.watch:
+            q = as_probs(target, preds.num_classes, a.dtype)
+            for k, p in enumerate(preds.p):
+                mixed = q if b is None else a[k].unsqueeze(1) * q + b[k].unsqueeze(1) * p
+                self.selection.append((mask[k], mixed.argmax(-1)))
+        means = torch.stack([owns, lessons]).mean(-1)
+        for k, (refine, own, taught) in enumerate(zip(self.refine, *means, strict=True)):
+            named = {"own": own, "taught": taught, "selected": share[k], **refine.stats}
+            self.stats |= {f"{name}_{peer_name(k)}": value for name, value in named.items()}
         self.stats |= self.select.stats
         return total
 
@@ -222,12 +232,6 @@ class Mutual(Loss):
         if not isinstance(self.refine[0], MyLC):
             raise TypeError(f"prime sets MyLC's r; these peers use {type(self.refine[0]).__name__}, which has none")
         return [refine.prime(model, loader) for refine, model in zip(self.refine, models, strict=True)]  # type: ignore[operator]
-
-
-def _named(pred: Prediction, target: Tensor, a: Tensor, b: Tensor | None) -> Tensor:
-    """The largest class of a q + b p, [B]."""
-    q = as_probs(target, pred.num_classes, pred.log_p.dtype)
-    return (q if b is None else a.unsqueeze(1) * q + b.unsqueeze(1) * pred.p).argmax(-1)
 
 
 @register_loss("smkd")
