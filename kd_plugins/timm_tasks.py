@@ -15,9 +15,9 @@ from timm.models import group_parameters
 from timm.utils import ModelEmaV3, unwrap_model
 from torch import Tensor, nn
 
+from .checks import refuse_pairing
 from .losses.base import Loss
 from .models import Hosted, class_count, logits_of, make_model, make_teacher
-from .trainer import _refuse_pairing
 
 try:
     from timm.task import ClassificationTask
@@ -65,7 +65,7 @@ class StatefulClassificationTask(ClassificationTask):
         num_classes = class_count(models[0])
         peers = [_like(models[0], m, num_classes) if isinstance(m, str) else m for m in models]
         masters = [make_teacher(teacher, num_classes) for teacher in teachers]
-        _refuse_pairing(peers, masters, criterion)
+        refuse_pairing(peers, masters, criterion)
         if "index" in criterion.reads:
             raise ValueError(f"{type(criterion).__name__} reads index, the position of a sample in the data set, which timm's "
                              "loaders do not hand over: train it with MutualDistillationTrainer")  # fmt: skip
