@@ -10,6 +10,7 @@ machine that is slow for a while is slow for both. The table goes to the screen,
 """
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,6 +29,8 @@ import timm
 import torch
 from PIL import Image
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainerCallback
 
 import kd_plugins.models  # noqa: F401  makes resnet18_cifar known to timm
@@ -39,16 +42,20 @@ from kd_plugins import (
     KD,
     SMKD,
     LabelRevision,
+    Loss,
     MutualDistillationTrainer,
     MutualTrainingArguments,
     MyLC,
     Selected,
+    create_loss,
+    list_losses,
 )
 from kd_plugins.data import ImageView, noisy_view, symmetric
+from kd_plugins.losses import loss_class
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-Row = tuple[float, str, float]  # figure, unit, the figure to reach
+Row = tuple[float, str, float | None]  # figure, unit, the figure to reach
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -249,30 +256,129 @@ def import_time() -> Row:
     return statistics.median(ours - theirs for ours, theirs in times), "s more than torch", 0.1
 
 
-def no_synchronisation() -> Row:
-    """Steps of every loss for one network or for peers in which the host waits for the GPU."""
-    from kd_plugins import create_loss, list_losses, loss_class
-
-    waited = 0
+def every_loss() -> Iterator[tuple[str, Loss, Callable[[Callable], torch.Tensor]]]:
+    """Name, loss and a call of it; what reads features is left to tests/test_contract.py."""
+    classes, rows, g = 10, 64, torch.Generator().manual_seed(0)
+    arguments = {"num_samples": rows, "num_classes": classes, "transition": 0.8 * torch.eye(classes) + 0.2 / classes,
+                 "labels": torch.full((rows, classes), 1 / classes)}  # fmt: skip
+    extra = {
+        "teacher": torch.randn(3, rows, classes, generator=g).to(DEVICE),
+        "index": torch.arange(rows, device=DEVICE),
+    }
+    y = torch.randint(classes, (rows,), generator=g).to(DEVICE)
     for name in list_losses():
         cls = loss_class(name)
-        if cls.reads:
+        if "features" in cls.reads:
             continue
-        try:
-            loss = create_loss(name).to(DEVICE)
-        except TypeError:
-            continue  # it wants arguments: tests/test_contract.py has those
+        wanted = inspect.signature(cls).parameters
+        loss = create_loss(
+            name, **{k: v for k, v in arguments.items() if k in wanted and wanted[k].default is wanted[k].empty}
+        )
+        zs = tuple(torch.randn(rows, classes, generator=g).to(DEVICE).requires_grad_() for _ in range(2))
+        known = {k: v for k, v in extra.items() if k in loss.reads}
+        logits = zs if cls.peers else zs[0]
+        yield name, loss.to(DEVICE), lambda call, logits=logits, known=known: call(logits, y, **known)
+
+
+def no_synchronisation() -> Row:
+    """Losses in whose step the host waits for the GPU."""
+    waited = []
+    for name, loss, call in every_loss():
         loss.set_progress(0.5)
-        zs = tuple(torch.randn(64, 10, device=DEVICE, requires_grad=True) for _ in range(2))
-        y = torch.randint(10, (64,), device=DEVICE)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            loss(zs if cls.peers else zs[0], y).backward()
-        except RuntimeError:
-            waited += 1
+            call(loss).backward()
+        except RuntimeError as error:
+            waited.append(f"{name}: {error}")
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return waited, "losses that wait", 0
+    print(*waited, sep="\n", end="")
+    return len(waited), "losses that wait", 0
+
+
+def graphs_of_a_schedule() -> Row:
+    """Graphs that a loss is compiled to, whole, while its schedule runs from 0 to 1; the most of any loss."""
+    most = 0
+    for _, loss, call in every_loss():
+        torch.compiler.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(loss, fullgraph=True, backend=counter)
+        for step in range(11):
+            loss.set_progress(step / 10)
+            call(compiled).backward()
+        most = max(most, counter.frame_count)
+    return most, "graphs for a whole schedule", 1
+
+
+def two_peers_on_one(how: str, quick: bool) -> Row:
+    """A bf16 step of two ResNet-18 at 32 px with SMKD + MyLC against a step of one of them: eager, compiled, or in streams."""
+    name, batch = ("resnet10_cifar", 8) if quick else ("resnet18_cifar", 128)
+    x = torch.randn(batch, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
+    y = torch.randint(100, (batch,), device=DEVICE)
+    smkd, plain = SMKD(MyLC(window=50_000)).to(DEVICE), nn.CrossEntropyLoss()
+    smkd.set_progress(0.5)
+    streams = [torch.cuda.Stream() for _ in range(2)] if how == "streams" else []
+
+    def step_of(count: int) -> Callable[[], None]:
+        nets = nn.ModuleList(timm.create_model(name, num_classes=100) for _ in range(count))
+        nets = nets.to(DEVICE, memory_format=torch.channels_last)
+        optimizer = torch.optim.SGD(nets.parameters(), lr=1e-3, momentum=0.9)
+
+        def logits() -> tuple[torch.Tensor, ...]:
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                if not streams or count == 1:
+                    return tuple(net(x) for net in nets)
+                out, here = [], torch.cuda.current_stream()
+                for net, stream in zip(nets, streams, strict=True):
+                    stream.wait_stream(here)
+                    with torch.cuda.stream(stream):
+                        out.append(net(x))
+                for stream in streams:
+                    here.wait_stream(stream)
+                return tuple(out)
+
+        def loss() -> torch.Tensor:
+            zs = logits()
+            return plain(zs[0].float(), y) if count == 1 else smkd(zs, y)
+
+        run = torch.compile(loss) if how == "compiled" else loss
+
+        def step() -> None:
+            optimizer.zero_grad()
+            run().backward()
+            optimizer.step()
+
+        return step
+
+    return ratio(step_of(2), step_of(1), repeats=3 if quick else 31), "x one network", 1.5
+
+
+def compute_limit(quick: bool) -> Row:
+    """A compiled bf16 step of two ResNet-34 at 32 px against its operations at the rate of a large matrix product."""
+    name, batch, side = ("resnet10_cifar", 8, 256) if quick else ("resnet34_cifar", 128, 8192)
+    nets = nn.ModuleList(timm.create_model(name, num_classes=100) for _ in range(2))
+    nets = nets.to(DEVICE, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(nets.parameters(), lr=1e-3, momentum=0.9)
+    x = torch.randn(batch, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
+    y = torch.randint(100, (batch,), device=DEVICE)
+    smkd = SMKD(MyLC(window=50_000)).to(DEVICE)
+    smkd.set_progress(0.5)
+
+    def loss() -> torch.Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            zs = tuple(net(x) for net in nets)
+        return smkd(zs, y)
+
+    def step(run: Callable[[], torch.Tensor]) -> None:
+        optimizer.zero_grad()
+        run().backward()
+        optimizer.step()
+
+    with FlopCounterMode(display=False) as counter:
+        step(loss)
+    compiled, square = torch.compile(loss), torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16)
+    product = counter.get_total_flops() / (2 * side**3)  # as many operations, in products
+    return ratio(lambda: step(compiled), lambda: square @ square) / product, "x its compute limit", None
 
 
 def peak_memory() -> Row:
@@ -309,6 +415,7 @@ def table(quick: bool) -> dict[str, Callable[[], Row]]:
         "LR + DS step, one teacher, against KD": lambda: step_with_teachers(
             CE() + Selected(torch.arange(64) % 5 > 0, LabelRevision(KD())), CE() + KD(), 1
         ),
+        "losses compiled whole, over a schedule": graphs_of_a_schedule,
         "epoch in the Trainer": lambda: epoch_in_the_trainer(quick),
         "data from parquet": lambda: data_rate("parquet", quick),
         "data from folders": lambda: data_rate("folders", quick),
@@ -318,6 +425,10 @@ def table(quick: bool) -> dict[str, Callable[[], Row]]:
             "step of two ResNet-50 at 224 px, SMKD + MyLC, GPU": lambda: step_of_a_pair("resnet50", 224, 32, quick),
             "host synchronisations, GPU": no_synchronisation,
             "peak memory [256, 21841], GPU": peak_memory,
+            "two ResNet-18 at 32 px, eager, GPU": lambda: two_peers_on_one("eager", quick),
+            "two ResNet-18 at 32 px, compiled, GPU": lambda: two_peers_on_one("compiled", quick),
+            "two ResNet-18 at 32 px, two streams, GPU": lambda: two_peers_on_one("streams", quick),
+            "step of two ResNet-34 at 32 px, GPU": lambda: compute_limit(quick),
         }
     return rows
 
@@ -345,7 +456,7 @@ def main() -> None:
             continue
         figure, unit, goal = measure()
         results["rows"][name] = {"figure": figure, "unit": unit, "goal": goal}
-        print(f"| {name} | {figure:.3g} {unit} | {goal:g} |", flush=True)
+        print(f"| {name} | {figure:.3g} {unit} | {'' if goal is None else f'{goal:g}'} |", flush=True)
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(results, indent=1), encoding="utf-8")
 

@@ -328,3 +328,14 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
     assert all(row["figure"] > 0 and row["goal"] > 0 for row in out["rows"].values())
     assert out["rows"]["noisy view, 2.4 million rows"]["figure"] < 20
     assert capsys.readouterr().out.count("| loss alone") == 1
+
+
+def test_rows_of_the_benchmark_that_want_a_gpu():
+    """What runs here of them: two networks cost more than one, and every loss has its call."""
+    benchmark = runpy.run_path(str(RECIPES / "benchmark.py"))
+    assert benchmark["two_peers_on_one"]("eager", True)[0] > 1
+    values = []
+    for _, loss, call in benchmark["every_loss"]():
+        loss.set_progress(0.5)
+        values.append(call(loss))
+    assert len(values) > 30 and all(value.isfinite() for value in values)
