@@ -1,220 +1,51 @@
 """Rerun the papers' tables with one command: a matrix of method x setting x seed, one recipe run a cell.
 
-    python recipes/tables.py --table smkd-1 --data uoft-cs/cifar100 --label fine_label --bf16 --jobs 4
+    python recipes/tables.py --table smkd-1 --data uoft-cs/cifar100 --image img --label fine_label --bf16 --jobs 4
     python recipes/tables.py --table smkd-1 --data FOLDER --budget small --jobs 2
 
 Each cell is a run of `cifar100_noise.py` or `distill_teachers.py` in a folder of its own, `OUTPUT_DIR/TABLE/BUDGET/...`, with its
 log. Give the same command again and what is done is not done again, what was killed goes on from its checkpoint, and what failed is
 tried once more. `--jobs` cells run at once, dealt out over the GPUs there are; a cell that fails beside others, for want of memory
-say, is tried once more by itself at the end. Options that are not listed here go to every cell (`--bf16`, `--num_train_epochs 3`).
+say, is tried once more by itself at the end. Options that are not listed here go to every cell (`--image img`, `--bf16`).
 
 `--budget` says how much of the papers' setting is run: `full` is theirs; `small` takes narrow networks, few epochs, part of the
-classes and other options (see BUDGETS), so that a table runs on two cores in minutes to an hour. No figure of it is comparable with
-the papers', and every output says so.
+classes and other options, so that a table runs on two cores in minutes to an hour. No figure of it is comparable with the papers',
+and every output says so. What the tables and the budgets contain: tables_of_papers.py.
 
 Written: `results.parquet`, one row per cell, seed and metric; and from it `table.md`, `table.tex`, `table.png` (mean, deviation,
 the paper's figure and the difference) and the training curves of the first seed, `curves-*.png`.
 """
 
 import json
+import math
 import os
-import queue
+import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
+from tables_of_papers import BUDGETS, NARROW, TABLES, Options, Table
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from kd_plugins import report
 
 HERE = Path(__file__).resolve().parent
-Options = dict[str, Any]  # of a recipe: a list is several values, a dict is NAME=VALUE pairs
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows and columns are options of the recipe; a cell runs `base`, its column, its row and its budget together."""
-
-    title: str
-    rows: dict[str, Options]
-    columns: dict[str, Options]
-    base: Options
-    recipe: str = "cifar100_noise.py"
-    paper: dict[tuple[str, str], float] = field(default_factory=dict)  # per cent; what could be read of it
-    note: str = ""
-    metric: str = "eval_accuracy"  # mean over the networks
-    only: dict[str, list[str]] = field(default_factory=dict)  # rows that have some columns only
-
-
-LABELS: dict[str, Options] = {
-    "label smoothing": {"refine": "label_smoothing"},
-    "confidence penalty": {"refine": "confidence_penalty"},
-    "ProSelfLC": {"refine": "proselflc"},
-    "MyLC": {"refine": "mylc"},
-}
-KNOWLEDGE: dict[str, Options] = {
-    "zero": {"loss_args": {"eta": "inf", "b2": 0}},
-    "all": {"loss_args": {"eta": 0.5, "b2": 0}},
-    "SMKD-S": {"loss_args": {"eta": 2, "b2": 0}},
-    "SMKD-P": {"loss_args": {"eta": 2, "b2": -6}},
-}
-PAIR = ["resnet34_cifar", "resnet34_cifar"]
-SMKD: Options = {"method": "smkd", "models": PAIR, "noise": "symmetric", "rate": 0.4, "num_train_epochs": 100}
-NOISE: dict[str, Options] = {
-    "symmetric 20%": {"noise": "symmetric", "rate": 0.2},
-    "symmetric 40%": {"noise": "symmetric", "rate": 0.4},
-    "pair flip 20%": {"noise": "pair_flip", "rate": 0.2},
-    "pair flip 40%": {"noise": "pair_flip", "rate": 0.4},
-}
-
-
-def methods(pairs: dict[str, str], **options: Any) -> dict[str, Options]:
-    return {label: {"method": method, **options} for label, method in pairs.items()}
-
-
-OTHERS: dict[str, Options] = {
-    **methods({"cross-entropy": "ce", "label smoothing": "label_smoothing", "confidence penalty": "confidence_penalty",
-               "Boot-soft": "boot_soft", "ProSelfLC": "proselflc", "GCE": "gce", "SCE": "sce", "NCE + RCE": "apl", "MKD": "mkd",
-               "DML": "dml", "KDCL": "kdcl", "Co-teaching": "co_teaching", "Co-teaching+": "co_teaching_plus", "S2E": "s2e",
-               "FFL": "ffl", "PCL": "pcl", "AFD": "afd", "MentorNet": "mentornet"}),
-    # of several stages, or on one network
-    **methods({"Joint": "joint", "Tf-KD reg": "tf_kd_reg", "Tf-KD self": "tf_kd_self", "Forward": "forward_correction",
-               "Backward": "backward_correction", "T-revision": "t_revision", "L_DMI": "dmi", "CDR": "cdr"}, models=PAIR[:1]),
-    "Dual-T": {"method": "forward_correction", "estimator": "dual_t", "models": PAIR[:1]},
-}  # fmt: skip
-OURS = {
-    f"{knowledge} + {label}": KNOWLEDGE[knowledge] | LABELS[label]
-    for knowledge in ("SMKD-S", "SMKD-P")
-    for label in ("ProSelfLC", "MyLC")
-}
-TEACHING: dict[str, Options] = {"train_teachers": True, "student": "resnet10_cifar"}
-SEVERAL: dict[str, Options] = {
-    "student alone": {"terms": "ce"},
-    "AVER": {"preset": "aver"},
-    "FitNet-MKD": {"terms": "ce + aver + 100*fitnet", "preset": "aver"},
-    "EBKD": {"preset": "ebkd"},
-    "AEKD": {"preset": "aekd"},
-    "CA-MKD on logits": {"preset": "camkd_logits"},
-    "CA-MKD": {"preset": "camkd"},
-}
-NO_FIGURES = "The paper's figures could not be read, and its CIFAR networks are not timm's: ours stand in."
-
-TABLES = {
-    "smkd-1": Table(
-        "SMKD, Table I: label modification x knowledge, CIFAR-100, symmetric noise 40%",
-        rows={"cross-entropy": {"refine": "ce"}, **LABELS},
-        columns=KNOWLEDGE,
-        base=SMKD,
-        only={"cross-entropy": ["zero"]},
-        paper={("cross-entropy", "zero"): 47.20, ("MyLC", "zero"): 65.04, ("MyLC", "SMKD-P"): 69.09,
-               ("ProSelfLC", "SMKD-S"): 67.26, ("ProSelfLC", "all"): 59.26},
-        note="The paper searches eta in {1, 2, 3, 4} per noise rate; here it is 2. ProSelfLC's figures are those of its Table V.",
-    ),
-    "smkd-2": Table(
-        "SMKD, Table II: comparison on CIFAR-100",
-        rows=OTHERS | OURS,
-        columns=NOISE,
-        base=SMKD,
-        paper={("cross-entropy", "symmetric 40%"): 47.20, ("SMKD-S + ProSelfLC", "symmetric 20%"): 72.11,
-               ("SMKD-S + ProSelfLC", "symmetric 40%"): 67.26, ("SMKD-P + MyLC", "symmetric 40%"): 69.09},
-        note="Which other rates the paper has could not be read. Methods of several stages train one network.",
-    ),
-    "smkd-4": Table(
-        "SMKD, Table IV: two architectures, CIFAR-100, symmetric noise 40%",
-        rows={"cross-entropy": {"method": "ce"}, "SMKD-P + MyLC": {"refine": "mylc"}},
-        columns={"network a": {}},
-        base=SMKD | {"models": ["resnet18_cifar", "mobilenetv2_100"], "num_train_epochs": 200},
-        metric="eval_accuracy_a",
-        paper={("cross-entropy", "network a"): 55.94, ("SMKD-P + MyLC", "network a"): 68.10},
-        note="The paper's second network, ShuffleNetV2 (61.21 and 64.37), is not in timm: MobileNetV2 stands in, figures of the "
-             "first, ResNet-18, are shown; results.parquet has both.",
-    ),
-    "smkd-5": Table(
-        "SMKD, Table V and Figure 4: the threshold, SMKD-S + ProSelfLC on CIFAR-100",
-        rows={f"eta = {eta}": {"loss_args": {"eta": eta, "b2": 0}} for eta in (1, 2, 3, 4)},
-        columns={name: NOISE[name] for name in ("symmetric 20%", "symmetric 40%")},
-        base=SMKD | {"refine": "proselflc"},
-        paper={("eta = 2", "symmetric 20%"): 72.11, ("eta = 4", "symmetric 20%"): 73.25, ("eta = 1", "symmetric 40%"): 59.26,
-               ("eta = 2", "symmetric 40%"): 65.04, ("eta = 4", "symmetric 40%"): 67.26},
-        note="One of the paper's cells may be a copy error: eta = 2 at 40% is also its MyLC with zero knowledge.",
-    ),
-    "smkd-figures": Table(
-        "SMKD, Figures 2 and 3: curves over the training at eta = 2 (curves-*.png)",
-        rows={label: LABELS[label] for label in ("ProSelfLC", "MyLC")},
-        columns=KNOWLEDGE,
-        base=SMKD,
-    ),
-    "camkd-1": Table(
-        "CA-MKD, Table 1: three teachers of one architecture, methods for several teachers",
-        rows=SEVERAL,
-        columns={"top-1": {}},
-        base=TEACHING | {"teachers": ["resnet34_cifar"] * 3},
-        recipe="distill_teachers.py",
-        note=NO_FIGURES,
-    ),
-    "camkd-2": Table(
-        "CA-MKD, Table 2: methods for one teacher beside it",
-        rows={"student alone": {"terms": "ce"}}
-        | {name: {"preset": key} for name, key in {"KD": "kd", "FitNet": "fitnet", "AT": "at", "VID": "vid", "CRD": "crd"}.items()}
-        | {"CA-MKD, three teachers": {"preset": "camkd"}},
-        columns={"top-1": {}},
-        base=TEACHING | {"teachers": ["resnet34_cifar"] * 3},
-        recipe="distill_teachers.py",
-        note=NO_FIGURES + " Rows of one method have the first teacher.",
-    ),
-    "camkd-3": Table(
-        "CA-MKD, Table 3: teachers of different architecture and quality",
-        rows=SEVERAL,
-        columns={"top-1": {}},
-        base=TEACHING | {"teachers": ["resnet34_cifar", "resnet18_cifar", "mobilenetv2_100"]},
-        recipe="distill_teachers.py",
-        note=NO_FIGURES,
-    ),
-    "lr-ds": Table(
-        "Label Revision + Data Selection: one teacher",
-        rows={
-            "student alone": {"terms": "ce"},
-            "KD": {"terms": "ce + kd", "preset": "kd"},
-            "KD + Label Revision": {"preset": "lr"},
-            "KD + Data Selection": {"terms": "ce + kd", "keep": 0.8, "preset": "kd"},
-            "KD + Label Revision + Data Selection": {"preset": "lr_ds"},
-        },
-        columns={"top-1": {}},
-        base=TEACHING | {"teachers": ["resnet34_cifar"]},
-        recipe="distill_teachers.py",
-        note=NO_FIGURES,
-    ),
-}  # fmt: skip
-
-# What `small` changes. The schedule and SMKD's normalize="batch" were chosen on held-out noisy labels: see recipes/README.md.
-NARROW = {
-    "resnet34_cifar": "resnet10_cifar",
-    "resnet18_cifar": "resnet10_cifar",
-    "mobilenetv2_100": "mobilenetv3_small_050",
-}
-SCHEDULE: Options = {"per_device_train_batch_size": 64, "optim": "adamw_torch", "optim_args": "eps=1e-8", "learning_rate": 0.002,
-                     "weight_decay": 0.05, "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "bf16": True}  # fmt: skip
-BUDGETS: dict[str, dict[str, Options]] = {
-    "full": {"cifar100_noise.py": {}, "distill_teachers.py": {}},
-    "small": {
-        "cifar100_noise.py": SCHEDULE
-        | {"label": "coarse_label", "classes": 10, "augment": False, "num_train_epochs": 12},
-        "distill_teachers.py": SCHEDULE | {"num_train_epochs": 5, "teacher_epochs": 10},
-    },
-}
+Values = dict[tuple[str, str], list[float]]  # (row, column): a figure of each seed
 
 
 @dataclass
 class Settings:
     table: str = field(metadata={"help": f"one of {', '.join(TABLES)}"})
     data: str = field(default="uoft-cs/cifar100", metadata={"help": "hub id or folder"})
-    label: str = field(default="label", metadata={"help": "column of the labels"})
+    label: str = field(default="label", metadata={"help": "column; coarse_label in SMKD's tables at budget small"})
     budget: str = field(default="full", metadata={"help": f"one of {', '.join(BUDGETS)}"})
     seeds: int = field(default=3, metadata={"help": "runs of each cell: seeds 0, 1, ..."})
     jobs: int = field(default=1, metadata={"help": "cells at once"})
@@ -260,6 +91,12 @@ def slug(text: str) -> str:
     return "-".join("".join(c if c.isalnum() else " " for c in text.lower().replace("+", " plus ")).split())
 
 
+def chosen(there: dict[str, Any], name: str, value: str) -> Any:
+    if value not in there:
+        raise SystemExit(f"--{name} {value}: expected one of {', '.join(there)}")
+    return there[value]
+
+
 def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
     """The cells in the order in which they run; teachers that cells share stand before them, with an empty row."""
     table = chosen(TABLES, "table", s.table)
@@ -268,9 +105,14 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
     for name, asked, there in (("rows", rows, table.rows), ("columns", columns, table.columns)):
         if unknown := [value for value in asked if value not in there]:
             raise SystemExit(f"--{name} {unknown}: {s.table} has {list(there)}")
+    grid = [(row, column) for row in rows for column in columns if column in table.only.get(row, columns)]
+    urgent = [tuple(cell.split(":", 1)) for cell in s.first]
+    if unknown := [":".join(cell) for cell in urgent if cell not in grid]:
+        raise SystemExit(f"--first {unknown}: expected ROW:COLUMN of this table, such as {':'.join(grid[0])!r}")
+    grid.sort(key=lambda cell: urgent.index(cell) if cell in urgent else len(urgent))
     root = Path(s.output_dir, s.table, s.budget)
 
-    def command(folder: Path, seed: int, *parts: Options) -> list[str]:
+    def make(row: str, column: str, seed: int, folder: Path, *parts: Options) -> Cell:
         options = merged({"data": s.data, "label": s.label}, table.base, *parts)
         if s.budget != "full":
             for key in {"models", "teachers"} & {*options}:
@@ -278,96 +120,66 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
             if options.get("method") == "smkd":
                 options = merged(options, {"loss_args": {"normalize": "batch"}})
         options |= {"output_dir": folder, "seed": seed}
-        return [sys.executable, str(HERE / table.recipe), *arguments(options), *rest]
+        command = [sys.executable, str(HERE / table.recipe), *arguments(options), *rest]
+        return Cell(row, column, seed, folder, command)
 
-    cells, shared = [], {}
+    cells, trained = [], []
     if names := table.base.get("teachers"):
-        folder = root / "teachers"
-        cells.append(Cell("", "", 0, folder, command(folder, 0, budget, {"terms": "ce"})))
-        trained = [str(folder / "teachers" / str(k) / "peer_a") for k in range(len(names))]
-        shared = {"train_teachers": False, "teachers": trained}
-    grid = [(row, column) for row in rows for column in columns if column in table.only.get(row, columns)]
-    urgent = [tuple(cell.split(":", 1)) for cell in s.first]
-    if unknown := [":".join(cell) for cell in urgent if cell not in grid]:
-        raise SystemExit(f"--first {unknown}: expected ROW:COLUMN of this table, such as {':'.join(grid[0])!r}")
-    grid.sort(key=lambda cell: urgent.index(cell) if cell in urgent else len(urgent))
+        cells.append(make("", "", 0, root / "teachers", budget, {"terms": "ce"}))
+        trained = [str(root / "teachers" / "teachers" / str(k) / "peer_a") for k in range(len(names))]
     for seed in range(s.seeds):
         for row, column in grid:
-            folder = root / f"{slug(row)}--{slug(column)}" / str(seed)
-            own = merged(table.columns[column], table.rows[row])
-            lesson = dict(shared)
-            if own.get("terms") == "ce":
-                lesson["teachers"] = []
-            elif s.table == "camkd-2" and "CA-MKD" not in row:
-                lesson["teachers"] = trained[:1]
-            cells.append(Cell(row, column, seed, folder, command(folder, seed, own, budget, lesson)))
+            own = merged(table.columns[column], table.rows[row], budget)
+            if trained:
+                own["train_teachers"] = False
+                own["teachers"] = [trained[k] for k in own.get("teachers", range(len(trained)))]
+            cells.append(make(row, column, seed, root / f"{slug(row)}--{slug(column)}" / str(seed), own))
     return cells, root
 
 
-def chosen(there: dict[str, Any], name: str, value: str) -> Any:
-    if value not in there:
-        raise SystemExit(f"--{name} {value}: expected one of {', '.join(there)}")
-    return there[value]
-
-
 def run(cells: list[Cell], jobs: int) -> dict[str, str]:
-    """Run what is not done yet, several at once; the names of what failed with the last line of their log."""
+    """Run what is not done yet, several at once; the folders of what failed, with the last line of their log."""
     import torch
 
-    devices, waiting, failed, running = torch.cuda.device_count(), queue.Queue(), [], []
+    gpus, cores, processes = torch.cuda.device_count(), os.cpu_count() or 1, []
     todo = [cell for cell in cells if not cell.done.exists()]
     bar = tqdm(total=len(cells), initial=len(cells) - len(todo), desc="cells", unit="cell", smoothing=0)
+    pool, slots = ThreadPoolExecutor(jobs), SimpleQueue()  # a slot is a place on a GPU
+    for slot in range(jobs):
+        slots.put(slot)
 
-    def one(cell: Cell, worker: int, threads: int) -> bool:
+    def one(cell: Cell, threads: int = max(1, cores // jobs)) -> bool:
         cell.folder.mkdir(parents=True, exist_ok=True)
-        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        if devices:
-            env["CUDA_VISIBLE_DEVICES"] = str(worker % devices)
-        started = time.time()
-        with open(cell.folder / "log.txt", "a", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                [*cell.command, "--disable_tqdm", "True"], stdout=log, stderr=subprocess.STDOUT, env=env
-            )
-            running.append(process)
-            ok = process.wait() == 0
+        slot, started = slots.get(), time.time()
+        gpu = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {}
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)} | gpu
+        try:
+            with open(cell.folder / "log.txt", "a", encoding="utf-8") as log:
+                command = [*cell.command, "--disable_tqdm", "True"]
+                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
+                processes.append(process)
+                ok = process.wait() == 0
+        finally:
+            slots.put(slot)
         if ok:
-            name = torch.cuda.get_device_name(worker % devices) if devices else f"{os.cpu_count()} CPU cores"
+            name = torch.cuda.get_device_name(slot % gpus) if gpus else f"{cores} CPU cores"
             clock = {"seconds": round(time.time() - started), "jobs": jobs, "device": name, "command": cell.command[1:]}
             (cell.folder / "clock.json").write_text(json.dumps(clock, indent=1))
             bar.update()
             bar.set_postfix_str(f"{cell.row} {cell.column} {cell.seed}" if cell.row else "teachers")
         return ok
 
-    def work(worker: int) -> None:
-        while True:
-            try:
-                cell = waiting.get_nowait()
-            except queue.Empty:
-                return
-            if not one(cell, worker, max(1, (os.cpu_count() or 1) // jobs)):
-                failed.append(cell)
-
-    teachers, others = [c for c in todo if not c.row], [c for c in todo if c.row]
     try:
-        for cell in teachers:  # the others need them
-            if not one(cell, 0, os.cpu_count() or 1):
-                bar.close()
-                return {str(cell.folder): last_line(cell)}
-        for cell in others:
-            waiting.put(cell)
-        workers = [threading.Thread(target=work, args=(k,), daemon=True) for k in range(jobs)]
-        for thread in workers:
-            thread.start()
-        for thread in workers:
-            thread.join()
-        again = list(failed) if jobs > 1 else []
-        for cell in again:  # by itself: it may have wanted memory that others held
-            if one(cell, 0, os.cpu_count() or 1):
-                failed.remove(cell)
+        failed = [cell for cell in todo if not cell.row and not one(cell, cores)]
+        if not failed:  # the others need the teachers
+            others = [cell for cell in todo if cell.row]
+            failed = [cell for cell, ok in zip(others, pool.map(one, others), strict=True) if not ok]
+            if jobs > 1:  # once more, each by itself: it may have wanted memory that others held
+                failed = [cell for cell in failed if not one(cell, cores)]
     finally:
-        for process in running:
-            if process.poll() is None:
-                process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in processes:
+            process.terminate()  # of one that has ended: nothing
         bar.close()
     return {str(cell.folder): last_line(cell) for cell in failed}
 
@@ -383,80 +195,68 @@ def tidy(s: Settings, cells: list[Cell], table: Table) -> pd.DataFrame:
     for cell in cells:
         if not cell.row or not cell.done.exists():
             continue
-        clock = json.loads((cell.folder / "clock.json").read_text()) if (cell.folder / "clock.json").exists() else {}
+        path = cell.folder / "clock.json"
+        clock = json.loads(path.read_text()) if path.exists() else {}
         for metric, value in json.loads(cell.done.read_text()).items():
-            if (
-                metric.startswith(("eval_", "train_"))
-                and isinstance(value, int | float)
-                and not isinstance(value, bool)
-            ):
-                paper = table.paper.get((cell.row, cell.column)) if metric == table.metric else None
+            if metric.startswith(("eval_", "train_")) and type(value) in (int, float):
+                paper = table.paper.get((cell.row, cell.column), math.nan) if metric == table.metric else math.nan
                 rows.append({"table": s.table, "budget": s.budget, "row": cell.row, "column": cell.column, "seed": cell.seed,
-                             "metric": metric, "value": float(value), "paper": None if paper is None else paper / 100,
+                             "metric": metric, "value": float(value), "paper": paper / 100,
                              **{key: clock.get(key) for key in ("seconds", "jobs", "device")},
                              "command": " ".join(clock.get("command", []))})  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def grid_of(s: Settings, table: Table, figures: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+def grid_of(s: Settings, table: Table, values: Values) -> tuple[list[str], list[list[str]]]:
     """Header and rows as text, in per cent; a difference to the paper's figure is shown at full budget only."""
-    shown = figures[figures.metric == table.metric]
-    columns = [column for column in table.columns if column in set(shown.column)]
-    rows = []
-    for row in (row for row in table.rows if row in set(shown.row)):
-        texts = []
-        for column in columns:
-            values = shown[(shown.row == row) & (shown.column == column)].value.tolist()
-            text = report.mean_std(values) if values else ""
-            if values and (paper := table.paper.get((row, column))) is not None:
-                gap = f", {100 * sum(values) / len(values) - paper:+.1f}" if s.budget == "full" else ""
-                text += f" (paper {paper:.2f}{gap})"
-            texts.append(text)
-        rows.append([row, *texts])
-    return ["", *columns], rows
+
+    def text(row: str, column: str) -> str:
+        figures, paper = values.get((row, column)), table.paper.get((row, column))
+        if figures is None:
+            return ""
+        gap = f", {100 * fmean(figures) - paper:+.1f}" if paper and s.budget == "full" else ""
+        return report.mean_std(figures) + (f" (paper {paper:.2f}{gap})" if paper else "")
+
+    rows, columns = shown(table, values)
+    return ["", *columns], [[row, *(text(row, column) for column in columns)] for row in rows]
+
+
+def shown(table: Table, values: Values) -> tuple[list[str], list[str]]:
+    """The rows and the columns that have a figure, in the table's order."""
+    rows, columns = {row for row, _ in values}, {column for _, column in values}
+    return [row for row in table.rows if row in rows], [column for column in table.columns if column in columns]
 
 
 def latex(header: list[str], rows: list[list[str]], caption: str) -> str:
-    def line(cells: list[str]) -> str:
-        text = " & ".join(cells)
-        for plain, tex in (("%", r"\%"), ("_", r"\_"), ("±", r"$\pm$"), ("×", r"$\times$")):
-            text = text.replace(plain, tex)
-        return text + r" \\"
-
-    head = [r"\begin{table}", r"\centering", rf"\caption{{{line([caption]).removesuffix(' ' + chr(92) * 2)}}}"]
-    body = [
-        rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-        r"\toprule",
-        line(header),
-        r"\midrule",
-        *map(line, rows),
-    ]
-    return "\n".join([*head, *body, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+    signs = str.maketrans({"%": r"\%", "_": r"\_", "±": r"$\pm$", "×": r"$\times$"})
+    head, *body = [" & ".join(cells).translate(signs) + r" \\" for cells in (header, *rows)]
+    return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{caption.translate(signs)}}}",
+                      rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", head, r"\midrule", *body,
+                      r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])  # fmt: skip
 
 
-def picture(s: Settings, table: Table, figures: pd.DataFrame, path: Path, caption: str) -> None:
+def picture(s: Settings, table: Table, values: Values, path: Path, caption: str) -> None:
     """Every seed a dot, the mean a bar, the paper's figure a diamond."""
     from matplotlib.figure import Figure
 
-    shown = figures[figures.metric == table.metric]
-    rows = [row for row in table.rows if row in set(shown.row)][::-1]
-    columns = [column for column in table.columns if column in set(shown.column)]
+    rows, columns = shown(table, values)
+    paper = table.paper if s.budget == "full" else {}
     fig = Figure(figsize=(8.5, 1.6 + 0.17 * len(rows) * (len(columns) + 1)), dpi=150, layout="constrained")
     ax = fig.add_subplot()
     for k, column in enumerate(columns):
         colour = report.COLOURS[k % len(report.COLOURS)]
-        ax.plot([], [], "|", color=colour, markersize=10, markeredgewidth=3, label=column)
-        for y, row in enumerate(rows):
+        bar = {"color": colour, "marker": "|", "linestyle": "", "markersize": 10, "markeredgewidth": 3}
+        ax.plot([], [], **bar, label=column)
+        for y, row in enumerate(reversed(rows)):
             at = y + (len(columns) - 1 - 2 * k) / (2 * len(columns) + 1)
-            values = 100 * shown[(shown.row == row) & (shown.column == column)].value
-            if len(values):
-                ax.plot(values, [at] * len(values), ".", color=colour, alpha=0.5)
-                ax.plot(values.mean(), at, "|", color=colour, markersize=10, markeredgewidth=3)
-            if (row, column) in table.paper and s.budget == "full":
-                ax.plot(table.paper[row, column], at, "D", color=colour, markerfacecolor="none", markersize=5)
-    if table.paper and s.budget == "full":
+            if figures := [100 * value for value in values.get((row, column), [])]:
+                ax.plot(figures, [at] * len(figures), ".", color=colour, alpha=0.5)
+                ax.plot(fmean(figures), at, **bar)
+            if (row, column) in paper:
+                ax.plot(paper[row, column], at, "D", color=colour, markerfacecolor="none", markersize=5)
+    if paper:
         ax.plot([], [], "D", color=report.GREY, markerfacecolor="none", markersize=5, label="the paper")
-    ax.set_yticks(range(len(rows)), rows)
+    ax.set_yticks(range(len(rows)), reversed(rows))
     ax.set_xlabel(f"{'mean over networks, ' if table.metric == 'eval_accuracy' else ''}top-1 test accuracy [%]")
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     ax.set_axisbelow(True)
@@ -474,34 +274,31 @@ def publish(s: Settings, cells: list[Cell], root: Path, rest: list[str]) -> None
     part = root / "results.parquet.part"
     figures.to_parquet(part, index=False)
     part.replace(root / "results.parquet")
-    seeds = sorted({int(seed) for seed in figures.seed})
+    values = {key: list(v) for key, v in figures[figures.metric == table.metric].groupby(["row", "column"]).value}
+    seeds = ", ".join(map(str, sorted(set(figures.seed))))
     caption = (
-        f"{table.title}. Budget {s.budget}{': ' + ' '.join(rest) if rest else ''}; seeds {', '.join(map(str, seeds))}; last epoch, "
+        f"{table.title}. Budget {s.budget}{': ' + ' '.join(rest) if rest else ''}; seeds {seeds}; last epoch, "
         f"per cent, mean ± deviation.{' Not comparable with the paper.' if s.budget != 'full' else ''}"
     )
-    header, rows = grid_of(s, table, figures)
+    header, rows = grid_of(s, table, values)
     text = f"{caption}\n\n{report.markdown(header, rows)}\n" + (f"\n{table.note}\n" if table.note else "")
     (root / "table.md").write_text(text, encoding="utf-8")
     (root / "table.tex").write_text(latex(header, rows, caption), encoding="utf-8")
-    picture(s, table, figures, root / "table.png", caption)
-    drawn = []
+    picture(s, table, values, root / "table.png", caption)
+    written = [root / name for name in ("results.parquet", "table.md", "table.tex", "table.png")]
     for row in table.rows:
-        runs = {
-            c.column: c.folder
-            for c in cells
-            if c.row == row and c.seed == 0 and (c.folder / "trainer_state.json").exists()
-        }
-        if len(runs) > 1:
-            drawn.append(report.curves(runs, root / f"curves-{slug(row)}.png"))
+        first = [c for c in cells if c.row == row and c.seed == 0 and (c.folder / "trainer_state.json").exists()]
+        if len(first) > 1:
+            written.append(report.curves({c.column: c.folder for c in first}, root / f"curves-{slug(row)}.png"))
     print(f"\n{text}")
-    print("Written:", *(root / f"results.{e}" for e in ("parquet",)), *(root / f"table.{e}" for e in ("md", "tex", "png")), *drawn,
-          sep="\n  ")  # fmt: skip
+    print("Written:", *written, sep="\n  ")
 
 
 def main() -> int:
     s, rest = HfArgumentParser(Settings).parse_args_into_dataclasses(return_remaining_strings=True)
     if s.seeds < 1 or s.jobs < 1:
         raise SystemExit(f"--seeds {s.seeds} --jobs {s.jobs}: expected at least 1 of each")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cells left running would be run again beside themselves
     cells, root = make_cells(s, rest)
     failed = run(cells, s.jobs)
     publish(s, cells, root, rest)

@@ -7,7 +7,7 @@
 Without --data_dir, scikit-learn's handwritten digits are written out in WebVision's layout with 40% symmetric label noise,
 and two small timm backbones of different kind train on them for a few minutes on two CPU cores. With it, the paper's
 setting (Google part, 50 classes, ResNet-50 twice, 320 px resized, 299 cropped, batch 32, 100 epochs; it publishes no
-learning rate). Expected on the digits, three seeds: ensemble 91.8 ± 1.3 against 87.3 ± 0.9 per cent, see README.md.
+learning rate). Expected on the digits, three seeds: ensemble 91.4 ± 1.0 against 88.2 ± 0.3 per cent, see README.md.
 A killed run goes on where it stopped; finished parts are not run again.
 """
 

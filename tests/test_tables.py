@@ -1,7 +1,11 @@
 """The matrix of recipes/tables.py: what it runs, that nothing is run twice, and what it makes of the figures."""
 
+import os
 import runpy
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pandas as pd
@@ -12,9 +16,10 @@ from kd_plugins import MutualTrainingArguments, create_loss, list_losses
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
-# Stands in for a recipe: counts its starts, fails where it is told to, else writes figures that depend on cell and seed.
+# Stands in for a recipe: counts its starts, fails where it is told to or if its GPU is busy, else writes figures that depend
+# on cell and seed.
 FAKE = """
-import json, os, sys
+import json, os, sys, time
 from pathlib import Path
 args = sys.argv[1:]
 value = lambda name: args[args.index(name) + 1] if name in args else None
@@ -24,6 +29,15 @@ with open(out / "starts", "a") as log:
 starts = len((out / "starts").read_text().split())
 if value("--fail") in out.parent.name and starts <= int(value("--times")):
     raise SystemExit("out of memory")
+if gpu := os.environ.get("CUDA_VISIBLE_DEVICES"):
+    busy = out.parent.parent / f"gpu-{gpu}"
+    busy.mkdir()
+    time.sleep(0.2)
+    busy.rmdir()
+    (out / "gpu").write_text(gpu)
+if value("--fail") == "stop":
+    (out / "pid").write_text(str(os.getpid()))
+    time.sleep(30)
 score = {"mylc": 0.6, "ce": 0.4}.get(value("--refine"), 0.5) + 0.01 * int(value("--seed"))
 (out / "results.json").write_text(json.dumps({"eval_accuracy": score, "eval_accuracy_a": score, "method": "x", "seed": 0}))
 """
@@ -31,7 +45,9 @@ score = {"mylc": 0.6, "ce": 0.4}.get(value("--refine"), 0.5) + 0.01 * int(value(
 
 @pytest.fixture(scope="module")
 def tables():
-    return runpy.run_path(str(RECIPES / "tables.py"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(RECIPES))  # as python puts it there for a script
+        return runpy.run_path(str(RECIPES / "tables.py"))
 
 
 @pytest.fixture
@@ -93,6 +109,44 @@ def test_a_cell_that_fails(start, capsys):
     assert start("--seeds", 2)[0] == 0 and starts(root)["mylc--zero/1"] == 3
 
 
+def test_cells_are_dealt_out_over_the_gpus(start, monkeypatch, capsys):
+    """One at a time on each of two; the record says on which."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda k: f"NVIDIA {k}")
+    code, root = start("--seeds", 1, "--jobs", 2, "--rows", "MyLC")
+    seen = {p.parent: p.read_text() for p in root.rglob("gpu")}
+    assert code == 0 and set(starts(root).values()) == {1} and set(seen.values()) == {"0", "1"} and len(seen) == 4
+    assert all(f'"NVIDIA {gpu}"' in (cell / "clock.json").read_text() for cell, gpu in seen.items())
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_matrix_that_is_stopped(name, start, tmp_path):
+    """Ctrl-C and kill end the cells that run and start no other: the next start would run them beside themselves."""
+    before, number = signal.getsignal(signal.SIGTERM), getattr(signal, name)
+    root = tmp_path / "out" / "smkd-1" / "full"
+
+    def stop():
+        for _ in range(200):
+            if len(list(root.glob("*/0/pid"))) == 2:
+                os.kill(os.getpid(), number)
+                return
+            time.sleep(0.05)
+
+    threading.Thread(target=stop, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt if name == "SIGINT" else SystemExit):
+            start("--seeds", 1, "--jobs", 2, fail="stop")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    pids = [int(p.read_text()) for p in root.glob("*/0/pid")]
+    time.sleep(1)
+    assert len(starts(root)) == 2 and not list(root.glob("*/0/results.json"))
+    for pid in pids:  # gone, not only told to go
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
 def test_choice_of_cells(start, capsys):
     code, root = start("--seeds", 1, "--rows", "MyLC", "--columns", "SMKD-P", "zero", budget="small")
     assert code == 0 and set(starts(root)) == {"mylc--smkd-p/0", "mylc--zero/0"}
@@ -146,10 +200,60 @@ def test_every_cell_is_a_command_that_its_recipe_takes(tables, budget):
             assert "resnet34_cifar" not in s.models or budget == "full"
 
 
+class Parsed(Exception):
+    """Instead of a run: what it would run with."""
+
+
+def parse(recipe, command, monkeypatch):
+    """Settings and arguments, by the recipe's own main up to where it would claim its folder."""
+
+    def stop(args, **settings):
+        raise Parsed(settings, args)
+
+    monkeypatch.setitem(recipe["main"].__globals__, "claim_folder", stop)
+    monkeypatch.setattr(sys, "argv", command[1:])
+    with pytest.raises(Parsed) as caught:
+        recipe["main"]()
+    return caught.value.args
+
+
+SCHEDULE = ["num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "weight_decay", "optim", "optim_args", "lr_scheduler_type", "warmup_steps", "milestones", "lr_decay",
+            "max_grad_norm"]  # fmt: skip
+
+
+def test_cells_of_a_distillation_table_share_one_schedule(tables, monkeypatch):
+    """The published one, for the teachers too and where a row names only its terms, which stay its own."""
+    recipe = runpy.run_path(str(RECIPES / "distill_teachers.py"))
+    there = {name: table for name, table in tables["TABLES"].items() if table.recipe == "distill_teachers.py"}
+    assert len(there) == 4
+    for name, table in there.items():
+        cells, _ = tables["make_cells"](tables["Settings"](table=name, seeds=1), [])
+        runs = {cell.row: parse(recipe, cell.command, monkeypatch) for cell in cells}
+        schedules = {row: {key: getattr(args, key) for key in SCHEDULE} for row, (_, args) in runs.items()}
+        assert runs.keys() == {"", *table.rows} and schedules[""] | recipe["SCHEDULE"] == schedules[""]
+        assert {row: other for row, other in schedules.items() if other != schedules[""]} == {}, name
+        for row, (s, _) in runs.items():
+            own = table.rows.get(row, {"terms": "ce"})
+            learned = {"revise": 0.0, "keep": 1.0} | recipe["PRESETS"].get(own.get("preset"), {}) | own
+            assert [s[key] for key in ("terms", "revise", "keep")] == [learned[k] for k in ("terms", "revise", "keep")]
+            assert s["teacher_epochs"] == 0  # as many as the students
+
+
+def test_rows_have_the_teachers_that_they_name(tables):
+    """In the table of methods for one teacher that is the first; CA-MKD beside them has all, the student alone none."""
+    table = tables["TABLES"]["camkd-2"]
+    cells, root = tables["make_cells"](tables["Settings"](table="camkd-2", seeds=1), [])
+    folders = [str(root / "teachers" / "teachers" / str(k) / "peer_a") for k in range(3)]
+    seen = {cell.row: [a for a in cell.command if a.endswith("peer_a")] for cell in cells if cell.row}
+    others = {"student alone": [], "CA-MKD, three teachers": folders}
+    assert seen == dict.fromkeys(table.rows, folders[:1]) | others
+
+
 def test_knowledge_columns_are_the_limits(tables):
     """Zero knowledge selects nothing, all knowledge everything, S and P what their names say."""
     made = {name: create_loss("smkd", **{k: float(v) for k, v in options["loss_args"].items()}) for name, options in
-            tables["KNOWLEDGE"].items()}  # fmt: skip
+            tables["TABLES"]["smkd-1"].columns.items()}  # fmt: skip
     assert {name: round(float(loss.select.chi(100)), 2) for name, loss in made.items() if not loss.select.b2} == {
         "zero": 0.0,
         "all": 9.21,
