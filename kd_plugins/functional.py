@@ -27,6 +27,16 @@ def as_probs(target: Tensor, num_classes: int, dtype: torch.dtype = torch.float3
     return onehot.scatter_(1, target.long().unsqueeze(1), 1.0)
 
 
+def log_softmax(logits: Tensor) -> Tensor:
+    """log p over the last dimension, in float32 also for logits of 16 bits (without a copy of them in the graph)."""
+    return F.log_softmax(logits, dim=-1, dtype=full_dtype(logits))
+
+
+def full_dtype(z: Tensor) -> torch.dtype:
+    """What losses are computed in: float64 for float64, else float32."""
+    return torch.float64 if z.dtype == torch.float64 else torch.float32
+
+
 def cross_entropy(log_p: Tensor, target: Tensor) -> Tensor:
     """H(q, p) = -Σ_c q_c log p_c per sample: ([B, C], [B, C]) -> [B]. A class without mass costs nothing, even at p = 0."""
     return -torch.where(target == 0, 0.0, target * log_p).sum(-1)
@@ -116,7 +126,7 @@ class Prediction:
 
     @staticmethod
     def of(logits: Tensor | Prediction) -> Prediction:
-        return logits if isinstance(logits, Prediction) else Prediction(F.log_softmax(logits, dim=-1))
+        return logits if isinstance(logits, Prediction) else Prediction(log_softmax(logits))
 
     def detach(self) -> Prediction:
         return Prediction(self.log_p.detach()) if self.log_p.requires_grad else self
@@ -157,7 +167,7 @@ class Predictions:
 
     def __init__(self, logits: Sequence[Tensor]) -> None:
         with torch.no_grad():
-            self.log_p = [F.log_softmax(z, dim=-1) for z in logits]  # [B, C] each
+            self.log_p = [log_softmax(z) for z in logits]  # [B, C] each
             self.p = [log_p.exp() for log_p in self.log_p]
         self._entropy: Tensor | None = None
         self._certainty: Tensor | None = None
@@ -200,6 +210,7 @@ class _MixedGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, costs: Tensor, factors: Tensor, q: Tensor, *peers: Tensor) -> Tensor:
         ctx.save_for_backward(factors, q, *peers[: len(peers) // 2])
+        ctx.dtype = peers[-1].dtype
         return costs.sum(0)
 
     @staticmethod
@@ -217,7 +228,7 @@ class _MixedGradient(torch.autograd.Function):
                 gradient.addcmul_(q, named[k], value=-1.0)
             else:
                 gradient.scatter_add_(1, q, -named[k])
-            gradients.append(gradient)
+            gradients.append(gradient.to(ctx.dtype))
         return None, None, None, *[None] * len(ps), *gradients
 
 

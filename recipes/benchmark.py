@@ -11,6 +11,7 @@ machine that is slow for a while is slow for both. The table goes to the screen,
 
 import argparse
 import inspect
+import itertools
 import json
 import os
 import platform
@@ -381,19 +382,35 @@ def compute_limit(quick: bool) -> Row:
     return ratio(lambda: step(compiled), lambda: square @ square) / product, "x its compute limit", None
 
 
-def peak_memory() -> Row:
-    """At 21,841 classes, SMKD + MyLC against two cross-entropies."""
-
-    def peak(make: Callable[[list[torch.Tensor]], torch.Tensor]) -> int:
-        zs = [torch.randn(256, 21_841, device=DEVICE, requires_grad=True) for _ in range(2)]
+def peak_bytes(work: Callable[[], object]) -> int:
+    """The most memory that tensors made in `work` take at once."""
+    if GPU:
         torch.cuda.reset_peak_memory_stats()
-        make(zs).backward()
-        return torch.cuda.max_memory_allocated()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))
 
-    y = torch.randint(21_841, (256,), device=DEVICE)
+
+def peak_memory(batch: int, classes: int, dtype: torch.dtype) -> Row:
+    """SMKD + MyLC against two cross-entropies under autocast, which computes them in float32 as the loss does."""
+    y = torch.randint(classes, (batch,), device=DEVICE)
     smkd, plain = SMKD(MyLC(window=50_000)).to(DEVICE), nn.CrossEntropyLoss()
     smkd.set_progress(0.5)
-    theirs = peak(lambda zs: plain(zs[0], y) + plain(zs[1], y))
+
+    def peak(loss: Callable[[list[torch.Tensor]], torch.Tensor]) -> int:
+        zs: list[torch.Tensor] = []
+
+        def work() -> None:
+            zs.extend(torch.randn(batch, classes, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(2))
+            loss(zs).backward()
+
+        return peak_bytes(work)
+
+    theirs = peak(lambda zs: plain(zs[0].float(), y) + plain(zs[1].float(), y))
     return peak(lambda zs: smkd(tuple(zs), y)) / theirs, "x two cross-entropies", 1.25
 
 
@@ -408,6 +425,9 @@ def table(quick: bool) -> dict[str, Callable[[], Row]]:
             rows[f"loss alone [{b}, {c}], {'compiled' if compiled else 'eager'}"] = lambda b=b, c=c, k=compiled: (
                 loss_alone(b, c, k)
             )
+    for dtype in (torch.float32, torch.bfloat16):
+        key = f"peak memory of the loss [256, 21841], {str(dtype).removeprefix('torch.')}"
+        rows[key] = lambda dtype=dtype: peak_memory(256, 21_841, dtype)
     rows |= {
         "step of two ResNet-18 at 32 px, SMKD + MyLC": lambda: step_of_a_pair("resnet18_cifar", 32, 128, quick),
         "AEKD step, five teachers, against AVER": lambda: step_with_teachers(AEKD(), AVER(), 5),
@@ -424,7 +444,6 @@ def table(quick: bool) -> dict[str, Callable[[], Row]]:
         rows |= {
             "step of two ResNet-50 at 224 px, SMKD + MyLC, GPU": lambda: step_of_a_pair("resnet50", 224, 32, quick),
             "host synchronisations, GPU": no_synchronisation,
-            "peak memory [256, 21841], GPU": peak_memory,
             "two ResNet-18 at 32 px, eager, GPU": lambda: two_peers_on_one("eager", quick),
             "two ResNet-18 at 32 px, compiled, GPU": lambda: two_peers_on_one("compiled", quick),
             "two ResNet-18 at 32 px, two streams, GPU": lambda: two_peers_on_one("streams", quick),

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import timm
+import torch
 from safetensors.torch import load_file
 
 from kd_plugins import MutualDistillationTrainer, list_losses, loss_class
@@ -334,6 +335,8 @@ def test_rows_of_the_benchmark_that_want_a_gpu():
     """What runs here of them: two networks cost more than one, and every loss has its call."""
     benchmark = runpy.run_path(str(RECIPES / "benchmark.py"))
     assert benchmark["two_peers_on_one"]("eager", True)[0] > 1
+    assert 1 <= benchmark["peak_memory"](64, 2000, torch.float32)[0] < 1.25
+    assert 1 <= benchmark["peak_memory"](64, 2000, torch.bfloat16)[0] < 1.25
     values = []
     for _, loss, call in benchmark["every_loss"]():
         loss.set_progress(0.5)

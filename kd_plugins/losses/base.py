@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..functional import as_probs
+from ..functional import as_probs, full_dtype
 from ..state import KeepsPrecision
 
 EXTRAS = ("teacher", "features", "teacher_features", "index")  # what a loss may read beside logits and target
@@ -59,7 +59,7 @@ class Loss(KeepsPrecision):
     Attributes:
         reads: the keywords that ``forward`` wants, from the signature of ``per_sample``.
         peers: True if ``logits`` is a sequence of the logits of several networks.
-        indices: True if ``per_sample`` also takes class indices [B] as they are, and is faster for it.
+        indices: True if ``per_sample`` also takes class indices [B], and logits of 16 bits, as they are, and is faster for it.
         stats: detached 0-d diagnostics of the last forward, by name.
     """
 
@@ -92,8 +92,10 @@ class Loss(KeepsPrecision):
         first = self._check(logits, target, extra)
         with torch.autocast(first.device.type, enabled=False):  # CPU autocast would leave log_softmax in bfloat16
             if target.dim() == 2 or not self.indices:
-                target = as_probs(target, first.shape[-1], _full(first).dtype)
-            full: Any = [_full(z) for z in logits] if self.peers else _full(first)
+                target = as_probs(target, first.shape[-1], full_dtype(first))
+            full: Any = logits  # what takes indices makes no copy of them
+            if not self.indices:
+                full = [_full(z) for z in logits] if self.peers else _full(first)
             extra = {name: _prepare(name, value, self) for name, value in extra.items()}
             self.stats = {}  # whoever calls per_sample empties them: torch.compile would guard on what they held before
             losses = self.per_sample(full, target, **extra)
@@ -220,7 +222,7 @@ def _terms(loss: Loss) -> list[tuple[float, Loss]]:
 
 
 def _full(z: Tensor) -> Tensor:
-    return z if z.dtype in (torch.float32, torch.float64) else z.float()
+    return z.to(full_dtype(z))
 
 
 def _prepare(name: str, value: Any, loss: Loss) -> Any:
