@@ -11,6 +11,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.resnet import BasicBlock, ResNet
 from torch import Tensor, nn
@@ -33,7 +34,7 @@ def make_model(model: str | nn.Module, num_classes: int | None) -> nn.Module:
     if num_classes is None:
         raise ValueError(f"the model is given by name ({model!r}), but the number of classes is not known: the training data "
                          "has no ClassLabel; pass a module with its head instead")  # fmt: skip
-    return timm.create_model(model, pretrained=":" in model, num_classes=num_classes)
+    return _create(model, model, pretrained=":" in model, num_classes=num_classes)
 
 
 def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn.Module:
@@ -48,13 +49,24 @@ def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn
     if weights:
         if not Path(weights).is_file():
             raise FileNotFoundError(f"teacher {str(teacher)!r}: there is no file {weights}")
-        return timm.create_model(name, num_classes=num_classes, checkpoint_path=weights)
+        return _create(name, weights, num_classes=num_classes, checkpoint_path=weights)
     if Path(name, "config.json").is_file():
         name = f"local-dir:{name}"
     elif Path(name).exists():
         raise ValueError(f"teacher {name!r}: expected a folder with config.json, as export() writes; for a file of weights name "
                          f"its architecture: 'resnet18={name}'")  # fmt: skip
-    return timm.create_model(name, pretrained=True)
+    return _create(name, name, pretrained=True)
+
+
+def _create(name: str, source: str, **kwargs: Any) -> nn.Module:
+    """A timm model; where timm does not read its weights, an error that says whose, and does not advise to unpickle them."""
+    try:
+        return timm.create_model(name, **kwargs)
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "weights_only" not in str(error):
+            raise
+        raise ValueError(f"the weights of {source} are not read: expected safetensors, or a pickle of tensors (weights_only); "
+                         "any other may run code of whoever made it. Convert it where you trust it") from error  # fmt: skip
 
 
 def class_count(model: nn.Module) -> int | None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, gather_object
 from huggingface_hub import HfApi
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -70,6 +72,10 @@ class MutualTrainingArguments(TrainingArguments):
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else bf16 and a second process fail or run apart
+        if self.use_cpu and self.fp16:
+            logger.warning(
+                "fp16=True: on a CPU accelerate trains in float32 all the same; bf16=True is mixed precision there"
+            )
         if any(not 0 < m < 1 for m in self.milestones) or sorted(self.milestones) != list(self.milestones):
             raise ValueError(f"milestones={self.milestones}: expected rising shares of the training, each in (0, 1)")
         if self.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
@@ -371,9 +377,15 @@ class MutualDistillationTrainer(Trainer):
         """As the Trainer's. ``resume_from_checkpoint=True`` goes on from the last complete checkpoint, if there is one."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            refuse_other_data(Path(resume_from_checkpoint, DATA), self.train_dataset)
-        output = super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            if resume_from_checkpoint:
+                refuse_other_data(Path(resume_from_checkpoint, DATA), self.train_dataset)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        except (pickle.UnpicklingError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            if resume_from_checkpoint and not self._sums:  # no step was made
+                error.add_note(f"while resuming from {resume_from_checkpoint}: a file there is damaged, or was not written by "
+                               "this trainer; resume from another checkpoint")  # fmt: skip
+            raise
         for name, view in _named({"train": self.train_dataset}, self.eval_dataset):
             broken = sorted(set(gather_object(view.broken()))) if hasattr(view, "broken") else []
             if broken and self.is_world_process_zero():

@@ -162,7 +162,7 @@ def _claim(folder: Path, key: dict[str, Any], shape: tuple[int, ...], batch_size
         folder.mkdir(parents=True, exist_ok=True)
         known = path.exists()
         if known:
-            _refuse_other(folder, json.loads(path.read_text(encoding="utf-8")), key)
+            _refuse_other(folder, _read_key(path), key)
         elif logits.exists():
             raise ValueError(f"{folder} has a logits.npy and no key.json: not a teacher cache, or not all of one. Choose another "
                              "folder, or delete it")  # fmt: skip
@@ -185,9 +185,17 @@ def _claim(folder: Path, key: dict[str, Any], shape: tuple[int, ...], batch_size
     return starts
 
 
+def _read_key(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not the key of a teacher cache ({error}): nobody knows whose logits lie beside it. Choose "
+                         "another folder, or delete it") from error  # fmt: skip
+
+
 def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
     try:
-        return np.load(path, mmap_mode="r").shape == shape
+        return np.lib.format.open_memmap(path, mode="r").shape == shape  # np.load would take an archive too
     except (OSError, ValueError, EOFError):  # there is none, or it was cut short
         return False
 
