@@ -1,5 +1,6 @@
 """Two gloo processes against one, in one launch: each rank trains, and writes what it holds for this file to compare."""
 
+import copy
 import os
 import sys
 from pathlib import Path
@@ -7,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from _tiny import ROWS, Net, difference, jitter, launch, logged, plain, rows, state, trainer, view
+from _tiny import ROWS, Net, difference, jitter, launch, leave, logged, plain, rows, state, trainer, view
 
 from kd_plugins import (
     CE,
     KD,
     SMKD,
+    Confident,
     Joint,
     LabelRevision,
     LabelSmoothing,
     MentorNet,
+    Mutual,
     MyLC,
     ProSelfLC,
     Selected,
@@ -24,6 +27,7 @@ from kd_plugins import (
     TruncatedGCE,
 )
 from kd_plugins.data import ImageView
+from kd_plugins.models import Hosted
 
 WORLD = 2
 BROKEN = range(1, ROWS, 6)
@@ -85,6 +89,45 @@ def broken(folder, world):
     return trainer(folder, train=train, num_train_epochs=1, per_device_train_batch_size=16 // world)
 
 
+# how one step is taken where only rank 0 finds something to teach; of "taught", rank 1 has a loss of exactly 0
+LONELY = {"batch": {"normalize": "batch"}, "selected": {}, "taught": {"own": 0.0}}
+
+
+def lonely():
+    """Two linear networks, and for each rank pixels and labels: the networks are sure of some rows of rank 0, of none of rank 1."""
+    torch.manual_seed(3)
+    nets = [torch.nn.Linear(5, 3, bias=False).double() for _ in "ab"]
+    pixels = [scale * torch.randn(4, 5, dtype=torch.float64) for scale in (4.0, 0.01)]
+    return nets, pixels, [torch.tensor([0, 1, 2, 0]), torch.tensor([2, 2, 1, 0])]
+
+
+def one_step(hosted, pixels, labels):
+    """One step of a network that may be wrapped: its loss, its gradients, and what was selected."""
+    loss = hosted(pixel_values=pixels, labels=labels)["loss"]
+    loss.backward()
+    inner = getattr(hosted, "module", hosted)
+    shares = [inner.criterion.stats[f"selected_{k}"].item() for k in "ab"]
+    return {"loss": loss.item(), "grads": [p.grad.clone() for p in inner.parameters()], "selected": shares}
+
+
+def uneven(folder, world, train, **kwargs):
+    """33 rows in batches of 8: three batches for the first rank, two for the second."""
+    loss = SMKD(MyLC(window=99), eta=1.5, b2=-4, normalize="batch")
+    settings = {"per_device_train_batch_size": 16 // world, "num_train_epochs": 1}
+    return trainer(folder, loss=loss, train=train, **settings | kwargs)
+
+
+def primed(batches):
+    """r of two networks from one pass over these batches of rows, and how many were counted."""
+    data, loss = view(11), SMKD(MyLC(window=100))
+    loader = [{"pixel_values": torch.stack([data[i]["pixel_values"] for i in batch])} for batch in batches]
+    loss.prime([Net(1), Net(2)], loader)
+    return [[refine.r.item(), refine.mean_certainty.count.item()] for refine in loss.refine]
+
+
+PRIMING = [([[0, 1, 2, 3], [4, 5, 6, 7], [8]], [[9, 10]]), ([[0, 1]], [])]  # rows of the batches of both ranks
+
+
 def rank_main(folder):
     """What each of the processes does."""
     import logging
@@ -119,6 +162,18 @@ def rank_main(folder):
         again.train(str(folder / name / "checkpoint-7"))
         out[name] = result(run), result(again)
 
+    nets, pixels, labels = lonely()
+    for name, how in LONELY.items():
+        loss = Mutual(MyLC(window=99), Confident(eta=2, b2=0), **how)
+        wrapped = torch.nn.parallel.DistributedDataParallel(Hosted(copy.deepcopy(nets), loss))
+        out[name] = one_step(wrapped, pixels[rank], labels[rank])
+    out["primed"] = [primed(batches[rank]) for batches in PRIMING]
+
+    run, seen = uneven(folder / "uneven", WORLD, view(33)), []
+    run.model.register_forward_pre_hook(lambda *args: seen.append(args[-1]["index"].tolist()), with_kwargs=True)
+    run.train()
+    out["uneven"] = result(run) | {"seen": seen}
+
     messages, handler = [], logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())
     logging.getLogger("kd_plugins.trainer").addHandler(handler)
@@ -127,8 +182,7 @@ def rank_main(folder):
     out["broken"] = messages, run.train_dataset.broken()
     run.export(folder / "export")
     torch.save(out, folder / f"rank{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +291,74 @@ def test_broken_pictures_of_all_ranks_are_named_once(ranks):
     assert all(f"row {row}" in messages[0] for row in BROKEN)
     assert others == []
     assert 0 < len(seen) < len(BROKEN) > len(also_seen) > 0
+
+
+def slopes(nets, pixels, labels, own, normalize):
+    """Gradients of both networks on these rows by numpy, given r over all rows: dL/dz = p - q~ for each lesson, q~ a constant."""
+    weights = [net.weight.detach().numpy() for net in nets]
+
+    def known(x):  # p, 1 - H / ln C
+        p = np.exp(x @ np.swapaxes(weights, 1, 2))
+        p /= p.sum(-1, keepdims=True)
+        return p, 1 + (p * np.log(p)).sum(-1) / np.log(3)
+
+    r = known(torch.cat(lonely()[1]).numpy())[1].mean(-1)
+    x, q = pixels.numpy(), np.eye(3)[labels]
+    p, certainty = known(x)
+    eps = (certainty / (1 + np.exp(-10 * (r - 0.5)))[:, None])[..., None]
+    refined, mask = (1 - eps) * q + eps * p, certainty > 1 / 2  # H < ln C / 2
+    grads = []
+    for k, j in ((0, 1), (1, 0)):
+        n = max(mask[j].sum(), 1) if normalize == "selected" else len(x)
+        dz = own * (p[k] - refined[k]) / len(x) + mask[j][:, None] * (p[k] - refined[j]) / n
+        grads.append(dz.T @ x)
+    return grads
+
+
+@pytest.mark.parametrize("name", LONELY)
+def test_empty_selection_on_one_rank(name, ranks):
+    """The mean of the two ranks' gradients, by hand: each with its own n_j, where it is not the batch; a rank with nothing to learn
+    gives zeros and keeps nobody waiting."""
+    first, second = (rank[name] for rank in ranks)
+    assert all(0 < share < 1 for share in first["selected"]) and second["selected"] == [0, 0]
+    assert np.isfinite([first["loss"], second["loss"]]).all() and (second["loss"] == 0) == (name == "taught")
+    nets, pixels, labels = lonely()
+    how = {"own": 1.0, "normalize": "selected"} | LONELY[name]
+    byhand = [slopes(nets, x, y, **how) for x, y in zip(pixels, labels, strict=True)]
+    for ours, theirs, expected in zip(first["grads"], second["grads"], np.mean(byhand, axis=0), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.numpy() == pytest.approx(expected, abs=1e-6)  # r is a float32
+        assert np.abs(expected).max() > 0.05
+
+    loss = Mutual(MyLC(window=99), Confident(eta=2, b2=0), **LONELY[name])
+    alone = one_step(Hosted(nets, loss), torch.cat(pixels), torch.cat(labels))
+    apart = max((a - b).abs().max().item() for a, b in zip(alone["grads"], first["grads"], strict=True))
+    assert apart < 1e-6 if name == "batch" else apart > 1e-2  # one process has one n_j for all rows
+
+
+def test_priming_from_loaders_of_unequal_length(ranks):
+    """Three batches on one rank and one on the other, also none: r is over all rows, as one process has it on all batches."""
+    for n, (mine, others) in enumerate(PRIMING):
+        first, second = (rank["primed"][n] for rank in ranks)
+        assert first == second
+        for ours, theirs in zip(first, primed(mine + others), strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-6)
+            assert ours[0] > 0.01 and ours[1] == sum(map(len, mine + others))
+
+
+def test_rows_that_do_not_divide_by_two_processes(ranks, tmp_path):
+    """33 rows, three steps of 16 on both: every row is seen, what fills up counts as often as it comes, and the ranks are equal;
+    one process that is given the same 48 rows in the same order has the same weights and r."""
+    first, second = (rank["uneven"] for rank in ranks)
+    assert first["steps"] == second["steps"] == 3
+    assert difference(first["state"], second["state"]) == 0
+    order = [i for both in zip(first["seen"], second["seen"], strict=True) for part in both for i in part]
+    assert len(order) == 48 and set(order) == set(range(33))
+    data = view(33)
+    run = uneven(tmp_path, 1, [data[i] for i in order], train_sampling_strategy="sequential")
+    run.train()
+    assert difference(first["state"], state(run.model)) < 1e-5
+    assert [v for name, v in first["state"].items() if name.endswith("certainty.count")] == [48, 48]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from _tiny import CLASSES, ROWS, Net, arguments, difference, hard, jitter, launch, logged, plain, state, trainer, view
+from _tiny import (
+    CLASSES,
+    ROWS,
+    Net,
+    arguments,
+    difference,
+    hard,
+    jitter,
+    launch,
+    leave,
+    logged,
+    plain,
+    state,
+    trainer,
+    view,
+)
 from datasets import Dataset
 from transformers import TrainerCallback
 
@@ -306,8 +321,7 @@ def rank_main(folder):
             (folder / "dynamics" / path.name).write_bytes(path.read_bytes())
     torch.distributed.barrier()
     run(DynamicsCallback(), save_strategy="no").train(str(folder / "checkpoint-4"))  # in the middle of the second epoch
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's threads drop their last work while Python shuts down, and now and then that aborts
+    leave()
 
 
 def test_two_processes(tmp_path):

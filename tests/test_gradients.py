@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from _tiny import ROWS, Net, difference, launch, plain, state, trainer
+from _tiny import ROWS, Net, difference, launch, leave, plain, state, trainer
 from torch import nn
 from transformers import TrainerCallback
 
@@ -296,8 +296,7 @@ def rank_main(folder):
     torch.set_num_threads(1)
     out = both(folder, WORLD)
     torch.save(out, folder / f"rank{os.environ['RANK']}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def test_two_processes_are_one(tmp_path):
