@@ -119,28 +119,38 @@ def _as_map(body: Any, last: Tensor) -> Tensor:
 
 
 class _Input(nn.Module):
-    """Pixels as the first peer expects them -> pixels as this network expects them: normalisation, fixed size, dtype.
+    """Pixels as the first peer expects them, or bytes -> pixels as this network expects them: normalisation, fixed size.
 
     What is not known of either network is left alone. A module tells by ``pretrained_cfg`` (``mean``, ``std``), as timm's do.
+    Bytes are normalised here, a whole batch on the device; for a network that does not tell they become x / 255.
     """
+
+    of_floats: Tensor | None
+    of_bytes: Tensor | None
 
     def __init__(self, model: nn.Module, reference: nn.Module) -> None:
         super().__init__()
         own, ref = _normalization(model), _normalization(reference)
         self.size = _fixed_size(model)
-        self.shift: Tensor
-        self.scale: Tensor | None
-        if own and ref and own != ref:  # ((x · std_ref + mean_ref) - mean) / std
-            (mean, std), (ref_mean, ref_std) = torch.tensor([own, ref], dtype=torch.float64)
-            scale, shift = ref_std / std, (ref_mean - mean) / std
-            self.register_buffer("scale", scale.float()[:, None, None], persistent=False)
-            self.register_buffer("shift", shift.float()[:, None, None], persistent=False)
-        else:
-            self.scale = None
+        self._keep("of_floats", own if own != ref else None, ref)
+        self._keep("of_bytes", own or ((0.0,), (1.0,)), ((0.0,), (1.0,)), 255.0)
+
+    def _keep(self, name: str, own: Any, ref: Any, unit: float = 1.0) -> None:
+        """((x / unit · std_ref + mean_ref) - mean) / std as (scale, shift), x · scale + shift; nothing where one is not known."""
+        both = None
+        if own and ref:
+            (mean, std), (ref_mean, ref_std) = (torch.tensor(pair, dtype=torch.float64) for pair in (own, ref))
+            both = torch.stack([ref_std / std / unit, (ref_mean - mean) / std]).float()[:, :, None, None]
+        self.register_buffer(name, both, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        if self.scale is not None and pixels.shape[1] == self.scale.shape[0]:
-            pixels = pixels * self.scale + self.shift
+        of_bytes = pixels.dtype == torch.uint8
+        known = self.of_bytes if of_bytes else self.of_floats
+        if known is not None and known.shape[1] in (1, pixels.shape[1]):
+            pixels = pixels.to(known.dtype, copy=not of_bytes).mul_(known[0]).add_(known[1])  # one new batch, not two
+        elif of_bytes:
+            raise ValueError(f"bytes of {pixels.shape[1]} channels, {list(pixels.shape)}, and the network's mean and std have "
+                             "another number: hand over normalised floats")  # fmt: skip
         if self.size and tuple(pixels.shape[-2:]) != self.size:
             pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True, align_corners=False)
         return pixels

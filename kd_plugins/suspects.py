@@ -346,8 +346,9 @@ def _first(suspects: Dataset, count: int) -> list[dict[str, Any]]:
 def _pictures(suspects: Dataset, dataset: Any, image: str) -> Callable[[int], Image.Image | None]:
     """Row of the data set -> its picture in RGB, None if it cannot be read."""
     _refuse_rows(column_array(suspects, "index"), len(dataset))
+    value_of: Callable[[int], Any]
     if isinstance(dataset, ImageView):
-        value_of: Callable[[int], Any] = dataset._value
+        value_of = lambda row: dataset._values([row])[0]  # noqa: E731
     elif isinstance(dataset, Dataset):
         if image not in dataset.column_names:
             raise ValueError(f"No column {image!r}; there are {dataset.column_names}.")

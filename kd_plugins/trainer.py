@@ -203,10 +203,11 @@ class MutualDistillationTrainer(Trainer):
     """HF ``Trainer`` that hosts one network, or several that teach each other, and the loss they share.
 
     Pixels are handed over as the first network expects them; the others get them re-normalised (``pretrained_cfg``) and
-    resized if their input size is fixed. Logged are the loss terms and diagnostics of the loss (``own_a``, ``selected_a``,
-    ``chi``, ``r_a`` ...; with clean labels ``right_a``, the share of the taught labels that is true). Evaluated are top-1 and
-    top-5 accuracy of each network and of their ensemble (mean probability); with clean labels also the memorisation of
-    wrong ones. ``eval_loss`` is plain cross-entropy, mean over networks: it compares across losses.
+    resized if their input size is fixed. Bytes (uint8) are normalised on the device, for each network as it expects. Logged
+    are the loss terms and diagnostics of the loss (``own_a``, ``selected_a``, ``chi``, ``r_a`` ...; with clean labels
+    ``right_a``, the share of the taught labels that is true). Evaluated are top-1 and top-5 accuracy of each network and of
+    their ensemble (mean probability); with clean labels also the memorisation of wrong ones. ``eval_loss`` is plain
+    cross-entropy, mean over networks: it compares across losses.
 
     Args:
         models: a network or a sequence of them: timm names, timm modules, Hugging Face classifiers or any module from

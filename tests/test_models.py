@@ -141,6 +141,19 @@ def test_teacher_sees_its_own_normalisation():
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_bytes_are_normalised_for_each_network():
+    """As floats that were normalised for it; x / 255 where it does not tell; other channels than it knows are refused."""
+    own = [((0.5, 0.4, 0.3), (0.2, 0.3, 0.1)), ((0.1,) * 3, (0.5,) * 3)]
+    a, b, unknown = with_cfg(Net(1), *own[0]), with_cfg(Net(2), *own[1]), Net(3)
+    hosted = Hosted([a, b, unknown], CE()).eval()
+    raw = torch.randint(256, (6, 3, SIZE, SIZE), dtype=torch.uint8)
+    means, stds = ([torch.tensor(cfg[k])[:, None, None] for cfg in (*own, ((0.0,), (1.0,)))] for k in (0, 1))
+    expected = [net((raw / 255 - m) / s) for net, m, s in zip((a, b, unknown), means, stds, strict=True)]
+    torch.testing.assert_close(hosted(raw)["logits"], torch.stack(expected, dim=1), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r"bytes of 1 channels, \[6, 1, .*normalised floats"):
+        hosted(raw[:, :1])
+
+
 def test_fixed_size_networks_get_resized_pixels():
     small, big = timm_vit(16).eval(), pixels(4, 24)
     hosted = Hosted([Net(), small, vit().eval()], CE()).eval()  # the last one: transformers, 8 px

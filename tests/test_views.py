@@ -1,6 +1,7 @@
 """ImageView: repeatable randomness, every kind of picture and of broken picture, workers."""
 
 import copy
+import hashlib
 import io
 import pickle
 import random
@@ -12,7 +13,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as HFImage
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from kd_plugins.data import ImageView, noisy_view
 
@@ -122,18 +123,21 @@ def test_randomness_is_a_function_of_seed_epoch_and_index():
     )
 
 
+def fail(picture):
+    jitter(picture)
+    raise KeyError("transform")
+
+
+def draw():
+    return torch.rand(1).item(), random.gauss(0, 1), np.random.randn()
+
+
+def seeded():
+    torch.manual_seed(0), random.seed(0), np.random.seed(0)
+    draw()  # leaves half a pair of Gaussians in numpy and random
+
+
 def test_global_generators_are_left_alone():
-    def fail(picture):
-        jitter(picture)
-        raise KeyError("transform")
-
-    def draw():
-        return torch.rand(1).item(), random.gauss(0, 1), np.random.randn()
-
-    def seeded():
-        torch.manual_seed(0), random.seed(0), np.random.seed(0)
-        draw()  # leaves half a pair of Gaussians in numpy and random
-
     seeded()
     expected = draw()
     for transform in (jitter, fail):
@@ -143,6 +147,105 @@ def test_global_generators_are_left_alone():
         except KeyError:  # a bug in the transform is no broken picture
             assert transform is fail
         assert draw() == expected
+
+
+def seeded_by_hand(seed, epoch, index):
+    number = hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=8).digest()
+    number = int.from_bytes(number, "little") // 2
+    torch.manual_seed(number), random.seed(number), np.random.seed(number % 2**32)
+
+
+def test_the_numbers_drawn_stay_the_same_from_version_to_version():
+    view = ImageView(pictures(3), jitter, seed=7)
+    view.set_epoch(2)
+    seeded_by_hand(7, 2, 1)
+    assert torch.equal(view[1]["pixel_values"], jitter(noise_picture(1)))
+
+
+def test_a_batch_is_its_rows():
+    def same(one, other):
+        assert one.keys() == other.keys() and torch.equal(one["pixel_values"], other["pixel_values"])
+        assert all(one[key] == other[key] for key in one if key != "pixel_values")
+
+    broken = {4: b"", 7: b"x", 8: b"", 19: b""}
+    data = pictures(20, broken, true=[i % 3 for i in range(20)])
+    rows = [
+        {"image": noise_picture(i) if i % 2 else encoded(noise_picture(i)), "label": 0, "true": 0} for i in range(20)
+    ]
+    order = [
+        7,
+        0,
+        8,
+        8,
+        19,
+        3,
+        4,
+        12,
+        11,
+        1,
+        19,
+        7,
+        5,
+        18,
+        2,
+        0,
+        9,
+        10,
+    ]  # twice the same, and more than are read at once
+    for source in (data, data.shuffle(seed=1), data.select([*range(5), *range(5, 20)]), rows):
+        one, other = (ImageView(source, jitter, seed=3, clean="true", max_broken=0.5) for _ in range(2))
+        for view in (one, other):
+            view.set_epoch(1)
+        for i, item in zip(order, one.__getitems__(order), strict=True):
+            same(item, other[i])
+        assert one.broken() == other.broken() and (source is rows or one.broken())
+        same(one.__getitems__(np.array([3]))[0], other[3])
+        assert one.__getitems__([]) == []
+    with pytest.raises(IndexError, match="row 20 of 20"):
+        one.__getitems__([0, 20])
+    with pytest.raises(IndexError, match="row -1 of 20"):
+        one.__getitems__([-1])
+
+
+def test_a_batch_leaves_the_generators_alone():
+    seeded()
+    expected = draw()
+    for transform in (jitter, fail):
+        seeded()
+        batches = iter(DataLoader(ImageView(pictures(20), transform), 20, sampler=range(20)))
+        seeded()  # the loader itself draws a number
+        try:
+            next(batches)
+        except KeyError:
+            assert transform is fail
+        assert draw() == expected
+    seeded()
+    with pytest.raises(RuntimeError, match="None of the 3"):
+        ImageView(pictures(3, dict.fromkeys(range(3), b"")), jitter, max_broken=1).__getitems__([0, 1])
+    assert draw() == expected
+
+
+def test_rows_that_draw_do_not_draw_the_same_in_every_batch():
+    class Rows(list):
+        def __getitem__(self, row):
+            drawn.append(np.random.rand())
+            return super().__getitem__(row)
+
+    drawn = []
+    view = ImageView(Rows({"image": noise_picture(i), "label": 0} for i in range(20)), jitter)
+    view.__getitems__(range(20)), view.__getitems__(range(20))
+    assert len(set(drawn)) == 40
+
+
+def test_a_subclass_or_a_part_keeps_its_own_items():
+    class Doubled(ImageView):
+        def __getitem__(self, index):
+            return super().__getitem__(index) | {"twice": 2 * index}
+
+    (batch,) = DataLoader(Doubled(pictures(4), jitter), 4)
+    assert batch["twice"].tolist() == [0, 2, 4, 6]
+    (batch,) = DataLoader(Subset(ImageView(pictures(4), jitter), [3, 1]), 4)
+    assert batch["index"].tolist() == [3, 1]
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])
