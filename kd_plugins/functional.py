@@ -210,7 +210,7 @@ class _MixedGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, costs: Tensor, factors: Tensor, q: Tensor, *peers: Tensor) -> Tensor:
         ctx.save_for_backward(factors, q, *peers[: len(peers) // 2])
-        ctx.dtype = peers[-1].dtype
+        ctx.dtypes = [z.dtype for z in peers[len(peers) // 2 :]]
         return costs.sum(0)
 
     @staticmethod
@@ -228,7 +228,7 @@ class _MixedGradient(torch.autograd.Function):
                 gradient.addcmul_(q, named[k], value=-1.0)
             else:
                 gradient.scatter_add_(1, q, -named[k])
-            gradients.append(gradient.to(ctx.dtype))
+            gradients.append(gradient.to(ctx.dtypes[k]))
         return None, None, None, *[None] * len(ps), *gradients
 
 

@@ -18,7 +18,6 @@ import contextlib
 import copy
 import inspect
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import datasets
 import numpy as np
 import timm
 import torch
-from torchvision import transforms as T
+from pictures import check_loss, check_networks, load, transform, write_results
 from transformers import HfArgumentParser, set_seed
 
 import kd_plugins.models  # noqa: F401  makes resnet18_cifar and its sisters known to timm
@@ -39,7 +38,6 @@ from kd_plugins import (
     create_loss,
     estimate_transition,
     loss_class,
-    report,
 )
 from kd_plugins.data import ImageView, asymmetric, circular, noise_report, noisy_view, pair_flip, symmetric
 from kd_plugins.trainer import CDRCallback, claim_folder
@@ -64,25 +62,21 @@ STAGES: dict[str, list] = {
 @dataclass
 class Settings:
     data: str = field(default="uoft-cs/cifar100", metadata={"help": "hub id or folder"})
-    image: str = "image"
-    label: str = "label"
+    image: str | None = field(default=None, metadata={"help": "column; the one that holds pictures"})
+    label: str | None = field(default=None, metadata={"help": "column of classes; label, or the only one"})
     classes: int = field(default=0, metadata={"help": "keep the first so many classes only"})
     where: str | None = field(default=None, metadata={"help": "train only on the rows where this column is true, and test on the "
                               "classes that they have"})  # fmt: skip
-    augment: bool = field(
-        default=True, metadata={"help": "crop and flip; without it a short run learns labels by heart too"}
-    )
+    augment: bool = field(default=True, metadata={"help": "crop and flip; without, a short run learns by heart too"})
     size: int = field(default=0, metadata={"help": "side of the pictures in px; as they are if 0"})
     method: str = field(default="smkd", metadata={"help": "any of kd_plugins.list_losses(), or cdr"})
     refine: str = field(default="mylc", metadata={"help": "label modification inside smkd"})
     loss_args: list[str] = field(default_factory=list, metadata={"help": "of the method: eta=2 b2=-6"})
     refine_args: list[str] = field(default_factory=list, metadata={"help": "of the label modification: b1=10"})
-    models: list[str] = field(
-        default_factory=lambda: ["resnet34_cifar"] * 2, metadata={"help": "one or more timm names"}
-    )
+    models: list[str] = field(default_factory=lambda: ["resnet34_cifar"] * 2, metadata={"help": "timm names, or one"})
     noise: str = field(default="symmetric", metadata={"help": "symmetric, pair_flip, asymmetric (next class), circular "
                        "(within coarse_label), none, or a column with given labels"})  # fmt: skip
-    rate: float = field(default=0.4, metadata={"help": "share of wrong labels"})
+    rate: float | None = field(default=None, metadata={"help": "share of wrong labels; 0.4, with --noise none 0"})
     stage_epochs: list[float] = field(default_factory=list, metadata={"help": "of each stage of a method of several; "
                                       "num_train_epochs each if not given"})  # fmt: skip
     estimator: str = field(default="anchor", metadata={"help": "of the transition matrix: anchor, dual_t, or known, which takes "
@@ -110,7 +104,9 @@ def make_loss(s: Settings, name: str, models, **known):
     if loss_class(name).peers and len(models) > 1:
         known |= {"num_peers": len(models), "feature_dims": [getattr(m, "num_features", None) for m in models]}
     own = s.loss_args if name == s.method else []  # not of the stages before
-    loss = make(name, own, refine=make(s.refine, s.refine_args, **known), forget=s.rate, **known)
+    if "refine" in inspect.signature(loss_class(name)).parameters:
+        known["refine"] = make(s.refine, s.refine_args, **known)
+    loss = make(name, own, forget=s.rate, **known)
     return loss if loss.peers or len(models) == 1 else Mutual(loss, Nothing(), num_peers=len(models))
 
 
@@ -124,46 +120,62 @@ def make_noise(s: Settings, train):
     makers = {"symmetric": symmetric, "pair_flip": pair_flip,
               "asymmetric": lambda c, r: asymmetric(c, r, {i: (i + 1) % c for i in range(c)})}  # fmt: skip
     if s.noise not in makers:
-        raise SystemExit(
-            f"--noise {s.noise}: expected {', '.join(makers)}, circular, none or one of {train.column_names}"
-        )
+        expected = f"{', '.join(makers)}, circular, none or one of {train.column_names}"
+        raise SystemExit(f"--noise {s.noise}: expected {expected}")
     return makers[s.noise](classes, s.rate)
 
 
 def first_classes(data, label: str, count: int):
     """The rows of the first classes, and no other names in the label column."""
-    names = data["train"].features[label].names
+    names = data.features[label].names
     if not 1 < count <= len(names):
         raise SystemExit(f"--classes {count}: expected 2 to {len(names)}, as many as there are")
     data = data.filter(lambda labels: [y < count for y in labels], input_columns=label, batched=True)
     return data.cast_column(label, datasets.ClassLabel(names=names[:count]))
 
 
-def transform(size: int, model, train: bool):
-    cfg = timm.data.resolve_data_config(model=model)
-    if size <= 64:  # pad 4 and crop, as the papers do on 32 px pictures
-        crop = [T.RandomCrop(size, padding=4), T.RandomHorizontalFlip()] if train else []
-        return T.Compose([T.Resize((size, size)), *crop, T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])])
-    return timm.data.create_transform(**cfg, is_training=train)
+def options() -> tuple[Settings, MutualTrainingArguments, list]:
+    """Settings, arguments and stages; what does not go together is refused before anything is read or written."""
+    parser = HfArgumentParser((Settings, MutualTrainingArguments))
+    parser.set_defaults(output_dir="runs/cifar100_noise", eval_strategy="epoch", save_strategy="epoch", save_total_limit=2,
+                        report_to="none")  # fmt: skip
+    s, args = parser.parse_args_into_dataclasses()
+    if s.rate is None:
+        s.rate = 0.0 if s.noise == "none" else 0.4
+    loss = check_loss("method", "ce" if s.method == "cdr" else s.method)
+    given = [("loss_args", s.method, loss, s.loss_args)]
+    if "refine" in inspect.signature(loss).parameters:
+        given.append(("refine_args", s.refine, check_loss("refine", s.refine), s.refine_args))
+    elif s.refine_args or s.refine != Settings.refine:
+        asked = " ".join([s.refine, *s.refine_args])
+        raise SystemExit(f"--refine {asked}: {s.method} takes no refine and would ignore it")
+    for option, name, cls, pairs in given:
+        takes = [key for key in inspect.signature(cls).parameters if key != "base"]
+        if wrong := [pair for pair in pairs if "=" not in pair or pair.split("=")[0] not in takes]:
+            raise SystemExit(f"--{option} {' '.join(wrong)}: expected NAME=VALUE, NAME of {name}: {', '.join(takes)}")
+    check_networks("models", s.models)
+
+    stages = STAGES.get(s.method, [(s.method, "new", {})])
+    if s.estimator == "known" and s.method.endswith("_correction"):
+        stages = stages[-1:]
+    if s.estimator not in ("anchor", "dual_t", "known"):
+        raise SystemExit(f"--estimator {s.estimator}: expected anchor, dual_t or known")
+    if len(stages) > 1 and len(s.models) > 1:
+        raise SystemExit(f"{s.method} takes {len(stages)} stages, for one network: give one --models")
+    epochs = s.stage_epochs or [args.num_train_epochs] * len(stages)
+    if len(epochs) != len(stages):
+        names = [name for name, *_ in stages]
+        raise SystemExit(f"--stage_epochs {epochs}: {s.method} has {len(stages)} stages, {names}")
+    stages = [(*stage, {**more, "num_train_epochs": e}) for (*stage, more), e in zip(stages, epochs, strict=True)]
+    return s, args, stages
 
 
 def main() -> dict:
-    parser = HfArgumentParser((Settings, MutualTrainingArguments))
-    parser.set_defaults(
-        output_dir="runs/cifar100_noise",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=2,
-        report_to="none",
-    )
-    s, args = parser.parse_args_into_dataclasses()
-    claim_folder(args, **vars(s))
+    s, args, stages = options()
     set_seed(args.seed)
-
-    data = datasets.load_dataset(s.data)
+    train, test = load(s)
     if s.classes:
-        data = first_classes(data, s.label, s.classes)
-    train, test = data["train"], data["test" if "test" in data else "validation"]
+        train, test = (first_classes(part, s.label, s.classes) for part in (train, test))
     if s.where:
         train = train.select(np.flatnonzero(train.with_format("numpy")[s.where][:]))
         taught = np.unique(train.with_format("numpy")[s.label][:])
@@ -174,9 +186,8 @@ def main() -> dict:
         train = noisy_view(train, noise, seed=args.seed, label=s.label, noisy="given_label")
         given = "given_label"
         if args.process_index == 0:
-            print(
-                noise_report(np.asarray(train[s.label]), np.asarray(train[given]), train.features[s.label].num_classes)
-            )
+            classes = train.features[s.label].num_classes
+            print(noise_report(np.asarray(train[s.label]), np.asarray(train[given]), classes))
     if s.holdout > 0:
         parts = train.train_test_split(s.holdout, seed=args.seed)
         train, test = parts["train"], parts["test"]
@@ -185,32 +196,22 @@ def main() -> dict:
     size = s.size or min(train[0][s.image].size)
     example = timm.create_model(s.models[0], num_classes=classes)
     plain = transform(size, example, False)
-    train_view = ImageView(
-        train, transform(size, example, s.augment), seed=args.seed, image=s.image, label=given, clean=s.label
-    )
+    crops = transform(size, example, s.augment)
+    train_view = ImageView(train, crops, seed=args.seed, image=s.image, label=given, clean=s.label)
     label = given if s.holdout > 0 else s.label  # chosen on given labels: nobody has clean ones to choose with
     test_view = ImageView(test, plain, image=s.image, label=label)
     fit = ImageView(train, plain, image=s.image, label=given, clean=s.label)  # the training data without augmentation
 
     known = {"window": len(train), "num_samples": len(train), "num_classes": classes}
-    stages = STAGES.get(s.method, [(s.method, "new", {})])
     if s.estimator == "known":
         if s.noise == "none" or s.noise in train.column_names:
             raise SystemExit(f"--estimator known: --noise {s.noise} has no known matrix; use anchor or dual_t")
         known["transition"] = torch.from_numpy(np.asarray(noise))
-        stages = stages[-1:] if s.method.endswith("_correction") else stages
-    if len(stages) > 1 and len(s.models) > 1:
-        raise SystemExit(f"{s.method} takes {len(stages)} stages, for one network: give one --models")
-    epochs = s.stage_epochs or [args.num_train_epochs] * len(stages)
-    if len(epochs) != len(stages):
-        raise SystemExit(
-            f"--stage_epochs {epochs}: {s.method} has {len(stages)} stages, {[name for name, *_ in stages]}"
-        )
 
     teachers: list = []
     for number, (name, network, settings) in enumerate(stages):
         stage = copy.copy(args)
-        for key, value in {**settings, "num_train_epochs": epochs[number]}.items():
+        for key, value in settings.items():
             setattr(stage, key, value)
         if len(stages) > 1:
             stage.output_dir = str(Path(args.output_dir, f"{number + 1}-{name}"))
@@ -224,15 +225,9 @@ def main() -> dict:
             loss = make_loss(s, name, models, **known)
         callbacks: list = [CDRCallback(s.rate)] if s.method == "cdr" else []
         callbacks += [DynamicsCallback()] if s.dynamics else []
-        trainer = MutualDistillationTrainer(
-            models,
-            loss,
-            stage,
-            teachers=teachers,
-            train_dataset=train_view,
-            eval_dataset=test_view,
-            callbacks=callbacks,
-        )
+        views = {"train_dataset": train_view, "eval_dataset": test_view}
+        trainer = MutualDistillationTrainer(models, loss, stage, teachers=teachers, callbacks=callbacks, **views)
+        claim_folder(args, **vars(s))  # not before all of it could be made
         trainer.train(resume_from_checkpoint=True)
 
         following = stages[number + 1][0] if number + 1 < len(stages) else None  # what the next stage needs of this one
@@ -248,11 +243,7 @@ def main() -> dict:
     trainer.save_state()
     trainer.export(args.output_dir)
     if trainer.is_world_process_zero():
-        figures = {k: v for k, v in figures.items() if not k.endswith(("runtime", "per_second"))}
-        Path(args.output_dir, "results.json").write_text(json.dumps(vars(s) | {"seed": args.seed} | figures, indent=1))
-        report.draw(stage.output_dir, Path(args.output_dir, "pictures"))
-        shown = {k: round(v, 4) for k, v in figures.items() if isinstance(v, float) and not math.isnan(v)}
-        print(json.dumps(shown, indent=1))
+        write_results(s, args, figures, stage.output_dir)
     return figures
 
 

@@ -4,26 +4,23 @@
         --student resnet10_cifar --teachers runs/teachers/0/peer_a runs/teachers/1/peer_a --bf16
 
 `--teachers` are folders that export() wrote, `NAME=FILE` for weights of a timm architecture, or timm names (pretrained). With
-`--train_teachers True` they are architectures that are trained first, on the same data, each into `output_dir/teachers/K`;
-`--teacher_rates 0 0 0.4` gives the third wrong labels to learn from. `--terms` is any sum of registered losses; `--revise 0.8`
-revises the teachers' logits (LabelRevision), `--keep 0.8` distils on the 80% of the training data of least influence on the
-loss of the held-out part (Data Selection). `--cache True` computes the teachers' logits once; it takes `--augment False`.
-A killed run goes on when the same command is given again. Expected: recipes/README.md.
+`--train_teachers True` they are architectures that are trained first, on the same data, each into `output_dir/teachers/K` (and with
+`--student none` nothing else is); `--teacher_rates 0 0 0.4` gives the third wrong labels to learn from. `--terms` is any sum of
+registered losses; `--revise 0.8` revises the teachers' logits (LabelRevision), `--keep 0.8` distils on the 80% of the training data
+of least influence on the loss of the held-out part (Data Selection). `--cache True` computes the teachers' logits once; it takes
+`--augment False`. A killed run goes on when the same command is given again. Expected: recipes/README.md.
 """
 
 import copy
 import inspect
 import json
-import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
 import numpy as np
 import timm
 import torch
-from torchvision import transforms as T
+from pictures import check_loss, check_networks, load, transform, write_results
 from transformers import HfArgumentParser, set_seed
 
 import kd_plugins.models  # noqa: F401  makes resnet18_cifar and its sisters known to timm
@@ -36,7 +33,6 @@ from kd_plugins import (
     Selected,
     create_loss,
     loss_class,
-    report,
 )
 from kd_plugins.data import ImageView, cache_teachers, influence_scores, noisy_view, select_lowest, symmetric
 from kd_plugins.models import feature_dims, make_teacher
@@ -71,32 +67,29 @@ PRESETS = {  # weights as published; of Label Revision + Data Selection only the
 @dataclass
 class Settings:
     data: str = field(default="uoft-cs/cifar100", metadata={"help": "hub id or folder"})
-    image: str = "image"
-    label: str = "label"
+    image: str | None = field(default=None, metadata={"help": "column; the one that holds pictures"})
+    label: str | None = field(default=None, metadata={"help": "column of classes; label, or the only one"})
     preset: str = field(default="", metadata={"help": f"terms and schedule of a paper: {', '.join(PRESETS)}"})
-    student: str = field(default="resnet10_cifar", metadata={"help": "timm name"})
+    student: str = field(default="resnet10_cifar", metadata={"help": "timm name, or none: teachers only"})
     teachers: list[str] = field(default_factory=list, metadata={"help": "folders, NAME=FILE, or timm names"})
     train_teachers: bool = field(default=False, metadata={"help": "teachers are architectures: train them first"})
-    teacher_rates: list[float] = field(
-        default_factory=list, metadata={"help": "share of wrong labels each of them sees"}
-    )
+    teacher_rates: list[float] = field(default_factory=list, metadata={"help": "share of wrong labels each is taught"})
     teacher_epochs: float = field(default=0.0, metadata={"help": "num_train_epochs if 0"})
     terms: str = field(default="ce + camkd", metadata={"help": "a sum of registered losses with weights"})
     revise: float = field(default=0.0, metadata={"help": "eta of Label Revision on every term on logits; 0 is off"})
     keep: float = field(default=1.0, metadata={"help": "share of the training data to distil on (Data Selection)"})
-    holdout: float = field(
-        default=0.1, metadata={"help": "share of the training data held out, to measure influence on"}
-    )
+    holdout: float = field(default=0.1, metadata={"help": "share of the training data to measure influence on"})
     cache: bool = field(default=False, metadata={"help": "compute the teachers' logits once, into output_dir/cache"})
     augment: bool = field(default=True, metadata={"help": "random crops and flips"})
 
 
-def transform(size: int, model, train: bool):
-    cfg = timm.data.resolve_data_config(model=model)
-    if size <= 64:  # pad 4 and crop, as the papers do on 32 px pictures
-        crop = [T.RandomCrop(size, padding=4), T.RandomHorizontalFlip()] if train else []
-        return T.Compose([T.Resize((size, size)), *crop, T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])])
-    return timm.data.create_transform(**cfg, is_training=train)
+def terms_of(s: Settings) -> list[tuple[float, str]]:
+    """Weight and name of each term."""
+    pairs = [text.rpartition("*") for text in s.terms.split("+")]
+    try:
+        return [(float(weight or 1), name.strip()) for weight, _, name in pairs]
+    except ValueError as error:
+        raise SystemExit(f"--terms {s.terms}: expected WEIGHT*NAME + NAME ...: {error}") from None
 
 
 def make_loss(s: Settings, student, teachers, samples: int, mask=None):
@@ -108,9 +101,7 @@ def make_loss(s: Settings, student, teachers, samples: int, mask=None):
         "num_samples": samples,
     }
     total = None
-    for text in s.terms.split("+"):
-        weight, _, name = text.rpartition("*")
-        name = name.strip()
+    for weight, name in terms_of(s):
         wants = inspect.signature(loss_class(name)).parameters
         given = {k: v for k, v in known.items() if k in wants}
         if wants.get("layer") and wants["layer"].default == -2:  # a hint is taken before the last map
@@ -122,7 +113,7 @@ def make_loss(s: Settings, student, teachers, samples: int, mask=None):
             term = LabelRevision(term, eta=s.revise)
         if mask is not None and name != "ce":
             term = Selected(mask, term)
-        term = float(weight or 1) * term
+        term = weight * term
         total = term if total is None else total + term
     return total
 
@@ -149,45 +140,57 @@ def train_teacher(s: Settings, args, k: int, name: str, train, test, classes: in
     figures = trainer.evaluate(test_view)
     if trainer.is_world_process_zero():
         print(f"teacher {k}, {name}, {rate:.0%} of its labels wrong: accuracy {figures['eval_accuracy']:.4f}")
-        Path(stage.output_dir, "results.json").write_text(
-            json.dumps({"teacher": name, "rate": rate} | figures, indent=1)
-        )
+        figures = {"teacher": name, "rate": rate} | figures
+        Path(stage.output_dir, "results.json").write_text(json.dumps(figures, indent=1))
     trainer.export()
     trainer.accelerator.wait_for_everyone()
     return str(folder)
 
 
-def main() -> dict:
+def options() -> tuple[Settings, MutualTrainingArguments]:
+    """Settings and arguments; what does not go together is refused before anything is read or written."""
     parser = HfArgumentParser((Settings, MutualTrainingArguments))
-    preset = sys.argv[sys.argv.index("--preset") + 1] if "--preset" in sys.argv else ""
+    preset = parser.parse_known_args()[0].preset
     if preset and preset not in PRESETS:
         raise SystemExit(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
-    parser.set_defaults(
-        output_dir="runs/distill_teachers",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=2,
-        report_to="none",
-        **(SCHEDULE | PRESETS[preset] if preset else {}),
-    )
+    parser.set_defaults(output_dir="runs/distill_teachers", eval_strategy="epoch", save_strategy="epoch", save_total_limit=2,
+                        report_to="none", **(SCHEDULE | PRESETS[preset] if preset else {}))  # fmt: skip
     s, args = parser.parse_args_into_dataclasses()
     if s.teacher_rates and len(s.teacher_rates) != len(s.teachers):
         raise SystemExit(f"--teacher_rates {s.teacher_rates}: expected one for each of {len(s.teachers)} teachers")
-    claim_folder(args, **vars(s))
-    set_seed(args.seed)
-
-    data = datasets.load_dataset(s.data)
-    train, test = data["train"], data["test" if "test" in data else "validation"]
-    classes = train.features[s.label].num_classes
+    if not s.train_teachers and (s.teacher_rates or s.teacher_epochs or s.student == "none"):
+        raise SystemExit(f"--teacher_rates {s.teacher_rates} --teacher_epochs {s.teacher_epochs:g} --student {s.student}: expected "
+                         "--train_teachers True beside rates, epochs or no student; no teacher would be trained")  # fmt: skip
     if not 0.0 < s.holdout < 1.0:
         raise SystemExit(f"--holdout {s.holdout}: expected a share in (0, 1); all methods then train on the same rest")
+    reads = {key for _, name in terms_of(s) for key in check_loss("terms", name).reads if key.startswith("teacher")}
+    if s.cache and (reads != {"teacher"} or s.augment):
+        raise SystemExit(f"--cache True --augment {s.augment} --terms {s.terms}: expected --augment False and terms on the "
+                         f"teachers' logits, these read {sorted(reads)}; what is cached would not be used")  # fmt: skip
+    if (reads or s.keep < 1.0) and not s.teachers and s.student != "none":
+        raise SystemExit(f"--terms {s.terms} --keep {s.keep:g}: expected --teachers to learn from, got none")
+    check_networks("student", [s.student] if s.student != "none" else [])
+    return s, args
+
+
+def main() -> dict:
+    s, args = options()
+    check_networks("teachers", s.teachers, trained=not s.train_teachers)
+    set_seed(args.seed)
+    train, test = load(s)
+    classes = train.features[s.label].num_classes
     parts = train.train_test_split(s.holdout, seed=0)  # the same for every seed: teachers must not have seen it
     train, held_out = parts["train"], parts["test"]
     size = min(train[0][s.image].size)
+    claim_folder(args, **vars(s))
 
     folders = s.teachers
     if s.train_teachers:
         folders = [train_teacher(s, args, k, n, train, test, classes, size) for k, n in enumerate(s.teachers)]
+    if s.student == "none":
+        if args.process_index == 0:
+            Path(args.output_dir, "results.json").write_text(json.dumps(vars(s) | {"seed": args.seed}, indent=1))
+        return {}
     set_seed(args.seed)
     student = timm.create_model(s.student, num_classes=classes).to(memory_format=torch.channels_last)
     teachers = [make_teacher(folder, classes).to(args.device) for folder in folders]
@@ -200,41 +203,23 @@ def main() -> dict:
         views = [ImageView(part, plain, image=s.image, label=s.label) for part in (train, held_out)]
         loaders = [torch.utils.data.DataLoader(v, args.eval_batch_size, num_workers=args.dataloader_num_workers)
                    for v in views]  # fmt: skip
-        scores = torch.stack([influence_scores(t, *loaders) for t in teachers]).mean(
-            0
-        )  # fixed before the student starts
+        scores = torch.stack([influence_scores(t, *loaders) for t in teachers]).mean(0)  # before the student starts
         mask = select_lowest(scores, s.keep)
         np.save(Path(args.output_dir, "influence.npy"), scores.numpy())
     loss = make_loss(s, student, teachers, len(train), mask)
-    read = loss.reads & {"teacher", "teacher_features"}
-    if s.cache and read == {"teacher"}:
+    if s.cache:
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        train_view = cache_teachers(
-            train_view,
-            teachers,
-            Path(args.output_dir, "cache"),
-            student=student,
-            batch_size=args.eval_batch_size,
-            num_workers=args.dataloader_num_workers,
-            dtype=dtype,
-        )
-    hosted = teachers if read and not hasattr(train_view, "teacher_logits") else []
-    trainer = MutualDistillationTrainer(
-        student, loss, args, teachers=hosted, train_dataset=train_view, eval_dataset=test_view
-    )
+        how = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers, "dtype": dtype}
+        train_view = cache_teachers(train_view, teachers, Path(args.output_dir, "cache"), student=student, **how)
+    hosted = teachers if loss.reads & {"teacher", "teacher_features"} and not s.cache else []
+    views = {"train_dataset": train_view, "eval_dataset": test_view}
+    trainer = MutualDistillationTrainer(student, loss, args, teachers=hosted, **views)
     trainer.train(resume_from_checkpoint=True)
     figures = trainer.evaluate(test_view)
     trainer.save_state()
     trainer.export()
     if trainer.is_world_process_zero():
-        figures = {k: v for k, v in figures.items() if not k.endswith(("runtime", "per_second"))}
-        Path(args.output_dir, "results.json").write_text(json.dumps(vars(s) | {"seed": args.seed} | figures, indent=1))
-        report.draw(args.output_dir, Path(args.output_dir, "pictures"))
-        print(
-            json.dumps(
-                {k: round(v, 4) for k, v in figures.items() if isinstance(v, float) and not math.isnan(v)}, indent=1
-            )
-        )
+        write_results(s, args, figures)
     return figures
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import timm
+from pictures import check_networks, column, transform
 from sklearn.metrics import roc_auc_score
 from torchvision import transforms as T
 from transformers import HfArgumentParser
@@ -32,8 +32,8 @@ from kd_plugins.models import make_teacher
 class Settings:
     data: str = field(default="uoft-cs/cifar100", metadata={"help": "hub id or folder"})
     split: str = "train"
-    image: str = "image"
-    label: str = field(default="label", metadata={"help": "the doubted labels"})
+    image: str | None = field(default=None, metadata={"help": "column; the one that holds pictures"})
+    label: str | None = field(default=None, metadata={"help": "the doubted ones; label, or the only classes"})
     clean: str | None = field(default=None, metadata={"help": "column of true labels: how many errors are found?"})
     where: str | None = field(default=None, metadata={"help": "keep the rows only where this column is true"})
     networks: list[str] = field(default_factory=list, metadata={"help": "folders that export() wrote"})
@@ -42,13 +42,6 @@ class Settings:
     num_workers: int = 0
     count: int = field(default=500, metadata={"help": "suspects on the page"})
     output_dir: str = "runs/suspects"
-
-
-def transform(size: int, model):
-    cfg = timm.data.resolve_data_config(model=model)
-    if size <= 64:
-        return T.Compose([T.Resize((size, size)), T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])])
-    return timm.data.create_transform(**cfg, is_training=False)
 
 
 def found(wrong: np.ndarray, score: np.ndarray, named: np.ndarray) -> dict[str, float]:
@@ -84,17 +77,20 @@ def cleanlabs(labels: np.ndarray, probs: np.ndarray, wrong: np.ndarray) -> dict[
 def main() -> dict:
     (s,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
     if not s.networks and s.dynamics is None:
-        raise SystemExit(
-            "give --networks (folders of exported networks), --dynamics (a folder of DynamicsCallback) or both"
-        )
+        raise SystemExit("give --networks (folders that export() wrote), --dynamics (of DynamicsCallback) or both")
+    check_networks("networks", s.networks, trained=True)
     data = datasets.load_dataset(s.data, split=s.split)
+    s.image, s.label = column(data, "image", s.image), s.label or column(data, "label")
     if s.where:
         data = data.select(np.flatnonzero(data.with_format("numpy")[s.where][:]))
 
     networks = [make_teacher(folder, None) for folder in s.networks]
-    plain = transform(min(data[0][s.image].size), networks[0]) if networks else T.ToTensor()
+    plain = transform(min(data[0][s.image].size), networks[0], False) if networks else T.ToTensor()
     view = ImageView(data, plain, image=s.image, label=s.label, clean=s.clean)
     wrong = None if s.clean is None else view.labels != view.clean_labels
+    if wrong is not None and len(np.unique(wrong)) < 2:
+        print(f"--clean {s.clean}: {wrong.sum()} of {len(wrong)} labels are wrong; nothing to measure")
+        wrong = None
     known = {"class_names": view.class_names, "all_rows": True}
 
     results = {}
@@ -125,9 +121,8 @@ def main() -> dict:
         rows = [[by, f"{r['auroc']:.3f}", *(f"{r[k]:.1%}" if k != "named" else r[k] for k in list(r)[1:])]
                 for by, r in results.items()]  # fmt: skip
         print(report.markdown(header, rows))
-    (out / "results.json").write_text(
-        json.dumps(vars(s) | {"rows": len(data), "suspects": len(suspects)} | results, indent=1)
-    )
+    results_of = vars(s) | {"rows": len(data), "suspects": len(suspects)} | results
+    (out / "results.json").write_text(json.dumps(results_of, indent=1))
     print(f"{len(suspects)} of {len(data)} labels are suspected:")
     print(*(out / f"suspects.{kind}" for kind in ("html", "png", "csv", "parquet")), sep="\n")
     return results

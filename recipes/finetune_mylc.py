@@ -9,17 +9,16 @@ is the baseline. Expected: 46.3 ± 1.2 against 46.3 ± 1.1 per cent on ten class
 The same in a plain PyTorch loop: README.md.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
 import timm
 import torch
+from pictures import check_loss, check_networks, load, write_results
 from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
-from kd_plugins import ProgressCallback, as_compute_loss_func, create_loss, report
+from kd_plugins import ProgressCallback, as_compute_loss_func, create_loss
 from kd_plugins.data import ImageView, noise_report, noisy_view, symmetric
 from kd_plugins.metrics import TopKAccuracy
 from kd_plugins.models import export
@@ -36,8 +35,8 @@ class Settings:
     weights: str | None = field(default=None, metadata={"help": "file with weights for a model given by name"})
     weights_classes: int = field(default=1000, metadata={"help": "number of classes of that file's head"})
     data: str = field(default="ethz/food101", metadata={"help": "hub id or folder"})
-    label: str = "label"
-    image: str = "image"
+    image: str | None = field(default=None, metadata={"help": "column; the one that holds pictures"})
+    label: str | None = field(default=None, metadata={"help": "column of classes; label, or the only one"})
     size: int | None = field(default=None, metadata={"help": "pixels; default: what the model was trained with"})
     method: str = field(default="mylc", metadata={"help": "mylc, ce or any other loss for one network"})
     b1: float = field(default=10.0, metadata={"help": "steepness of MyLC's trust"})
@@ -68,24 +67,21 @@ def main() -> None:
     parser = HfArgumentParser((Settings, TrainingArguments))
     parser.set_defaults(**DEFAULTS, use_cpu=not torch.accelerator.is_available())
     s, args = parser.parse_args_into_dataclasses()
-    claim_folder(args, **vars(s))
+    check_loss("method", s.method)
+    check_networks("model", [s.model], trained=True)
     set_seed(args.seed)
 
-    data = datasets.load_dataset(s.data)
-    train, test, given, clean = data["train"], data["test" if "test" in data else "validation"], s.label, None
+    train, test = load(s)
+    given, clean = s.label, None
     classes = train.features[s.label].num_classes
     if s.rate:
-        train, given, clean = (
-            noisy_view(train, symmetric(classes, s.rate), seed=args.seed, label=s.label),
-            "noisy_label",
-            s.label,
-        )
+        train = noisy_view(train, symmetric(classes, s.rate), seed=args.seed, label=s.label)
+        given, clean = "noisy_label", s.label
     model = pretrained(s, classes)
     cfg = timm.data.resolve_data_config({"input_size": (3, s.size, s.size)} if s.size else {}, model=model)
     view = dict(image=s.image, seed=args.seed)
-    train_view = ImageView(
-        train, timm.data.create_transform(**cfg, is_training=True, color_jitter=None), label=given, clean=clean, **view
-    )
+    crops = timm.data.create_transform(**cfg, is_training=True, color_jitter=None)
+    train_view = ImageView(train, crops, label=given, clean=clean, **view)
     test_view = ImageView(test, timm.data.create_transform(**cfg), label=s.label, **view)
     if train_view.clean_labels is not None:
         print(noise_report(train_view.clean_labels, train_view.labels, classes))
@@ -94,9 +90,8 @@ def main() -> None:
     if s.prime:
         model.to(args.device)
         plain = ImageView(train, timm.data.create_transform(**cfg), label=given, **view)
-        print(
-            f"r = {loss.prime(model, torch.utils.data.DataLoader(plain, args.per_device_eval_batch_size)):.3f} before training"
-        )
+        r = loss.prime(model, torch.utils.data.DataLoader(plain, args.per_device_eval_batch_size))
+        print(f"r = {r:.3f} before training")
 
     accuracy = TopKAccuracy()
     trainer = Trainer(
@@ -109,14 +104,13 @@ def main() -> None:
         preprocess_logits_for_metrics=lambda logits, labels: logits.topk(min(5, classes)).indices,
         compute_metrics=lambda p: accuracy.compute(predictions=p.predictions, references=p.label_ids),
     )
+    claim_folder(args, **vars(s))  # not before all of it could be made
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
     figures = trainer.evaluate()
     trainer.save_state()
     if trainer.is_world_process_zero():
         export(model, Path(args.output_dir, "model"), train_view.class_names)
-        Path(args.output_dir, "results.json").write_text(json.dumps(vars(s) | {"seed": args.seed} | figures, indent=1))
-        report.draw(args.output_dir, Path(args.output_dir, "pictures"))
-        print({k: round(v, 4) for k, v in figures.items()})
+        write_results(s, args, figures)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """Rerun the papers' tables with one command: a matrix of method x setting x seed, one recipe run a cell.
 
-    python recipes/tables.py --table smkd-1 --data uoft-cs/cifar100 --image img --label fine_label --bf16 --jobs 4
+    python recipes/tables.py --table smkd-1 --data uoft-cs/cifar100 --label fine_label --bf16 --jobs 4
     python recipes/tables.py --table smkd-1 --data FOLDER --budget small --jobs 2
 
 Each cell is a run of `cifar100_noise.py` or `distill_teachers.py` in a folder of its own, `OUTPUT_DIR/TABLE/BUDGET/...`, with its
 log. Give the same command again and what is done is not done again, what was killed goes on from its checkpoint, and what failed is
 tried once more. `--jobs` cells run at once, dealt out over the GPUs there are; a cell that fails beside others, for want of memory
-say, is tried once more by itself at the end. Options that are not listed here go to every cell (`--image img`, `--bf16`).
+say, is tried once more by itself at the end. Options that are not listed here go to every cell (`--bf16`); what is done with others
+is not published with these: they want an `--output_dir` of their own.
 
 `--budget` says how much of the papers' setting is run: `full` is theirs; `small` takes narrow networks, few epochs, part of the
 classes and other options, so that a table runs on two cores in minutes to an hour. No figure of it is comparable with the papers',
@@ -25,6 +26,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from statistics import fmean
@@ -45,7 +47,7 @@ Values = dict[tuple[str, str], list[float]]  # (row, column): a figure of each s
 class Settings:
     table: str = field(metadata={"help": f"one of {', '.join(TABLES)}"})
     data: str = field(default="uoft-cs/cifar100", metadata={"help": "hub id or folder"})
-    label: str = field(default="label", metadata={"help": "column; coarse_label in SMKD's tables at budget small"})
+    label: str | None = field(default=None, metadata={"help": "column; coarse_label in SMKD's tables at budget small"})
     budget: str = field(default="full", metadata={"help": f"one of {', '.join(BUDGETS)}"})
     seeds: int = field(default=3, metadata={"help": "runs of each cell: seeds 0, 1, ..."})
     jobs: int = field(default=1, metadata={"help": "cells at once"})
@@ -81,9 +83,16 @@ def arguments(options: Options) -> list[str]:
     out = []
     for key, value in options.items():
         values = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else value
-        if values != []:
+        if values not in (None, []):
             out += [f"--{key}", *map(str, values if isinstance(values, list) else [values])]
     return out
+
+
+def options_of(command: list[str]) -> dict[str, list[str]]:
+    """The options of a command line with their values; the last of a name wins, as it does in the recipe."""
+    words = [part for word in command for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    at = [k for k, word in enumerate(words) if word.startswith("--")]
+    return {words[a][2:].replace("-", "_"): words[a + 1 : b] for a, b in pairwise([*at, len(words)])}
 
 
 def slug(text: str) -> str:
@@ -111,6 +120,15 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
         raise SystemExit(f"--first {unknown}: expected ROW:COLUMN of this table, such as {':'.join(grid[0])!r}")
     grid.sort(key=lambda cell: urgent.index(cell) if cell in urgent else len(urgent))
     root = Path(s.output_dir, s.table, s.budget)
+    varied = {key for part in (*table.rows.values(), *table.columns.values()) for key in part}
+    varied |= {"seed", "teachers", "train_teachers"}
+    given = options_of(rest)
+    for key, values in given.items():
+        if any(name.startswith(key) for name in varied):  # argparse takes the beginning of a name for it
+            raise SystemExit(f"--{key} {' '.join(values)}: each cell of {s.table} has its own, which this would replace in all of "
+                             "them; expected --rows and --columns to choose cells, --seeds N for the seeds 0 to N - 1")  # fmt: skip
+    if rest and not rest[0].startswith("--"):
+        raise SystemExit(f"{rest[0]}: expected --OPTION VALUE; it would be dropped")
 
     def make(row: str, column: str, seed: int, folder: Path, *parts: Options) -> Cell:
         options = merged({"data": s.data, "label": s.label}, table.base, *parts)
@@ -120,21 +138,38 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
             if options.get("method") == "smkd":
                 options = merged(options, {"loss_args": {"normalize": "batch"}})
         options |= {"output_dir": folder, "seed": seed}
-        command = [sys.executable, str(HERE / table.recipe), *arguments(options), *rest]
+        command = [sys.executable, str(HERE / table.recipe), *arguments(options)]
+        for key, values in given.items():
+            if not row or key not in ("teacher_epochs", "teacher_rates"):  # nothing that students have
+                command += [f"--{key}", *values]
         return Cell(row, column, seed, folder, command)
 
     cells, trained = [], []
     if names := table.base.get("teachers"):
-        cells.append(make("", "", 0, root / "teachers", budget, {"terms": "ce"}))
+        cells.append(make("", "", 0, root / "teachers", budget))
+        cells[0].command.extend(["--student", "none"])  # after what `rest` says of the students
         trained = [str(root / "teachers" / "teachers" / str(k) / "peer_a") for k in range(len(names))]
     for seed in range(s.seeds):
         for row, column in grid:
             own = merged(table.columns[column], table.rows[row], budget)
             if trained:
                 own["train_teachers"] = False
+                own.pop("teacher_epochs", None)
                 own["teachers"] = [trained[k] for k in own.get("teachers", range(len(trained)))]
             cells.append(make(row, column, seed, root / f"{slug(row)}--{slug(column)}" / str(seed), own))
     return cells, root
+
+
+def refuse_others(cells: list[Cell]) -> None:
+    """Figures of another command must not stand in this one's table; what has no record of its command is taken as it is."""
+    for cell in cells:
+        clock = cell.folder / "clock.json"
+        record = json.loads(clock.read_text()) if cell.done.exists() and clock.exists() else {}
+        made, asked = options_of(record.get("command", cell.command)), options_of(cell.command)
+        if other := [k for k in sorted({*made, *asked} - {"output_dir"}) if made.get(k) != asked.get(k)]:
+            raise SystemExit(f"{cell.folder} was run with {({k: made.get(k) for k in other})}, asked for is "
+                             f"{({k: asked.get(k) for k in other})}; its figures would be published as this command's. Choose "
+                             "another --output_dir, or delete it")  # fmt: skip
 
 
 def run(cells: list[Cell], jobs: int) -> dict[str, str]:
@@ -295,11 +330,12 @@ def publish(s: Settings, cells: list[Cell], root: Path, rest: list[str]) -> None
 
 
 def main() -> int:
-    s, rest = HfArgumentParser(Settings).parse_args_into_dataclasses(return_remaining_strings=True)
+    s, rest = HfArgumentParser(Settings, allow_abbrev=False).parse_args_into_dataclasses(return_remaining_strings=True)
     if s.seeds < 1 or s.jobs < 1:
         raise SystemExit(f"--seeds {s.seeds} --jobs {s.jobs}: expected at least 1 of each")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cells left running would be run again beside themselves
     cells, root = make_cells(s, rest)
+    refuse_others(cells)
     failed = run(cells, s.jobs)
     publish(s, cells, root, rest)
     for folder, why in failed.items():

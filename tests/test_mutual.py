@@ -484,3 +484,15 @@ def test_teachers_teach_each_peer_and_peers_each_other():
     torch.testing.assert_close(side(zs, y, features=maps, **extra), sum(alone))
     both = Mutual(loss, Everything())
     torch.testing.assert_close(both(zs, y, features=maps, **extra), 2 * sum(alone))
+
+
+def test_peers_of_different_precision():
+    """Each gets its gradient in its own dtype: the one of float32 logits of the same values."""
+    zs = [torch.randn(6, 5, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(2)]
+    mixed = [zs[0].clone().requires_grad_(), zs[1].float().requires_grad_()]
+    full = [z.float().requires_grad_() for z in zs]
+    for peers in (mixed, full):
+        SMKD(eta=0.5, b2=0)(peers, torch.arange(6) % 5).backward()
+    assert [z.grad.dtype for z in mixed] == [torch.bfloat16, torch.float32]
+    torch.testing.assert_close(mixed[1].grad, full[1].grad)
+    torch.testing.assert_close(mixed[0].grad.float(), full[0].grad, rtol=2**-8, atol=1e-6)

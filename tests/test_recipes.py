@@ -2,7 +2,9 @@
 
 import json
 import runpy
+import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import datasets
@@ -20,6 +22,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 def start(monkeypatch, recipe, *argv):
     monkeypatch.setattr(sys, "argv", [recipe, *map(str, argv)])
+    monkeypatch.syspath_prepend(str(RECIPES))  # as python puts it there for a script
     return runpy.run_path(str(RECIPES / recipe), run_name="__main__")
 
 
@@ -238,6 +241,173 @@ def test_cifar100_noise_refuses_unknown_noise(tmp_path, pictures, monkeypatch):
         start(monkeypatch, "cifar100_noise.py", "--data", pictures, "--noise", "salt", "--output_dir", tmp_path)
 
 
+@pytest.mark.parametrize(("more", "error", "match"), [
+    (["--method", "cee"], SystemExit, "--method cee: unknown loss 'cee': did you mean"),
+    (["--method", "ce", "--refine", "nonsense"], SystemExit, "--refine nonsense: ce takes no refine"),
+    (["--method", "ce", "--refine_args", "b1=2"], SystemExit, "--refine mylc b1=2: ce takes no refine and would ignore it"),
+    (["--refine", "nonsense"], SystemExit, "--refine nonsense: unknown loss 'nonsense'"),
+    (["--loss_args", "etta=2", "b2=0"], SystemExit, "--loss_args etta=2: .* NAME of smkd: refine, eta, b2, normalize"),
+    (["--loss_args", "eta"], SystemExit, "--loss_args eta: expected NAME=VALUE"),
+    (["--refine_args", "eps=2"], SystemExit, "--refine_args eps=2: .* NAME of mylc: b1, rho, window"),
+    (["--method", "dmi", "--models", "test_resnet", "--loss_args", "ep=2"], SystemExit, "--loss_args ep=2: .* of dmi: eps"),
+    (["--models", "test_resnet", "resnet99"], SystemExit, "--models resnet99: expected a timm name; there is no"),
+    (["--models", RECIPES], SystemExit, "--models .*recipes: expected a timm name; there is no"),  # trained ones are not asked for
+    (["--estimator", "anker"], SystemExit, "--estimator anker: expected anchor, dual_t or known"),
+    (["--label", "fin_label"], SystemExit, "--label fin_label: expected the name of one ClassLabel column, here label"),
+    (["--noise", "salt"], SystemExit, "--noise salt: expected symmetric"),
+    (["--method", "dml", "--models", "test_resnet"], ValueError, "teaches peers and there is one network"),
+])  # fmt: skip
+def test_a_mistyped_command_does_not_take_the_folder(more, error, match, tmp_path, pictures, monkeypatch):
+    """It is refused before the folder is claimed for it: the corrected one would be refused there."""
+    models = [] if "--models" in more else ["--models", "test_resnet", "test_resnet"]
+    with pytest.raises(error, match=match):
+        start(monkeypatch, "cifar100_noise.py", "--data", pictures, "--output_dir", tmp_path / "out", *models, *more)
+    assert not (tmp_path / "out" / "settings.json").exists()
+
+
+@pytest.mark.parametrize(("more", "rate"), [
+    (["--noise", "none"], 0.0), (["--noise", "none", "--rate", 0.2], 0.2), ([], 0.4), (["--rate", 0.0], 0.0),
+])  # fmt: skip
+def test_what_co_teaching_forgets(more, rate, monkeypatch):
+    """The share of wrong labels, where there are none nothing; a figure that is given is taken."""
+    recipe = recipe_of(monkeypatch, "cifar100_noise.py", "--method", "co_teaching", *more)
+    s, *_ = recipe["options"]()
+    assert recipe["make_loss"](s, "co_teaching", [None, None]).select.forget == s.rate == rate
+
+
+def hub(folder, splits=("train", "test"), **kinds):
+    """A data set with the hub's columns of CIFAR-100."""
+    kinds = {"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=list("wxyz")),
+             "coarse_label": datasets.ClassLabel(names=list("pq")), **kinds}  # fmt: skip
+    rng = np.random.default_rng(0)
+    values = {"img": list(rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)), "fine_label": [k % 4 for k in range(16)],
+              "coarse_label": [k % 2 for k in range(16)]}  # fmt: skip
+    features = {key: kind for key, kind in kinds.items() if kind is not None}
+    rows = datasets.Dataset.from_dict({k: values[k] for k in features}, features=datasets.Features(features))
+    folder.mkdir()
+    for split in splits:
+        rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+RECIPES_ON_DATA = {
+    "cifar100_noise.py": ["--models", "test_resnet", "--method", "ce", "--noise", "circular"],
+    "distill_teachers.py": ["--student", "test_resnet", "--terms", "ce"],
+    "finetune_mylc.py": ["--model", "test_resnet"],
+    "find_wrong_labels.py": ["--networks", "test_resnet"],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES_ON_DATA)
+def test_columns_of_the_hub(recipe, tmp_path, monkeypatch, two_teachers):
+    """img is found; of fine_label and coarse_label one has to be named, and that is all."""
+    more = ["--data", hub(tmp_path / "data"), "--output_dir", tmp_path / "out", *RECIPES_ON_DATA[recipe]]
+    with pytest.raises(
+        SystemExit, match="--label None: expected the name of one ClassLabel column, here fine_label or coarse"
+    ):
+        start(monkeypatch, recipe, *more)
+    assert not (tmp_path / "out").exists()
+    more += ["--networks", two_teachers[0]] if recipe == "find_wrong_labels.py" else ["--num_train_epochs", 1]
+    more += ["--model", two_teachers[0], "--size", 32] if recipe == "finetune_mylc.py" else []
+    start(monkeypatch, recipe, *more, "--label", "fine_label")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["image"], results["label"]) == ("img", "fine_label")
+
+
+INTEGERS = datasets.Value("int64")
+
+
+@pytest.mark.parametrize(("kinds", "asked", "expected"), [
+    ({"coarse_label": None}, {}, ("img", "fine_label")),  # the only ones
+    ({"coarse_label": INTEGERS}, {}, ("img", "fine_label")),
+    ({}, {"label": "coarse_label"}, ("img", "coarse_label")),
+    ({"fine_label": INTEGERS}, {"label": "fine_label"}, r"--label fine_label: .*here coarse_label; .*fine_label \(int64\) can"),
+    ({"fine_label": INTEGERS, "coarse_label": INTEGERS}, {}, r"here none; .*cast_column\(NAME, ClassLabel\(...\)\)"),
+    ({"img": None}, {"label": "fine_label"}, r"--image None: expected the name of one Image column, here none; fine_label"),
+    ({"splits": ("test",)}, {}, r"expected the splits train and test \(or validation\), got test"),
+    ({"splits": ("train",)}, {}, "got train$"),
+])  # fmt: skip
+def test_columns_and_splits(kinds, asked, expected, tmp_path, monkeypatch):
+    pictures = recipe_of(monkeypatch, "pictures.py")
+    s = Namespace(**{"data": str(hub(tmp_path / "data", **kinds)), "image": None, "label": None, **asked})
+    if isinstance(expected, tuple):
+        assert len(pictures["load"](s)) == 2 and (s.image, s.label) == expected
+    else:
+        with pytest.raises(SystemExit, match=expected):
+            pictures["load"](s)
+
+
+def test_label_is_the_column_of_this_name(tmp_path, monkeypatch):
+    """Where there are several; so are true and noisy labels beside each other told apart."""
+    column = recipe_of(monkeypatch, "pictures.py")["column"]
+    kind = datasets.ClassLabel(names=["a", "b"])
+    rows = datasets.Dataset.from_dict({"noisy_label": [0], "label": [1]},
+                                      features=datasets.Features({"noisy_label": kind, "label": kind}))  # fmt: skip
+    assert column(rows, "label") == "label" and column(rows, "label", "noisy_label") == "noisy_label"
+
+
+def test_suspects_among_labels_that_are_all_right(tmp_path, pictures, two_teachers, monkeypatch, capsys):
+    """Nothing can be measured, the rest is there; a folder that is missing is named."""
+    argv = ["--data", pictures, "--clean", "label", "--output_dir", tmp_path / "out", "--networks"]
+    start(monkeypatch, "find_wrong_labels.py", *argv, two_teachers[0])
+    out = capsys.readouterr().out
+    assert "--clean label: 0 of 32 labels are wrong; nothing to measure" in out and "AUROC" not in out
+    assert (tmp_path / "out" / "suspects.csv").exists()
+    with pytest.raises(SystemExit, match=r"--networks \S*gone: expected a folder that export\(\) wrote"):
+        start(monkeypatch, "find_wrong_labels.py", *argv, tmp_path / "gone")
+
+
+@pytest.mark.parametrize(("more", "match"), [
+    (["--seeds", 0], "--seeds 0: expected at least 1"), (["--models", "resnet99", "x"], "--models resnet99: expected a timm"),
+])  # fmt: skip
+def test_webvision_mini_refuses(more, match, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=match):
+        start(monkeypatch, "webvision_mini.py", "--output_dir", tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given", [["--data_dir", "w"], ["--data_dir=w"], ["--data_di", "w"]], ids=str)
+def test_webvision_mini_takes_the_papers_schedule_with_data(given, tmp_path, monkeypatch):
+    recipe = recipe_of(monkeypatch, "webvision_mini.py", "--output_dir", tmp_path, "--models", "test_resnet", *given)
+
+    def run(s, args, root, method):
+        raise RuntimeError(f"{root}, {args.num_train_epochs:g} epochs")
+
+    monkeypatch.setitem(recipe["main"].__globals__, "run", run)
+    with pytest.raises(RuntimeError, match="w, 100 epochs"):
+        recipe["main"]()
+
+
+def test_webvision_mini_that_cannot_start_does_not_take_the_folder(tmp_path, monkeypatch):
+    """One network cannot teach itself: the corrected command can have the folder."""
+    argv = ["webvision_mini.py", "--output_dir", tmp_path, "--num_train_epochs", 1, "--models", "test_resnet"]
+    with pytest.raises(ValueError, match="there is one network: pass at least two"):
+        start(monkeypatch, *argv)
+    assert not list(tmp_path.rglob("settings.json"))
+
+
+def test_rows_that_the_benchmark_has_not(monkeypatch, capsys, tmp_path):
+    with pytest.raises(SystemExit, match=r"--rows \['lost'\]: .*import kd_plugins; noisy view"):
+        start(monkeypatch, "benchmark.py", "--rows", "import", "lost", "--output", tmp_path / "b.json")
+    assert "import" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        [],
+        ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"],
+        ["-m", "torch.distributed.run", "--nproc_per_node", "1"],
+    ],
+    ids=["python", "accelerate", "torchrun"],
+)
+def test_recipes_find_each_other_however_they_are_started(launch, tmp_path):
+    """pictures.py stands beside them; the folder in which one stands when starting them does not matter."""
+    command = [sys.executable, *launch, RECIPES / "cifar100_noise.py", "--method", "cee"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode and "--method cee: unknown loss 'cee'" in done.stderr
+
+
 @pytest.mark.parametrize("source", ["folder", "file"])
 def test_finetune_mylc(source, tmp_path, pictures, monkeypatch, capsys):
     """From a local folder (same classes: head kept, r primed) and from a file (other classes: new head)."""
@@ -279,7 +449,7 @@ def two_teachers(tmp_path_factory):
 
 
 TERMS = [
-    ["--preset", "kd", "--teacher_epochs", "1"],
+    ["--preset", "kd"],
     ["--preset", "camkd"],
     ["--preset", "lr_ds"],
     ["--preset", "crd"],
@@ -314,10 +484,65 @@ def test_distill_teachers_that_are_trained_first(tmp_path, pictures, monkeypatch
     (["--preset", "best"], "--preset best: expected one of kd, aver"),
     (["--teachers", "a", "b", "--teacher_rates", 0.4], r"teacher_rates \[0.4\]: expected one for each of 2"),
     (["--holdout", 0], r"--holdout 0.0: expected a share"),
+    (["--terms", "ce + fitnet", "--teachers", "test_resnet", "--cache", "True", "--augment", "False"],
+     r"--terms ce \+ fitnet: expected .*logits, these read \['teacher_features'\]"),
+    (["--terms", "ce + aver", "--teachers", "test_resnet", "--cache", "True"], "--cache True --augment True"),
+    (["--terms", "ce", "--cache", "True", "--augment", "False"], r"these read \[\]; what is cached would not be used"),
+    (["--teachers", "test_resnet", "--teacher_rates", 0.4], r"--teacher_rates \[0.4\].* expected --train_teachers True"),
+    (["--teachers", "test_resnet", "--teacher_epochs", 3], "--teacher_epochs 3 .* expected --train_teachers True"),
+    (["--student", "none"], "--student none: expected --train_teachers True"),
+    (["--terms", "ce + kdd", "--teachers", "test_resnet"], "--terms kdd: unknown loss 'kdd': did you mean kd"),
+    (["--terms", "ce + x*kd", "--teachers", "test_resnet"], r"--terms ce \+ x\*kd: expected WEIGHT\*NAME"),
+    (["--terms", "ce + kd"], r"--terms ce \+ kd --keep 1: expected --teachers"),
+    (["--teachers", "runs/none"], "--teachers runs/none: expected a folder that export"),
+    (["--teachers", "resnet99", "--train_teachers", "True"], "--teachers resnet99: expected a timm name; there is no"),
+    (["--student", "resnet99", "--terms", "ce"], "--student resnet99: expected a timm name; there is no such network"),
 ])  # fmt: skip
 def test_distill_teachers_refuses(more, match, tmp_path, pictures, monkeypatch):
+    """In one line, and before the folder is taken: the corrected command can have it."""
     with pytest.raises(SystemExit, match=match):
         distil(monkeypatch, tmp_path / "out", pictures, *more)
+    assert not (tmp_path / "out").exists()
+
+
+def recipe_of(monkeypatch, recipe, *argv):
+    """Its names, not started; the command line is there for it to read."""
+    monkeypatch.setattr(sys, "argv", [recipe, *map(str, argv)])
+    monkeypatch.syspath_prepend(str(RECIPES))
+    return runpy.run_path(str(RECIPES / recipe))
+
+
+@pytest.mark.parametrize("preset", [["--preset", "kd"], ["--preset=kd"], ["--pres", "kd"]], ids=str)
+def test_a_preset_is_read_however_it_is_written(preset, monkeypatch):
+    """Schedule and terms; what is given beside it wins."""
+    recipe = recipe_of(monkeypatch, "distill_teachers.py", "--teachers", "x", "--weight_decay", 0.1, *preset)
+    s, args = recipe["options"]()
+    assert (s.terms, args.num_train_epochs, args.lr_decay, args.weight_decay) == ("0.1*ce + 0.9*kd", 240, 0.1, 0.1)
+
+
+def test_a_preset_without_a_name(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        recipe_of(monkeypatch, "distill_teachers.py", "--teachers", "x", "--preset")["options"]()
+    assert "--preset: expected one argument" in capsys.readouterr().err
+
+
+def test_teachers_without_a_student(tmp_path, pictures, monkeypatch, capsys):
+    """They are trained, the folder says that it is done, and no student is made."""
+    monkeypatch.setattr("kd_plugins.MutualDistillationTrainer", Watched)
+    Watched.seen.clear()
+    more = ["--teachers", "test_resnet", "--train_teachers", "True", "--student", "none", "--preset", "camkd"]
+    results = distil(monkeypatch, tmp_path / "out", pictures, *more)
+    assert results["student"] == "none" and len(Watched.seen) == 1
+    assert (tmp_path / "out" / "teachers" / "0" / "peer_a" / "model.safetensors").exists()
+    assert not list((tmp_path / "out").glob("checkpoint-*")) and "teacher 0, test_resnet" in capsys.readouterr().out
+
+
+class Watched(MutualDistillationTrainer):
+    seen: list = []  # noqa: RUF012  of all
+
+    def train(self, *args, **kwargs):
+        self.seen.append(self)
+        return super().train(*args, **kwargs)
 
 
 def test_benchmark(tmp_path, monkeypatch, capsys):
@@ -325,7 +550,7 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
     rows = ["loss alone [128, 100], eager", "AEKD", "noisy view"]
     start(monkeypatch, "benchmark.py", "--quick", "--rows", *rows, "--output", tmp_path / "b.json")
     out = json.loads((tmp_path / "b.json").read_text())
-    assert len(out["rows"]) == 3 and {"torch", "timm", "kd-plugins"} <= set(out["versions"]) and out["device"]
+    assert len(out["rows"]) == 4 and {"torch", "timm", "kd-plugins"} <= set(out["versions"]) and out["device"]
     assert all(row["figure"] > 0 and row["goal"] > 0 for row in out["rows"].values())
     assert out["rows"]["noisy view, 2.4 million rows"]["figure"] < 20
     assert capsys.readouterr().out.count("| loss alone") == 1

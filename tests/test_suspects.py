@@ -589,6 +589,7 @@ def test_page_in_a_browser(odd, browser, tmp_path):
 def start(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["find_wrong_labels.py", *map(str, argv)])
     recipe = Path(__file__).parent.parent / "recipes" / "find_wrong_labels.py"
+    monkeypatch.syspath_prepend(str(recipe.parent))  # as python puts it there for a script
     return runpy.run_path(str(recipe), run_name="__main__")
 
 

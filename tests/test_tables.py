@@ -27,7 +27,7 @@ out = Path(value("--output_dir"))
 with open(out / "starts", "a") as log:
     log.write(os.environ["OMP_NUM_THREADS"] + "\\n")
 starts = len((out / "starts").read_text().split())
-if value("--fail") in out.parent.name and starts <= int(value("--times")):
+if os.environ["FAIL"] in out.parent.name and starts <= int(os.environ["TIMES"]):
     raise SystemExit("out of memory")
 if gpu := os.environ.get("CUDA_VISIBLE_DEVICES"):
     busy = out.parent.parent / f"gpu-{gpu}"
@@ -35,7 +35,7 @@ if gpu := os.environ.get("CUDA_VISIBLE_DEVICES"):
     time.sleep(0.2)
     busy.rmdir()
     (out / "gpu").write_text(gpu)
-if value("--fail") == "stop":
+if os.environ["FAIL"] == "stop":
     (out / "pid").write_text(str(os.getpid()))
     time.sleep(30)
 score = {"mylc": 0.6, "ce": 0.4}.get(value("--refine"), 0.5) + 0.01 * int(value("--seed"))
@@ -57,7 +57,9 @@ def start(tables, tmp_path, monkeypatch):
     monkeypatch.setitem(tables["main"].__globals__, "HERE", tmp_path)
 
     def run(*argv, budget="full", fail="nothing", times=9):
-        argv = [*argv, "--budget", budget, "--output_dir", tmp_path / "out", "--fail", fail, "--times", times]
+        monkeypatch.setenv("FAIL", fail)  # not an option: what is done was done with the same ones
+        monkeypatch.setenv("TIMES", str(times))
+        argv = [*argv, "--budget", budget, "--output_dir", tmp_path / "out"]
         monkeypatch.setattr(sys, "argv", ["tables.py", "--table", "smkd-1", "--data", "d", *map(str, argv)])
         return tables["main"](), tmp_path / "out" / "smkd-1" / budget
 
@@ -107,6 +109,63 @@ def test_a_cell_that_fails(start, capsys):
     assert "mylc--zero/1: out of memory" in capsys.readouterr().err
     assert "60.0" in (root / "table.md").read_text()  # seed 0, which was done before
     assert start("--seeds", 2)[0] == 0 and starts(root)["mylc--zero/1"] == 3
+
+
+@pytest.mark.parametrize("second", [["--num_train_epochs", "16"], ["--num-train-epochs=16"], ["--bf16"]], ids=str)
+def test_figures_of_another_command_are_not_published(second, start, capsys):
+    """A finished cell keeps the options that it had; without its record, as from a copy, it is taken as it is."""
+    asked = ["--seeds", 1, "--rows", "MyLC", "--columns", "zero"]
+    _, root = start(*asked, "--num_train_epochs", "12")
+    start(*asked, "--num_train_epochs=12")  # the same
+    before = (root / "table.md").read_text()
+    with pytest.raises(SystemExit, match=r"mylc--zero/0 was run with .*, asked for is .*Choose another --output_dir"):
+        start(*asked, *second)
+    assert (root / "table.md").read_text() == before
+    (root / "mylc--zero" / "0" / "clock.json").unlink()
+    assert start(*asked, *second)[0] == 0 and starts(root) == {"mylc--zero/0": 1}
+    capsys.readouterr()
+
+
+def test_what_a_changed_command_is_told(start, tables, tmp_path, capsys):
+    """What differs, and no more; where the folder lies makes no difference."""
+    start("--seeds", 1, "--rows", "MyLC", "--columns", "zero", "--num_train_epochs", "12")
+    wanted = (
+        r"{'num_train_epochs': \['12'\]}, asked for is {'num_train_epochs': \['16'\]}; its figures would be published"
+    )
+    with pytest.raises(SystemExit, match=wanted):
+        start("--seeds", 1, "--rows", "MyLC", "--columns", "SMKD-P", "zero", "--num_train_epochs", "16")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    s = tables["Settings"](
+        table="smkd-1", data="d", seeds=1, rows=["MyLC"], columns=["zero"], output_dir=str(tmp_path / "moved")
+    )
+    tables["refuse_others"](tables["make_cells"](s, ["--num_train_epochs", "12"])[0])
+    with pytest.raises(SystemExit, match=r"moved.* was run with"):
+        tables["refuse_others"](tables["make_cells"](s, [])[0])
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("more", [["--seed", "5"], ["--seed=5"], ["--see", "5"], ["--refine", "ce"], ["--loss-args", "eta=1"],
+                                  ["--loss_a", "eta=1"], ["stray"]], ids=str)  # fmt: skip
+def test_options_that_cells_have_of_their_own_are_refused(more, start, tmp_path):
+    """For all of them they would make every row, or every seed, the same; --seed is no short form of --seeds."""
+    with pytest.raises(SystemExit, match=r"has its own|it would be dropped"):
+        start(*more, "--rows", "MyLC")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("budget", ["full", "small"])
+def test_what_is_passed_on_reaches_whom_it_concerns(tables, budget, monkeypatch):
+    """The teachers' epochs go to the teachers, who make no student, whatever students are; the rest goes to all."""
+    recipe = runpy.run_path(str(RECIPES / "distill_teachers.py"))
+    more = ["--teacher_epochs", "7", "--student", "resnet18_cifar", "--learning_rate=0.01"]
+    cells, _ = tables["make_cells"](tables["Settings"](table="camkd-1", seeds=1, budget=budget), more)
+    for cell in cells:
+        s, args = parse(recipe, cell.command, monkeypatch)
+        assert s["student"] == ("resnet18_cifar" if cell.row else "none") and args.learning_rate == 0.01
+        assert s["teacher_epochs"] == (0 if cell.row else 7) and s["train_teachers"] == (not cell.row)
+    for bad in ("--teachers", "--train_teachers", "--terms", "--preset"):
+        with pytest.raises(SystemExit, match=f"{bad} x: each cell of camkd-1 has its own"):
+            tables["make_cells"](tables["Settings"](table="camkd-1", seeds=1), [bad, "x"])
 
 
 def test_cells_are_dealt_out_over_the_gpus(start, monkeypatch, capsys):
@@ -200,21 +259,11 @@ def test_every_cell_is_a_command_that_its_recipe_takes(tables, budget):
             assert "resnet34_cifar" not in s.models or budget == "full"
 
 
-class Parsed(Exception):
-    """Instead of a run: what it would run with."""
-
-
 def parse(recipe, command, monkeypatch):
-    """Settings and arguments, by the recipe's own main up to where it would claim its folder."""
-
-    def stop(args, **settings):
-        raise Parsed(settings, args)
-
-    monkeypatch.setitem(recipe["main"].__globals__, "claim_folder", stop)
+    """Settings and arguments, as the recipe itself reads and checks them."""
     monkeypatch.setattr(sys, "argv", command[1:])
-    with pytest.raises(Parsed) as caught:
-        recipe["main"]()
-    return caught.value.args
+    s, args = recipe["options"]()
+    return vars(s), args
 
 
 SCHEDULE = ["num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
@@ -234,7 +283,10 @@ def test_cells_of_a_distillation_table_share_one_schedule(tables, monkeypatch):
         assert runs.keys() == {"", *table.rows} and schedules[""] | recipe["SCHEDULE"] == schedules[""]
         assert {row: other for row, other in schedules.items() if other != schedules[""]} == {}, name
         for row, (s, _) in runs.items():
-            own = table.rows.get(row, {"terms": "ce"})
+            assert s["student"] == ("resnet10_cifar" if row else "none")
+            own = table.rows.get(
+                row, {"preset": "kd"}
+            )  # of the teachers: for its schedule, no student learns the terms
             learned = {"revise": 0.0, "keep": 1.0} | recipe["PRESETS"].get(own.get("preset"), {}) | own
             assert [s[key] for key in ("terms", "revise", "keep")] == [learned[k] for k in ("terms", "revise", "keep")]
             assert s["teacher_epochs"] == 0  # as many as the students
