@@ -6,7 +6,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
@@ -20,7 +19,6 @@ import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import extract_model_from_parallel, gather_object
 from huggingface_hub import HfApi
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainingArguments, set_seed
@@ -382,10 +380,12 @@ class MutualDistillationTrainer(Trainer):
             if resume_from_checkpoint:
                 refuse_other_data(Path(resume_from_checkpoint, DATA), self.train_dataset)
             output = super().train(resume_from_checkpoint, *args, **kwargs)
-        except (pickle.UnpicklingError, SafetensorError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            if resume_from_checkpoint and not self._sums:  # no step was made
-                error.add_note(f"while resuming from {resume_from_checkpoint}: a file there is damaged, or was not written by "
-                               "this trainer; resume from another checkpoint")  # fmt: skip
+        except Exception as error:
+            if (
+                resume_from_checkpoint and not self._sums and type(error) is not ValueError
+            ):  # which is ours, and says it all
+                error.add_note(f"while resuming from {resume_from_checkpoint}, before the first step: where a file there is "
+                               "damaged, or not of this trainer, resume from another checkpoint")  # fmt: skip
             raise
         for name, view in _named({"train": self.train_dataset}, self.eval_dataset):
             broken = sorted(set(gather_object(view.broken()))) if hasattr(view, "broken") else []
