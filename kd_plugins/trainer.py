@@ -381,9 +381,8 @@ class MutualDistillationTrainer(Trainer):
                 refuse_other_data(Path(resume_from_checkpoint, DATA), self.train_dataset)
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         except Exception as error:
-            if (
-                resume_from_checkpoint and not self._sums and type(error) is not ValueError
-            ):  # which is ours, and says it all
+            ours = type(error) is ValueError  # which says it all
+            if resume_from_checkpoint and not self._sums and not ours:
                 error.add_note(f"while resuming from {resume_from_checkpoint}, before the first step: where a file there is "
                                "damaged, or not of this trainer, resume from another checkpoint")  # fmt: skip
             raise
