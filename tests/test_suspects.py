@@ -555,8 +555,11 @@ def test_page_in_a_browser(odd, browser, tmp_path):
         list(marks.values()) == ["wrong", "fine", "wrong", "fine"] and find("#count").text == "8 of 8, 2 wrong, 2 fine"
     )
 
-    browser.refresh()  # they are still there
-    assert {card[0]: card[3] for card in browser.execute_script(SHOWN) if card[3]} == marks
+    def after_reload():
+        browser.refresh()
+        return {card[0]: card[3] for card in browser.execute_script(SHOWN) if card[3]}
+
+    until(lambda: after_reload() == marks)  # a busy browser writes them down a moment later
     find("#export").click()
     file = until(lambda: next(browser.downloads.glob("*.csv"), None))
     assert file.name == "decisions.csv"
