@@ -144,8 +144,10 @@ class Prediction:
     @property
     def entropy(self) -> Tensor:  # [B], nats
         if self._entropy is None:
-            # entr takes a logarithm again, but its gradient is finite at p = 0
-            h = entropy(self.log_p) if self.log_p.requires_grad else -mean_log(self.p, self.log_p)
+            # entr takes a logarithm again, but its gradient is finite at p = 0; nansum would hide a NaN, which softmax
+            # spreads over its row
+            constant = not self.log_p.requires_grad
+            h = 0.0 * self.p[:, 0] - (self.p * self.log_p).nansum(-1) if constant else entropy(self.log_p)
             self._entropy = h.clamp_min(0.0)
         return self._entropy
 
@@ -195,11 +197,6 @@ class Predictions:
         return 0.0 * torch.stack([p[:, 0] for p in self.p])
 
 
-def mean_log(p: Tensor, log_q: Tensor) -> Tensor:
-    """Σ_c p_c log q_c per row, for constants: ([B, C], [B, C]) -> [B]. 0 log 0 = 0; a NaN in p stays."""
-    return (p * log_q).nansum(-1) + 0.0 * p[:, 0]  # softmax spreads a NaN over its row
-
-
 class _MixedGradient(torch.autograd.Function):
     """Σ_k costs_k [B], with the gradient mass_k p_k - named_k q - Σ_{j≠k} mixed_j p_j at z_k.
 
@@ -244,7 +241,8 @@ def mixed_cross_entropy(
     """Σ_k [ own · H(q~_k, p_k) + Σ_{j≠k} w_j H(q~_j, p_k) ] per sample, for constant labels q~_j = a_j q + b_j p_j.
 
     The same as cross-entropies with the q~_j, without writing any of them down: H(q~_j, p_k) = a_j H(q, p_k) + b_j H(p_j, p_k), and
-    the gradient at z_k is Σ_j w_jk [ a_j (p_k - q) + b_j (p_k - p_j) ] with w_kk = own.
+    the gradient at z_k is Σ_j w_jk [ a_j (p_k - q) + b_j (p_k - p_j) ] with w_kk = own; p_k Σ_c q_c - q
+    where q is of another mass.
 
     Args:
         logits: [B, C] of each peer.

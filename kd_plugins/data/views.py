@@ -20,7 +20,7 @@ from .noise import column_array
 
 
 class ImageView(torch.utils.data.Dataset):
-    """Item i is {"pixel_values": self.transform(picture), "labels": int, "index": int[, "clean_labels": int]}.
+    """Item i is {"pixel_values": transform(picture), "labels": int, "index": int[, "clean_labels": int]}.
 
     All randomness of `transform` that comes from torch, `random` or `numpy.random` is a pure function of
     (seed, epoch, i): the same for any number of workers, any order, and after a resume. The generators themselves are
