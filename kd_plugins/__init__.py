@@ -4,36 +4,37 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from .gradients import mask_noncritical_
+from . import _moved  # noqa: F401  old names still import
 from .losses import *  # noqa: F403
 from .losses import __all__ as _losses
 
 # What imports transformers, timm or datasets is loaded when it is first asked for: `import kd_plugins` costs no more
 # than torch.
 _LAZY = {
-    "CDRCallback": "trainer",
-    "DynamicsCallback": "dynamics",
-    "MutualDistillationTask": "timm_tasks",
-    "MutualDistillationTrainer": "trainer",
-    "MutualTrainingArguments": "trainer",
-    "ProgressCallback": "trainer",
-    "StatefulClassificationTask": "timm_tasks",
-    "as_compute_loss_func": "trainer",
+    "CDRCallback": "train",
+    "DynamicsCallback": "train",
+    "MutualDistillationTask": "train.timm",
+    "MutualDistillationTrainer": "train",
+    "MutualTrainingArguments": "train",
+    "ProgressCallback": "train",
+    "StatefulClassificationTask": "train.timm",
+    "as_compute_loss_func": "train",
     "ImageView": "data",
     "cache_teachers": "data",
-    "influence_scores": "data",
-    "select_lowest": "data",
     "noisy_view": "data",
     "load_webvision": "data",
-    "contact_sheet": "suspects",
-    "correct_labels": "suspects",
-    "drop_suspects": "suspects",
-    "find_suspects": "suspects",
-    "html_page": "suspects",
-    "predict_probs": "suspects",
+    "contact_sheet": "audit",
+    "correct_labels": "audit",
+    "drop_suspects": "audit",
+    "estimate_transition": "audit",
+    "find_suspects": "audit",
+    "html_page": "audit",
+    "influence_scores": "audit",
+    "predict_probs": "audit",
+    "select_lowest": "audit",
 }
 
-__all__ = ["mask_noncritical_", *_losses]  # without the lazy names: a star import must not load transformers
+__all__ = list(_losses)  # without the lazy names: a star import must not load transformers
 
 
 def __getattr__(name: str) -> Any:

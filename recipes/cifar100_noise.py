@@ -40,7 +40,7 @@ from kd_plugins import (
     loss_class,
 )
 from kd_plugins.data import ImageView, asymmetric, circular, noise_report, noisy_view, pair_flip, symmetric
-from kd_plugins.trainer import CDRCallback, claim_folder
+from kd_plugins.train import CDRCallback, claim_folder
 
 # Methods that are more than one training with one loss, and then for one network. Each stage: (loss, "new" or "same" network,
 # training arguments of the authors' code).

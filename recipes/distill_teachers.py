@@ -34,9 +34,10 @@ from kd_plugins import (
     create_loss,
     loss_class,
 )
-from kd_plugins.data import ImageView, cache_teachers, influence_scores, noisy_view, select_lowest, symmetric
+from kd_plugins.audit import influence_scores, select_lowest
+from kd_plugins.data import ImageView, cache_teachers, noisy_view, symmetric
 from kd_plugins.models import feature_dims, make_teacher
-from kd_plugins.trainer import claim_folder
+from kd_plugins.train import claim_folder
 
 # The schedule of CA-MKD's public code, which is CRD's: 240 epochs, a tenth of the learning rate at 150, 180 and 210.
 SCHEDULE = {

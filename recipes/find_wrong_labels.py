@@ -23,7 +23,8 @@ from sklearn.metrics import roc_auc_score
 from torchvision import transforms as T
 from transformers import HfArgumentParser
 
-from kd_plugins import contact_sheet, find_suspects, html_page, predict_probs, report
+from kd_plugins import contact_sheet, find_suspects, html_page, predict_probs
+from kd_plugins.audit import plots as report
 from kd_plugins.data import ImageView
 from kd_plugins.models import make_teacher
 

@@ -19,10 +19,10 @@ from torch import nn
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from kd_plugins import ProgressCallback, as_compute_loss_func, create_loss
+from kd_plugins.audit.metrics import TopKAccuracy
 from kd_plugins.data import ImageView, noise_report, noisy_view, symmetric
-from kd_plugins.metrics import TopKAccuracy
 from kd_plugins.models import export
-from kd_plugins.trainer import claim_folder, last_checkpoint
+from kd_plugins.train import claim_folder, last_checkpoint
 
 DEFAULTS = dict(output_dir="runs/finetune_mylc", num_train_epochs=10, per_device_train_batch_size=32, learning_rate=3e-4,
                 lr_scheduler_type="cosine", warmup_steps=0.1, weight_decay=0.05, eval_strategy="epoch", save_strategy="epoch",

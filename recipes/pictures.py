@@ -9,7 +9,8 @@ import datasets
 import timm
 from torchvision import transforms as T
 
-from kd_plugins import Loss, loss_class, report
+from kd_plugins import Loss, loss_class
+from kd_plugins.audit import plots as report
 
 
 def load(s: Any) -> tuple[datasets.Dataset, datasets.Dataset]:

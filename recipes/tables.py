@@ -37,7 +37,7 @@ from tables_of_papers import BUDGETS, NARROW, TABLES, Options, Table
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from kd_plugins import report
+from kd_plugins.audit import plots as report
 
 HERE = Path(__file__).resolve().parent
 Values = dict[tuple[str, str], list[float]]  # (row, column): a figure of each seed

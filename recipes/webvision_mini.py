@@ -39,7 +39,7 @@ from kd_plugins import (
     report,
 )
 from kd_plugins.data import ImageView, corrupt, load_webvision, symmetric, write_webvision
-from kd_plugins.trainer import claim_folder
+from kd_plugins.train import claim_folder
 
 NOISE = 0.4  # share of wrong labels in the embedded data
 ETA, B2, B1 = 2.0, -6.0, 10.0  # confidence threshold (paper: eta 1 to 4), its tightening, steepness of MyLC's trust

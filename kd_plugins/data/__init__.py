@@ -1,6 +1,7 @@
 """Data: noisy-label views over HF Datasets, WebVision from disk, pictures with repeatable augmentation."""
 
-from .cache import CachedTeachers, cache_teachers
+from .._moved import moved_names
+from .image_view import ImageView
 from .noise import (
     NoiseReport,
     asymmetric,
@@ -13,8 +14,7 @@ from .noise import (
     pair_flip,
     symmetric,
 )
-from .selection import influence_scores, select_lowest
-from .views import ImageView
+from .teacher_cache import CachedTeachers, cache_teachers
 from .webvision import load_webvision, write_webvision
 
 __all__ = [
@@ -26,13 +26,13 @@ __all__ = [
     "circular",
     "corrupt",
     "corrupt_by_key",
-    "influence_scores",
     "load_webvision",
     "noise_report",
     "noisy_stream",
     "noisy_view",
     "pair_flip",
-    "select_lowest",
     "symmetric",
     "write_webvision",
 ]
+
+__getattr__ = moved_names(__name__)

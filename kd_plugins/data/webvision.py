@@ -22,6 +22,8 @@ from PIL import Image
 from pyarrow import csv
 
 SOURCES = ("google", "flickr")
+
+
 SUFFIXES = (".jpeg", ".jpg", ".png")
 
 

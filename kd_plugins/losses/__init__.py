@@ -1,18 +1,21 @@
 """Losses by family; importing this package fills the registry."""
 
-from .base import Loss, Sum, create_loss, list_losses, loss_class, register_loss
+from .._moved import moved_names
+from .base import Loss, Sum
+from .co_teaching import S2E, CoTeaching, CoTeachingPlus, S2ESchedule, SmallLoss
 from .curriculum import MentorNet
 from .distill import AEKD, AVER, CAMKD, EBKD, KD, LabelRevision, TfKDReg, TfKDSelf
-from .feature import AT, CRD, VID, CAMKDFeatures, FitNet
-from .fusion import AFD, FFL, PCL
-from .label import CE, BootHard, BootSoft, ConfidencePenalty, LabelSmoothing, MyLC, ProSelfLC, Refined
+from .distill_features import AT, CRD, VID, CAMKDFeatures, FitNet
+from .gradients import mask_noncritical_
+from .masked import Selected
 from .mutual import SMKD, Confident, Everything, Mutual, Nothing, Selector
-from .peers import DML, KDCL, MKD
+from .online import DML, KDCL, MKD
+from .online_features import AFD, FFL, PCL
+from .refined import CE, BootHard, BootSoft, ConfidencePenalty, LabelSmoothing, MyLC, ProSelfLC, Refined
+from .registry import create_loss, list_losses, loss_class, register_loss
 from .robust import APL, DMI, GCE, MAE, NCE, NFL, RCE, SCE, TruncatedGCE
-from .selected import Selected
-from .small_loss import S2E, CoTeaching, CoTeachingPlus, S2ESchedule, SmallLoss
-from .table import Joint, SoftLabels
-from .transition import BackwardCorrection, ForwardCorrection, TRevision, estimate_transition
+from .sample_memory import Joint, SoftLabels
+from .transition import BackwardCorrection, ForwardCorrection, TRevision
 
 __all__ = [
     "AEKD",
@@ -72,8 +75,10 @@ __all__ = [
     "TfKDSelf",
     "TruncatedGCE",
     "create_loss",
-    "estimate_transition",
     "list_losses",
     "loss_class",
+    "mask_noncritical_",
     "register_loss",
 ]
+
+__getattr__ = moved_names(__name__)

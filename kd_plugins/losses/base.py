@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..functional import as_probs, full_dtype
-from ..state import KeepsPrecision
+from .functional import as_probs, full_dtype
+from .state import KeepsPrecision, Progress
 
 EXTRAS = ("teacher", "features", "teacher_features", "index")  # what a loss may read beside logits and target
+
+
 REDUCTIONS = ("mean", "sum", "none")
-
-
-class Progress(KeepsPrecision):
-    """Training progress t/Γ in [0, 1] for a loss or a selector that follows a schedule.
-
-    It is a tensor (a Python float would recompile the graph at every step) and not in the checkpoint: whoever trains
-    sets it before each step.
-    """
-
-    value: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("value", torch.zeros(()), persistent=False)
-        self.known = False
-
-    def set(self, progress: float) -> None:
-        self.value.fill_(progress)
-        self.known = True
-
-    def get(self, owner: nn.Module) -> Tensor:
-        if not self.known:
-            raise RuntimeError(
-                f"{type(owner).__name__} follows a schedule over training and does not know the progress: call "
-                "loss.set_progress(step / total_steps) before each step, or add ProgressCallback(loss) to the Trainer; "
-                "without it the schedule would silently stay at its start"
-            )
-        return self.value
 
 
 class Loss(KeepsPrecision):
@@ -254,49 +227,6 @@ def _what(x: Any) -> str:
     return type(x).__name__
 
 
-# ---------------------------------------------------------------------------------------------------------- registry
-
-_REGISTRY: dict[str, type[Loss]] = {}
-L = TypeVar("L", bound=type[Loss])
-
-
-def register_loss(name: str) -> Callable[[L], L]:
-    """Class decorator: make a loss known as ``name``. A name used twice raises."""
-
-    def register(cls: L) -> L:
-        known = _REGISTRY.get(name, cls)  # the same class again is a notebook cell that runs twice
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"the loss name {name!r} is taken by {_REGISTRY[name].__name__}; choose another")
-        _REGISTRY[name] = cls
-        return cls
-
-    return register
-
-
-def create_loss(name: str, **kwargs: Any) -> Loss:
-    """The loss registered as ``name``, made with ``kwargs``: exactly ``cls(**kwargs)``, nothing dropped.
-
-    >>> create_loss("label_smoothing", eps=0.2)
-    LabelSmoothing(eps=0.2)
-    """
-    return loss_class(name)(**kwargs)
-
-
-def loss_class(name: str) -> type[Loss]:
-    """The class registered as ``name``."""
-    if name not in _REGISTRY:
-        import difflib
-
-        close = difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.4)
-        raise ValueError(f"unknown loss {name!r}" + (f": did you mean {' or '.join(close)}?" if close else "")
-                         + f" Known are: {', '.join(list_losses())}")  # fmt: skip
-    return _REGISTRY[name]
-
-
-def list_losses(pattern: str = "*") -> list[str]:
-    """Registered names that match a shell pattern, sorted.
-
-    >>> list_losses("boot*")
-    ['boot_hard', 'boot_soft']
-    """
-    return sorted(fnmatch.filter(_REGISTRY, pattern))
+def peer_name(k: int) -> str:
+    """a, b, c ... for 0, 1, 2 ...: how peers are named in logs and folders."""
+    return chr(ord("a") + k)

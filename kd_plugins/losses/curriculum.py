@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import Prediction, cross_entropy
-from ..state import gather_over_ranks
-from .base import Loss, Progress, register_loss
+from .base import Loss
+from .functional import Prediction, cross_entropy
+from .registry import register_loss
+from .state import Progress, gather_over_ranks
 
 CURRICULA = ("predefined", "self_paced", "linear")
+
+
 BURN_IN, LINEAR_FROM = 0.18, 0.90  # of the predefined one, in progress
 
 

@@ -8,13 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import Prediction, cross_entropy, entropy, kl, simplex_qp
-from .base import Loss, register_loss
-from .label import _share
+from .base import Loss
+from .functional import Prediction, cross_entropy, entropy, kl, simplex_qp
+from .refined import _share
+from .registry import register_loss
 
 SCALE = ("paper", "code")
+
+
 APPLY_TO = ("all", "wrong")
+
+
 VIRTUAL = ("softmaxed", "direct")
+
+
 KL_REDUCTION = ("batchmean", "mean")
 
 

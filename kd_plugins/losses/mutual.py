@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import Prediction, Predictions, as_probs, cross_entropy, logistic, mixed_cross_entropy
-from ..state import KeepsPrecision
-from .base import Loss, Progress, register_loss
-from .label import MyLC, Refined
+from .base import Loss, peer_name
+from .functional import Prediction, Predictions, as_probs, cross_entropy, logistic, mixed_cross_entropy
+from .refined import MyLC, Refined
+from .registry import register_loss
+from .state import KeepsPrecision, Progress
 
 NORMALIZE = ("selected", "batch")
 
@@ -97,11 +98,6 @@ class Confident(Selector):
 
     def extra_repr(self) -> str:
         return f"eta={self.eta}, b2={self.b2}"
-
-
-def peer_name(k: int) -> str:
-    """a, b, c ... for 0, 1, 2 ...: how peers are named in logs and folders."""
-    return chr(ord("a") + k)
 
 
 class Mutual(Loss):

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import cross_entropy
-from ..state import SampleTable
-from .base import Loss, Progress, Sum, create_loss, register_loss
+from .base import Loss, Sum
+from .functional import cross_entropy
+from .registry import create_loss, register_loss
+from .state import Progress, SampleTable
 
 
 def _weight(name: str, value: float) -> float:

@@ -1,0 +1,64 @@
+"""Names of earlier versions. They still import for one minor version, with a DeprecationWarning."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MODULES = {
+    "dynamics": "audit",
+    "functional": "losses.functional",
+    "gradients": "losses.gradients",
+    "metrics": "audit.metrics",
+    "report": "audit.plots",
+    "state": "losses.state",
+    "suspects": "audit",
+    "timm_tasks": "train.timm",
+    "trainer": "train",
+}
+NAMES = {  # by package: old name -> module and new name
+    "kd_plugins.losses": {"estimate_transition": ("audit", "estimate_transition")},
+    "kd_plugins.data": {
+        "influence_scores": ("audit", "influence_scores"),
+        "select_lowest": ("audit", "select_lowest"),
+    },
+}
+
+
+def moved_names(package: str) -> Callable[[str], Any]:
+    """The ``__getattr__`` of a package from which names have moved."""
+
+    def get(name: str) -> Any:
+        if name not in NAMES[package]:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        module, new = NAMES[package][name]
+        _warn(f"{package}.{name}", f"kd_plugins.{module}.{new}")
+        return getattr(import_module(f"kd_plugins.{module}"), new)
+
+    return get
+
+
+class _MovedModules(MetaPathFinder, Loader):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        moved = name.removeprefix("kd_plugins.") in MODULES and name.startswith("kd_plugins.")
+        return ModuleSpec(name, self) if moved else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        new = f"kd_plugins.{MODULES[module.__name__.removeprefix('kd_plugins.')]}"
+        _warn(module.__name__, new)
+        target = import_module(new)
+        module.__getattr__ = lambda name: getattr(target, name)  # type: ignore[method-assign]
+
+
+def _warn(old: str, new: str) -> None:
+    warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=3)
+
+
+sys.meta_path.append(_MovedModules())

@@ -1,0 +1,56 @@
+"""Losses by name."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from .base import Loss
+
+_REGISTRY: dict[str, type[Loss]] = {}
+
+
+L = TypeVar("L", bound=type[Loss])
+
+
+def register_loss(name: str) -> Callable[[L], L]:
+    """Class decorator: make a loss known as ``name``. A name used twice raises."""
+
+    def register(cls: L) -> L:
+        known = _REGISTRY.get(name, cls)  # the same class again is a notebook cell that runs twice
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"the loss name {name!r} is taken by {_REGISTRY[name].__name__}; choose another")
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def create_loss(name: str, **kwargs: Any) -> Loss:
+    """The loss registered as ``name``, made with ``kwargs``: exactly ``cls(**kwargs)``, nothing dropped.
+
+    >>> create_loss("label_smoothing", eps=0.2)
+    LabelSmoothing(eps=0.2)
+    """
+    return loss_class(name)(**kwargs)
+
+
+def loss_class(name: str) -> type[Loss]:
+    """The class registered as ``name``."""
+    if name not in _REGISTRY:
+        import difflib
+
+        close = difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.4)
+        raise ValueError(f"unknown loss {name!r}" + (f": did you mean {' or '.join(close)}?" if close else "")
+                         + f" Known are: {', '.join(list_losses())}")  # fmt: skip
+    return _REGISTRY[name]
+
+
+def list_losses(pattern: str = "*") -> list[str]:
+    """Registered names that match a shell pattern, sorted.
+
+    >>> list_losses("boot*")
+    ['boot_hard', 'boot_soft']
+    """
+    return sorted(fnmatch.filter(_REGISTRY, pattern))

@@ -1,0 +1,23 @@
+"""Networks: made from a name, hosted beside their peers with the loss, exported by themselves."""
+
+from .cifar_resnet import resnet10_cifar, resnet18_cifar, resnet34_cifar
+from .export import export, library_of
+from .factory import class_count, logits_of, make_model, make_teacher
+from .features import feature_dims, has_features, with_features
+from .hosted import Hosted
+
+__all__ = [
+    "Hosted",
+    "class_count",
+    "export",
+    "feature_dims",
+    "has_features",
+    "library_of",
+    "logits_of",
+    "make_model",
+    "make_teacher",
+    "resnet10_cifar",
+    "resnet18_cifar",
+    "resnet34_cifar",
+    "with_features",
+]

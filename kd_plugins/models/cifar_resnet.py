@@ -1,0 +1,72 @@
+"""ResNets for pictures of 32 px, known to timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, ResNet
+from torch import nn
+
+
+class _SmallPictureResNet(ResNet):
+    """timm's ResNet with the stem of the CIFAR literature: one 3x3 convolution as wide as the first stage, no pooling."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        first: Any = self.layer1[0]  # type: ignore[index]
+        wide = self.conv1.out_channels
+        width = first.conv1.out_channels
+        self.conv1: Any = nn.Conv2d(self.conv1.in_channels, width, 3, padding=1, bias=False)
+        if width != wide:  # timm's stem is 64 wide whatever follows
+            self.bn1 = type(self.bn1)(width)
+            first.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+            first.downsample = None
+        for conv in (self.conv1, first.conv1):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        self.maxpool: Any = nn.Identity()
+        info: Any
+        for info in self.feature_info:
+            info["reduction"] = max(info["reduction"] // 4, 1)
+        self.feature_info[0]["num_chs"] = width
+
+
+_CIFAR = {
+    "input_size": (3, 32, 32),
+    "pool_size": (4, 4),
+    "num_classes": 100,
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "mean": (0.5071, 0.4865, 0.4409),
+    "std": (0.2673, 0.2564, 0.2762),
+    "first_conv": "conv1",
+    "classifier": "fc",
+    "license": "apache-2.0",
+}
+
+
+default_cfgs = generate_default_cfgs({f"resnet{n}_cifar.untrained": _CIFAR for n in (10, 18, 34)})
+
+
+def _small_picture_resnet(name: str, layers: tuple[int, ...], kwargs: dict[str, Any]) -> ResNet:
+    return build_model_with_cfg(_SmallPictureResNet, name, **{"block": BasicBlock, "layers": layers, **kwargs})
+
+
+@register_model
+def resnet10_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-10 for 32 px pictures at a quarter of the usual width: what two CPU cores can train."""
+    return _small_picture_resnet(
+        "resnet10_cifar", (1, 1, 1, 1), {"pretrained": pretrained, "channels": (16, 32, 64, 128), **kwargs}
+    )
+
+
+@register_model
+def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-18 for 32 px pictures."""
+    return _small_picture_resnet("resnet18_cifar", (2, 2, 2, 2), {"pretrained": pretrained, **kwargs})
+
+
+@register_model
+def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """ResNet-34 for 32 px pictures: the backbone of SMKD's tables on CIFAR-100."""
+    return _small_picture_resnet("resnet34_cifar", (3, 4, 6, 3), {"pretrained": pretrained, **kwargs})

@@ -1,0 +1,71 @@
+"""Networks from names, folders and files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+
+def make_model(model: str | nn.Module, num_classes: int | None) -> nn.Module:
+    """A network from a timm name, a folder or a hub id, or the module itself.
+
+    A bare timm name is initialised at random; ``local-dir:PATH`` and ``hf-hub:ID`` bring their weights, with a new head if
+    theirs has another number of classes. For anything else pass the module: ``timm.create_model(..., pretrained=True)``.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if num_classes is None:
+        raise ValueError(f"the model is given by name ({model!r}), but the number of classes is not known: the training data "
+                         "has no ClassLabel; pass a module with its head instead")  # fmt: skip
+    return _create(model, model, pretrained=":" in model, num_classes=num_classes)
+
+
+def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn.Module:
+    """A trained network: the module itself, or one from a timm name, a folder or a file.
+
+    ``"resnet50"``: timm's pretrained weights; ``"hf-hub:ID"``, ``"local-dir:PATH"`` or a folder with ``config.json``: that model;
+    ``"resnet18_cifar=weights.safetensors"``: this architecture with the weights of a file (of pickles only tensors are read).
+    """
+    if isinstance(teacher, nn.Module):
+        return teacher
+    name, _, weights = str(teacher).partition("=")
+    if weights:
+        if not Path(weights).is_file():
+            raise FileNotFoundError(f"teacher {str(teacher)!r}: there is no file {weights}")
+        return _create(name, weights, num_classes=num_classes, checkpoint_path=weights)
+    if Path(name, "config.json").is_file():
+        name = f"local-dir:{name}"
+    elif Path(name).exists():
+        raise ValueError(f"teacher {name!r}: expected a folder with config.json, as export() writes; for a file of weights name "
+                         f"its architecture: 'resnet18={name}'")  # fmt: skip
+    return _create(name, name, pretrained=True)
+
+
+def _create(name: str, source: str, **kwargs: Any) -> nn.Module:
+    """A timm model; where timm does not read its weights, an error that says whose, and does not advise to unpickle them."""
+    try:
+        return timm.create_model(name, **kwargs)
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "weights_only" not in str(error):
+            raise
+        raise ValueError(f"the weights of {source} are not read: expected safetensors, or a pickle of tensors (weights_only); "
+                         "any other may run code of whoever made it. Convert it where you trust it") from error  # fmt: skip
+
+
+def class_count(model: nn.Module) -> int | None:
+    """The number of classes that a timm model or a Hugging Face classifier says it has; None if it does not say."""
+    config = getattr(model, "config", None)
+    return getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits [B, C] in what a network returned: a tensor, a Hugging Face output, or a tuple that begins with them."""
+    output = output.get("logits", output) if isinstance(output, dict) else getattr(output, "logits", output)
+    output = output[0] if isinstance(output, tuple) else output
+    if not isinstance(output, Tensor):
+        raise TypeError(f"a network must return logits, or an output with .logits; got {type(output).__name__}")
+    return output

@@ -1,0 +1,18 @@
+"""Training: the Hugging Face Trainer with peers and teachers, its callbacks, and the folder of a run."""
+
+from .arguments import MutualTrainingArguments
+from .callbacks import CDRCallback, ProgressCallback
+from .dynamics_callback import DynamicsCallback
+from .run_folder import claim_folder, last_checkpoint
+from .trainer import MutualDistillationTrainer, as_compute_loss_func
+
+__all__ = [
+    "CDRCallback",
+    "DynamicsCallback",
+    "MutualDistillationTrainer",
+    "MutualTrainingArguments",
+    "ProgressCallback",
+    "as_compute_loss_func",
+    "claim_folder",
+    "last_checkpoint",
+]

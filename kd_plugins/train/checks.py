@@ -1,0 +1,109 @@
+"""What networks, a loss and data cannot do together, said before anything runs."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from ..losses.base import Loss, peer_name
+from ..losses.state import SampleTable
+from ..models.factory import class_count
+from ..models.features import has_features
+from ..models.hosted import averages_of
+
+if TYPE_CHECKING:  # timm's tasks do without transformers
+    from transformers import TrainingArguments
+
+
+def refuse_arguments(args: TrainingArguments) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.world_size == 1:
+        raise RuntimeError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but this process sees itself alone: the processes would train apart and write "
+            "over each other's files. Without a GPU pass use_cpu=True (MutualTrainingArguments does)"
+        )
+    if args.n_gpu > 1:
+        raise RuntimeError(f"{args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel and lose the state of "
+                           "the loss: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0")  # fmt: skip
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} would replace the loss: use LabelSmoothing(eps)"
+        )
+    if (args.bf16_full_eval or args.fp16_full_eval) and args.eval_strategy != "no":
+        raise ValueError("bf16_full_eval and fp16_full_eval leave the weights in half precision after the first evaluation, "
+                         f"and eval_strategy={args.eval_strategy!r} evaluates while training: use bf16 or fp16 alone")  # fmt: skip
+    if args.push_to_hub:
+        raise ValueError("push_to_hub=True would upload the pair as one file that nothing loads: leave it out and call "
+                         "trainer.push_to_hub() after training, which gives each network its repository (and takes hub_model_id, "
+                         "hub_token, hub_revision and hub_private_repo from these arguments)")  # fmt: skip
+
+
+def refuse_pairing(peers: list[nn.Module], teachers: list[nn.Module], loss: Loss, cached: Any = None) -> None:
+    """``cached``: what teachers said of the training data [N, T, C], where these bring it."""
+    name = type(loss).__name__
+    if not isinstance(loss, Loss):
+        raise TypeError(f"loss must be a kd_plugins loss, got {name}; create_loss('ce') is plain cross-entropy")
+    if loss.peers and len(peers) < 2:
+        raise ValueError(f"{name} teaches peers and there is one network: pass at least two, or a loss for one")
+    if not loss.peers and len(peers) > 1:
+        raise ValueError(f"{name} is a loss for one network and there are {len(peers)}: Mutual({name}(), Nothing()) trains them "
+                         "side by side, SMKD(...) lets them teach each other")  # fmt: skip
+    for module in loss.modules():
+        if getattr(module, "num_peers", len(peers)) != len(peers):
+            raise ValueError(
+                f"{type(module).__name__} was made for num_peers={module.num_peers}, there are {len(peers)} networks"
+            )
+    averaged = averages_of(loss) is not None
+    if averaged and (teachers or cached is not None):
+        given = f"the {len(teachers)} teachers given" if teachers else "the teachers' logits in the training data"
+        raise ValueError(f"{name} learns from its peers' averages over time, not from {given}")
+    taught = loss.reads & {"teacher", "teacher_features"}
+    if cached is not None and teachers:
+        raise ValueError(f"the training data bring logits of {cached.shape[1]} teachers, and {len(teachers)} teachers are given "
+                         "that would not be asked: pass teachers=[...] or the data of cache_teachers, not both")  # fmt: skip
+    if cached is not None and "teacher_features" in taught:
+        raise ValueError(f"{name} reads teacher_features, and the training data bring logits only: pass teachers=[...], and the "
+                         "view without the cache")  # fmt: skip
+    if taught and not teachers and not averaged and cached is None:
+        raise ValueError(f"{name} reads {', '.join(sorted(taught))}, and there are no teachers: pass teachers=[...]")
+    if teachers and not taught:
+        raise ValueError(f"{name} does not read teacher: the {len(teachers)} teachers would run for nothing")
+    read = [*(peers if "features" in loss.reads else ()), *(teachers if "teacher_features" in loss.reads else ())]
+    if blind := [type(p).__name__ for p in read if not has_features(p)]:
+        raise TypeError(
+            f"{name} reads features, which are taken from timm networks (forward_features); not from {blind}"
+        )
+    if len({id(p) for p in [*peers, *teachers]}) < len(peers) + len(teachers):
+        raise ValueError(
+            "the same module stands twice among the networks: they would share their weights; make a second one"
+        )
+    counts = {peer_name(k): n for k, p in enumerate(peers) if (n := class_count(p))}
+    counts |= {f"teacher {k}": n for k, p in enumerate(teachers) if (n := class_count(p))}
+    counts |= {} if cached is None else {"cached teachers": cached.shape[2]}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"the networks have different numbers of classes: {counts}; they cannot teach each other")
+
+
+def refuse_tables(loss: Loss, view: Any) -> None:
+    """A loss with a row for each training sample has to have as many."""
+    rows = len(view) if hasattr(view, "__len__") else None
+    for name, module in loss.named_modules():
+        if isinstance(module, SampleTable) and rows not in (None, module.num_samples):
+            raise ValueError(f"{name} of {type(loss).__name__} has num_samples={module.num_samples} rows, the training data "
+                             f"{rows}: samples would share rows, or have none")  # fmt: skip
+
+
+def refuse_labels(view: Any, peers: list[nn.Module], name: str) -> None:
+    classes = next((n for p in peers if (n := class_count(p))), None)
+    labels = getattr(view, "labels", None)
+    if classes is None or labels is None or len(labels) == 0:
+        return
+    low, high = int(np.min(labels)), int(np.max(labels))
+    if low < 0 or high >= classes:
+        bad = low if low < 0 else high
+        row = int(np.argmax(np.asarray(labels) == bad))
+        raise ValueError(
+            f"label {bad} in row {row} of the {name} data is outside the {classes} classes of the networks"
+        )

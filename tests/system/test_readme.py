@@ -1,0 +1,86 @@
+"""The README's code is executed as it stands, and its table of methods is the registry's."""
+
+import re
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+from torchvision import transforms as T
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def network(classes=10):
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)
+    )
+
+
+@pytest.fixture
+def names(tmp_path, monkeypatch):
+    """What a reader of the README would have: two networks, pictures, an optimizer."""
+    from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+
+    from kd_plugins import ImageView, MutualTrainingArguments
+
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    rows = {"image": list(rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)), "label": [i % 10 for i in range(20)]}
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"class {k}" for k in range(10)])}
+    )
+    dataset = datasets.Dataset.from_dict(rows, features=features)
+    transform = T.Compose([T.RandomHorizontalFlip(), T.ToTensor()])
+    train = ImageView(dataset, transform)
+    model = network()
+    vit = ViTConfig(
+        image_size=32,
+        patch_size=16,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+        num_labels=10,
+    )
+    import kd_plugins.models  # noqa: F401  the registered resnet10_cifar
+
+    torch.manual_seed(0)
+    student, t1, t2 = (timm.create_model("resnet10_cifar", num_classes=10) for _ in range(3))
+    return {
+        "student": student, "t1": t1, "t2": t2, "fixed_train": ImageView(dataset, T.ToTensor()),
+        "a": network(), "b": network(), "model": model, "vit": ViTForImageClassification(vit),
+        "dataset": dataset, "transform": transform, "train": train, "test": train, "held_out": train,
+        "loader": torch.utils.data.DataLoader([(torch.rand(3, 32, 32), k) for k in range(10)], batch_size=5),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "human_labels": [(k + 1) % 10 for k in range(20)],
+        "args": MutualTrainingArguments("pair", num_train_epochs=1, report_to="none"),
+        "hf_args": TrainingArguments("plain", num_train_epochs=1, report_to="none", use_cpu=True),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_code_runs_as_it_stands(number, names):
+    exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), names)
+
+
+def test_there_is_code():
+    assert len(BLOCKS) >= 6
+
+
+def test_methods_are_the_registry():
+    """`python -m kd_plugins.audit.plots README.md` writes it; a loss that is registered and not in it fails here."""
+    from kd_plugins.audit.plots import methods
+
+    assert methods() in README
+
+
+def test_commands_are_in_the_makefile():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)$", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)

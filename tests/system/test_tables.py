@@ -1,0 +1,329 @@
+"""The matrix of recipes/tables.py: what it runs, that nothing is run twice, and what it makes of the figures."""
+
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from transformers import HfArgumentParser
+
+from kd_plugins import MutualTrainingArguments, create_loss, list_losses
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+# Stands in for a recipe: counts its starts, fails where it is told to or if its GPU is busy, else writes figures that depend
+# on cell and seed.
+FAKE = """
+import json, os, sys, time
+from pathlib import Path
+args = sys.argv[1:]
+value = lambda name: args[args.index(name) + 1] if name in args else None
+out = Path(value("--output_dir"))
+with open(out / "starts", "a") as log:
+    log.write(os.environ["OMP_NUM_THREADS"] + "\\n")
+starts = len((out / "starts").read_text().split())
+if os.environ["FAIL"] in out.parent.name and starts <= int(os.environ["TIMES"]):
+    raise SystemExit("out of memory")
+if gpu := os.environ.get("CUDA_VISIBLE_DEVICES"):
+    busy = out.parent.parent / f"gpu-{gpu}"
+    busy.mkdir()
+    time.sleep(0.2)
+    busy.rmdir()
+    (out / "gpu").write_text(gpu)
+if os.environ["FAIL"] == "stop":
+    (out / "pid").write_text(str(os.getpid()))
+    time.sleep(30)
+score = {"mylc": 0.6, "ce": 0.4}.get(value("--refine"), 0.5) + 0.01 * int(value("--seed"))
+(out / "results.json").write_text(json.dumps({"eval_accuracy": score, "eval_accuracy_a": score, "method": "x", "seed": 0}))
+"""
+
+
+@pytest.fixture(scope="module")
+def tables():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(RECIPES))  # as python puts it there for a script
+        return runpy.run_path(str(RECIPES / "tables.py"))
+
+
+@pytest.fixture
+def start(tables, tmp_path, monkeypatch):
+    """Run the matrix with the stand-in; its exit code and the table's folder."""
+    (tmp_path / "cifar100_noise.py").write_text(FAKE)
+    monkeypatch.setitem(tables["main"].__globals__, "HERE", tmp_path)
+
+    def run(*argv, budget="full", fail="nothing", times=9):
+        monkeypatch.setenv("FAIL", fail)  # not an option: what is done was done with the same ones
+        monkeypatch.setenv("TIMES", str(times))
+        argv = [*argv, "--budget", budget, "--output_dir", tmp_path / "out"]
+        monkeypatch.setattr(sys, "argv", ["tables.py", "--table", "smkd-1", "--data", "d", *map(str, argv)])
+        return tables["main"](), tmp_path / "out" / "smkd-1" / budget
+
+    return run
+
+
+def starts(root):
+    return {str(p.parent.relative_to(root)): len(p.read_text().split()) for p in root.rglob("starts")}
+
+
+def test_matrix_is_run_once_and_published(start, capsys):
+    """Sixteen cells and the reference, two seeds; means, deviations and differences to the paper in every format."""
+    code, root = start("--seeds", 2, "--jobs", 3)
+    assert code == 0 and len(starts(root)) == 34 and set(starts(root).values()) == {1}
+    text = (root / "table.md").read_text()
+    assert "| MyLC | 60.5 ± 0.7 (paper 65.04, -4.5) | 60.5 ± 0.7 |" in text and "Budget full" in text
+    assert "| cross-entropy | 40.5 ± 0.7 (paper 47.20, -6.7) |  |  |  |" in text
+    tex = (root / "table.tex").read_text()
+    assert r"MyLC & 60.5 $\pm$ 0.7 (paper 65.04, -4.5) & 60.5" in tex and r"40\%" in tex and r"\bottomrule" in tex
+    assert (root / "table.png").stat().st_size > 10_000
+
+    figures = pd.read_parquet(root / "results.parquet")
+    one = figures[(figures.row == "MyLC") & (figures.column == "SMKD-P") & (figures.metric == "eval_accuracy")]
+    assert (
+        one.value.tolist() == [0.6, 0.61]
+        and one.seed.tolist() == [0, 1]
+        and one.paper.tolist() == pytest.approx([0.6909] * 2)
+    )
+    assert set(figures.metric) == {"eval_accuracy", "eval_accuracy_a"} and set(figures.budget) == {"full"}
+    assert figures[figures.metric == "eval_accuracy_a"].paper.isna().all()
+    assert one.command.str.contains("--refine mylc").all()
+    assert one.device.str.contains("CPU cores|NVIDIA|AMD").all() and one.jobs.tolist() == [3, 3]
+
+    start("--seeds", 2, "--jobs", 3)
+    assert set(starts(root).values()) == {1}  # nothing twice
+    assert start("--seeds", 3)[0] == 0 and len(starts(root)) == 51  # a third seed runs alone
+    capsys.readouterr()
+
+
+def test_a_cell_that_fails(start, capsys):
+    """It is tried once more by itself, reported with its last line, and run again by the next command; others go on."""
+    code, root = start("--seeds", 1, "--jobs", 2, fail="mylc--all", times=1)
+    assert code == 0 and starts(root)["mylc--all/0"] == 2
+    code, root = start("--seeds", 2, "--jobs", 2, fail="mylc--zero")
+    done = starts(root)
+    assert code == 1 and done["mylc--zero/1"] == 2 and done["proselflc--zero/1"] == 1
+    assert "mylc--zero/1: out of memory" in capsys.readouterr().err
+    assert "60.0" in (root / "table.md").read_text()  # seed 0, which was done before
+    assert start("--seeds", 2)[0] == 0 and starts(root)["mylc--zero/1"] == 3
+
+
+@pytest.mark.parametrize("second", [["--num_train_epochs", "16"], ["--num-train-epochs=16"], ["--bf16"]], ids=str)
+def test_figures_of_another_command_are_not_published(second, start, capsys):
+    """A finished cell keeps the options that it had; without its record, as from a copy, it is taken as it is."""
+    asked = ["--seeds", 1, "--rows", "MyLC", "--columns", "zero"]
+    _, root = start(*asked, "--num_train_epochs", "12")
+    start(*asked, "--num_train_epochs=12")  # the same
+    before = (root / "table.md").read_text()
+    with pytest.raises(SystemExit, match=r"mylc--zero/0 was run with .*, asked for is .*Choose another --output_dir"):
+        start(*asked, *second)
+    assert (root / "table.md").read_text() == before
+    (root / "mylc--zero" / "0" / "clock.json").unlink()
+    assert start(*asked, *second)[0] == 0 and starts(root) == {"mylc--zero/0": 1}
+    capsys.readouterr()
+
+
+def test_what_a_changed_command_is_told(start, tables, tmp_path, capsys):
+    """What differs, and no more; where the folder lies makes no difference."""
+    start("--seeds", 1, "--rows", "MyLC", "--columns", "zero", "--num_train_epochs", "12")
+    wanted = (
+        r"{'num_train_epochs': \['12'\]}, asked for is {'num_train_epochs': \['16'\]}; its figures would be published"
+    )
+    with pytest.raises(SystemExit, match=wanted):
+        start("--seeds", 1, "--rows", "MyLC", "--columns", "SMKD-P", "zero", "--num_train_epochs", "16")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    s = tables["Settings"](
+        table="smkd-1", data="d", seeds=1, rows=["MyLC"], columns=["zero"], output_dir=str(tmp_path / "moved")
+    )
+    tables["refuse_others"](tables["make_cells"](s, ["--num_train_epochs", "12"])[0])
+    with pytest.raises(SystemExit, match=r"moved.* was run with"):
+        tables["refuse_others"](tables["make_cells"](s, [])[0])
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("more", [["--seed", "5"], ["--seed=5"], ["--see", "5"], ["--refine", "ce"], ["--loss-args", "eta=1"],
+                                  ["--loss_a", "eta=1"], ["stray"]], ids=str)  # fmt: skip
+def test_options_that_cells_have_of_their_own_are_refused(more, start, tmp_path):
+    """For all of them they would make every row, or every seed, the same; --seed is no short form of --seeds."""
+    with pytest.raises(SystemExit, match=r"has its own|it would be dropped"):
+        start(*more, "--rows", "MyLC")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("budget", ["full", "small"])
+def test_what_is_passed_on_reaches_whom_it_concerns(tables, budget, monkeypatch):
+    """The teachers' epochs go to the teachers, who make no student, whatever students are; the rest goes to all."""
+    recipe = runpy.run_path(str(RECIPES / "distill_teachers.py"))
+    more = ["--teacher_epochs", "7", "--student", "resnet18_cifar", "--learning_rate=0.01"]
+    cells, _ = tables["make_cells"](tables["Settings"](table="camkd-1", seeds=1, budget=budget), more)
+    for cell in cells:
+        s, args = parse(recipe, cell.command, monkeypatch)
+        assert s["student"] == ("resnet18_cifar" if cell.row else "none") and args.learning_rate == 0.01
+        assert s["teacher_epochs"] == (0 if cell.row else 7) and s["train_teachers"] == (not cell.row)
+    for bad in ("--teachers", "--train_teachers", "--terms", "--preset"):
+        with pytest.raises(SystemExit, match=f"{bad} x: each cell of camkd-1 has its own"):
+            tables["make_cells"](tables["Settings"](table="camkd-1", seeds=1), [bad, "x"])
+
+
+def test_cells_are_dealt_out_over_the_gpus(start, monkeypatch, capsys):
+    """One at a time on each of two; the record says on which."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda k: f"NVIDIA {k}")
+    code, root = start("--seeds", 1, "--jobs", 2, "--rows", "MyLC")
+    seen = {p.parent: p.read_text() for p in root.rglob("gpu")}
+    assert code == 0 and set(starts(root).values()) == {1} and set(seen.values()) == {"0", "1"} and len(seen) == 4
+    assert all(f'"NVIDIA {gpu}"' in (cell / "clock.json").read_text() for cell, gpu in seen.items())
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_matrix_that_is_stopped(name, start, tmp_path):
+    """Ctrl-C and kill end the cells that run and start no other: the next start would run them beside themselves."""
+    before, number = signal.getsignal(signal.SIGTERM), getattr(signal, name)
+    root = tmp_path / "out" / "smkd-1" / "full"
+
+    def stop():
+        for _ in range(200):
+            if len(list(root.glob("*/0/pid"))) == 2:
+                os.kill(os.getpid(), number)
+                return
+            time.sleep(0.05)
+
+    threading.Thread(target=stop, daemon=True).start()
+    try:
+        with pytest.raises(KeyboardInterrupt if name == "SIGINT" else SystemExit):
+            start("--seeds", 1, "--jobs", 2, fail="stop")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    pids = [int(p.read_text()) for p in root.glob("*/0/pid")]
+    time.sleep(1)
+    assert len(starts(root)) == 2 and not list(root.glob("*/0/results.json"))
+    for pid in pids:  # gone, not only told to go
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_choice_of_cells(start, capsys):
+    code, root = start("--seeds", 1, "--rows", "MyLC", "--columns", "SMKD-P", "zero", budget="small")
+    assert code == 0 and set(starts(root)) == {"mylc--smkd-p/0", "mylc--zero/0"}
+    text = (root / "table.md").read_text()
+    assert "| MyLC | 60.0 (paper 65.04) | 60.0 (paper 69.09) |" in text and "Not comparable with the paper" in text
+    for bad, message in {
+        ("--rows", "mylc"): r"--rows \['mylc'\]: smkd-1 has",
+        ("--first", "MyLC:none"): "expected ROW:COLUMN",
+        ("--budget", "huge"): "expected one of full, small",
+        ("--jobs", "0"): "at least 1",
+    }.items():
+        with pytest.raises(SystemExit, match=message):
+            start(*bad, **({"budget": "huge"} if bad[1] == "huge" else {}))
+    capsys.readouterr()
+
+
+def test_first_cells(tables):
+    s = tables["Settings"](table="smkd-1", seeds=1, first=["MyLC:SMKD-P", "cross-entropy:zero"])
+    cells, _ = tables["make_cells"](s, [])
+    assert [(c.row, c.column) for c in cells[:3]] == [
+        ("MyLC", "SMKD-P"),
+        ("cross-entropy", "zero"),
+        ("label smoothing", "zero"),
+    ]
+
+
+@pytest.mark.parametrize("budget", ["full", "small"])
+def test_every_cell_is_a_command_that_its_recipe_takes(tables, budget):
+    """Options are parsed by the recipe's own parser; the losses that they name can be made."""
+    settings = {name: runpy.run_path(str(RECIPES / name)) for name in ("cifar100_noise.py", "distill_teachers.py")}
+    for name, table in tables["TABLES"].items():
+        cells, _ = tables["make_cells"](tables["Settings"](table=name, seeds=1, budget=budget), [])
+        assert len({cell.folder for cell in cells}) == len(cells)
+        assert set(table.paper) <= {(c.row, c.column) for c in cells}, name
+        recipe = settings[table.recipe]
+        parser = HfArgumentParser((recipe["Settings"], MutualTrainingArguments))
+        for cell in cells:
+            assert cell.command[1] == str(RECIPES / table.recipe)
+            s, args = parser.parse_args_into_dataclasses(cell.command[2:])
+            assert args.seed == cell.seed and args.output_dir == str(cell.folder)
+            if table.recipe == "distill_teachers.py":
+                assert not s.preset or s.preset in recipe["PRESETS"]
+                continue
+            known = {"window": 64, "num_samples": 64, "num_classes": 4}
+            if s.method == "smkd":
+                loss = recipe["make_loss"](s, "smkd", [None, None], **known)
+                assert loss.normalize == ("selected" if budget == "full" else "batch")
+                assert type(loss.refine[0]) is type(create_loss(s.refine))
+            else:
+                assert s.method in {*recipe["STAGES"], *list_losses()}
+            assert "resnet34_cifar" not in s.models or budget == "full"
+
+
+def parse(recipe, command, monkeypatch):
+    """Settings and arguments, as the recipe itself reads and checks them."""
+    monkeypatch.setattr(sys, "argv", command[1:])
+    s, args = recipe["options"]()
+    return vars(s), args
+
+
+SCHEDULE = ["num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "weight_decay", "optim", "optim_args", "lr_scheduler_type", "warmup_steps", "milestones", "lr_decay",
+            "max_grad_norm"]  # fmt: skip
+
+
+def test_cells_of_a_distillation_table_share_one_schedule(tables, monkeypatch):
+    """The published one, for the teachers too and where a row names only its terms, which stay its own."""
+    recipe = runpy.run_path(str(RECIPES / "distill_teachers.py"))
+    there = {name: table for name, table in tables["TABLES"].items() if table.recipe == "distill_teachers.py"}
+    assert len(there) == 4
+    for name, table in there.items():
+        cells, _ = tables["make_cells"](tables["Settings"](table=name, seeds=1), [])
+        runs = {cell.row: parse(recipe, cell.command, monkeypatch) for cell in cells}
+        schedules = {row: {key: getattr(args, key) for key in SCHEDULE} for row, (_, args) in runs.items()}
+        assert runs.keys() == {"", *table.rows} and schedules[""] | recipe["SCHEDULE"] == schedules[""]
+        assert {row: other for row, other in schedules.items() if other != schedules[""]} == {}, name
+        for row, (s, _) in runs.items():
+            assert s["student"] == ("resnet10_cifar" if row else "none")
+            own = table.rows.get(
+                row, {"preset": "kd"}
+            )  # of the teachers: for its schedule, no student learns the terms
+            learned = {"revise": 0.0, "keep": 1.0} | recipe["PRESETS"].get(own.get("preset"), {}) | own
+            assert [s[key] for key in ("terms", "revise", "keep")] == [learned[k] for k in ("terms", "revise", "keep")]
+            assert s["teacher_epochs"] == 0  # as many as the students
+
+
+def test_rows_have_the_teachers_that_they_name(tables):
+    """In the table of methods for one teacher that is the first; CA-MKD beside them has all, the student alone none."""
+    table = tables["TABLES"]["camkd-2"]
+    cells, root = tables["make_cells"](tables["Settings"](table="camkd-2", seeds=1), [])
+    folders = [str(root / "teachers" / "teachers" / str(k) / "peer_a") for k in range(3)]
+    seen = {cell.row: [a for a in cell.command if a.endswith("peer_a")] for cell in cells if cell.row}
+    others = {"student alone": [], "CA-MKD, three teachers": folders}
+    assert seen == dict.fromkeys(table.rows, folders[:1]) | others
+
+
+def test_knowledge_columns_are_the_limits(tables):
+    """Zero knowledge selects nothing, all knowledge everything, S and P what their names say."""
+    made = {name: create_loss("smkd", **{k: float(v) for k, v in options["loss_args"].items()}) for name, options in
+            tables["TABLES"]["smkd-1"].columns.items()}  # fmt: skip
+    assert {name: round(float(loss.select.chi(100)), 2) for name, loss in made.items() if not loss.select.b2} == {
+        "zero": 0.0,
+        "all": 9.21,
+        "SMKD-S": 2.3,
+    }
+    assert made["SMKD-P"].select.b2 == -6 and made["SMKD-P"].select.eta == 2
+
+
+def test_teachers_come_first_and_are_shared(tables, tmp_path):
+    """One cell trains them; all students of the table read their folders, the student alone reads none."""
+    cells, root = tables["make_cells"](
+        tables["Settings"](table="camkd-3", budget="small", output_dir=str(tmp_path)), []
+    )
+    first, *others = [" ".join(cell.command) for cell in cells]
+    assert (
+        "--train_teachers True" in first and "--teachers resnet10_cifar resnet10_cifar mobilenetv3_small_050" in first
+    )
+    folders = " ".join(str(root / "teachers" / "teachers" / str(k) / "peer_a") for k in range(3))
+    for cell, command in zip(cells[1:], others, strict=True):
+        assert "--train_teachers False" in command
+        assert (folders in command) != (cell.row == "student alone")

@@ -1,0 +1,202 @@
+"""Each network goes out by itself: exported, with a card, to a repository of its own. No network is touched."""
+
+import json
+import logging
+from concurrent.futures import Future
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from helpers.tiny import CLASSES, Net, trainer, view, vit
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from kd_plugins import CE, SMKD, MyLC
+from kd_plugins.models import library_of
+
+TOKEN = "hf_thesecretoftherun"
+HOSTILE = 'a: "b"\n---\n# <script>alert(1)</script> | `x` [y](http://z) ![w](http://z)'
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What would have gone to the hub: repositories by id, the call that made them, and the files they would hold."""
+    sent = {}
+
+    def create_repo(self, repo_id, *, token=None, private=None, exist_ok=False):
+        full = repo_id if "/" in repo_id else f"someone/{repo_id}"
+        sent[full] = {"token": token, "private": private, "exist_ok": exist_ok}
+        return type("RepoUrl", (str,), {"repo_id": full})(f"https://hub/{full}")
+
+    def upload_folder(self, *, repo_id, folder_path, run_as_future, allow_patterns, **call):
+        files = [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()]
+        kept = filter_repo_objects(files, allow_patterns=allow_patterns)
+        sent[repo_id] |= {"files": {name: Path(folder_path, name).read_bytes() for name in kept}, "upload": call}
+        if not run_as_future:
+            return repo_id
+        future = Future()
+        future.set_result(repo_id)
+        return future
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    return sent
+
+
+def timm_net(name="test_resnet", **kwargs):
+    return timm.create_model(name, num_classes=CLASSES, **kwargs)
+
+
+def unpack(repo, folder):
+    folder.mkdir()
+    for name, content in repo["files"].items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def test_both_peers_of_a_run_load_alone(tmp_path):
+    """After training, from the folders that export() wrote: timm and transformers, logits equal."""
+    models = [timm_net(), timm_net("test_vit", img_size=16, patch_size=8)]
+    run = trainer(tmp_path, models, train=view(16), num_train_epochs=1, learning_rate=0.01)
+    run.train()
+    x = torch.randn(3, 3, 16, 16)
+    for folder, peer in zip(run.export(), run.peers, strict=True):
+        expected = peer.eval()(x)
+        alone = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        torch.testing.assert_close(alone(x), expected, rtol=1e-5, atol=1e-5)
+        wrapped = AutoModelForImageClassification.from_pretrained(folder).eval()
+        torch.testing.assert_close(wrapped(x).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_push_to_hub(tmp_path, hub, caplog, capfd):
+    """A repository each, with weights, config and card, that load: nothing of the optimizer, no pickle, no token."""
+    caplog.set_level(logging.DEBUG)
+    run = trainer(tmp_path / "pair of nets", [timm_net(), timm_net("test_resnet")], train=view(16), evaluate=view(8),
+                  num_train_epochs=1, save_strategy="steps", save_steps=1, eval_strategy="epoch", hub_token=TOKEN,
+                  hub_model_id="me/nets", hub_private_repo=True, hub_revision="v1")  # fmt: skip
+    run.train()
+    run.save_model()  # leaves the pair, and its arguments as a pickle, in the output folder
+    assert (tmp_path / "pair of nets" / "training_args.bin").exists()
+    for folder in run.export():
+        (folder / "optimizer.pt").write_bytes(b"x")
+        (folder / "checkpoint-1").mkdir()
+        (folder / "checkpoint-1" / "config.json").write_text("{}")
+    assert run.push_to_hub() == ["me/nets-a", "me/nets-b"]
+    assert hub.keys() == {"me/nets-a", "me/nets-b"}
+    for k, (repo, sent) in enumerate(hub.items()):
+        assert sent["files"].keys() == {"config.json", "model.safetensors", "README.md"}
+        assert (sent["token"], sent["private"], sent["exist_ok"]) == (TOKEN, True, True)
+        assert sent["upload"] == {"commit_message": "End of training", "token": TOKEN, "revision": "v1"}
+        assert not [name for name, content in sent["files"].items() if TOKEN.encode() in content]
+        card = ModelCard(sent["files"]["README.md"].decode())
+        assert card.data.to_dict() == {
+            "library_name": "timm", "pipeline_tag": "image-classification",
+            "tags": ["image-classification", "timm", "transformers", "kd-plugins"]}  # fmt: skip
+        assert f'timm.create_model("hf-hub:{repo}", pretrained=True)' in card.text
+        assert f'from_pretrained("{repo}")' in card.text
+        alone = timm.create_model(f"local-dir:{unpack(sent, tmp_path / str(k))}", pretrained=True).eval()
+        x = torch.randn(2, 3, 32, 32)
+        torch.testing.assert_close(alone(x), run.peers[k].eval()(x), rtol=1e-5, atol=1e-5)
+    assert TOKEN not in caplog.text + "".join(capfd.readouterr())
+
+
+def test_one_network_has_no_suffix_and_arguments_win(tmp_path, hub):
+    run = trainer(tmp_path / "vit", vit(), CE(), train=view(16), hub_token="other", hub_private_repo=True)
+    futures = run.push_to_hub("first", blocking=False, token=TOKEN, revision="dev", private=False,
+                              license="apache-2.0", datasets=["uoft-cs/cifar100"], tags="mine")  # fmt: skip
+    assert [f.result() for f in futures] == ["someone/vit"]
+    sent = hub["someone/vit"]
+    assert (sent["token"], sent["private"]) == (TOKEN, False)
+    assert sent["upload"] == {"commit_message": "first", "token": TOKEN, "revision": "dev"}
+    card = ModelCard(sent["files"]["README.md"].decode())
+    assert (card.data.license, card.data.datasets, card.data.library_name) == (
+        "apache-2.0",
+        ["uoft-cs/cifar100"],
+        "transformers",
+    )
+    assert card.data.tags == ["image-classification", "transformers", "kd-plugins", "mine"]
+    assert "timm.create_model" not in card.text
+    again = AutoModelForImageClassification.from_pretrained(unpack(sent, tmp_path / "again"))
+    assert torch.equal(again.classifier.weight, run.peers[0].classifier.weight)
+
+
+def test_only_the_main_process_uploads(tmp_path, hub, monkeypatch):
+    run = trainer(tmp_path / "x", Net(), CE())
+    monkeypatch.setattr(run, "is_world_process_zero", lambda: False)
+    assert run.push_to_hub() == []
+    assert not hub
+    assert not (tmp_path / "x" / "peer_a").exists()
+
+
+def test_nothing_is_uploaded_where_a_repository_is_refused(tmp_path, hub, monkeypatch):
+    """All are made before the first upload; the error is the hub's, and names no token."""
+
+    def refuse(self, repo_id, **call):
+        raise OSError(f"403 for {repo_id}")
+
+    monkeypatch.setattr(HfApi, "create_repo", refuse)
+    with pytest.raises(OSError, match="403 for pair-a") as caught:
+        trainer(tmp_path / "pair", hub_token=TOKEN).push_to_hub()
+    assert TOKEN not in str(caught.value)
+    assert not hub
+
+
+def test_push_during_training_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"push_to_hub=True.*trainer\.push_to_hub\(\) after training") as caught:
+        trainer(tmp_path, push_to_hub=True, hub_strategy="end", hub_token=TOKEN)
+    assert TOKEN not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- card
+
+
+def test_card_of_hostile_names(tmp_path):
+    """They can neither leave the YAML block nor reach the page as HTML, a link or another column."""
+    data = view(16)
+    data.name, data.class_names = HOSTILE, [HOSTILE, "b", "c"]
+    models = [timm_net(), timm_net()]
+    models[0].pretrained_cfg = {**models[0].pretrained_cfg, "architecture": HOSTILE}
+    run = trainer(tmp_path, models, SMKD(MyLC(window=9)), train=data, evaluate={HOSTILE: view(8)})
+    run.evaluate()
+    a, b = run.export(license=HOSTILE, tags=[HOSTILE])
+    text = (a / "README.md").read_text(encoding="utf-8")
+    head, body = text.split("\n---\n", 1)
+    fields = yaml.safe_load(head.removeprefix("---\n"))
+    assert fields["license"] == HOSTILE and fields["tags"][-1] == HOSTILE
+    assert ModelCard(text).data.to_dict() == fields
+    assert fields["library_name"] == "timm"
+    assert not [sign for sign in ("<", "`x", "[y]", "](", "![", "# <") if sign in body.split("**Use**")[0]]
+    assert all(line.count("|") == 3 for line in body.splitlines() if line.startswith("|"))
+    assert "\n**Data**: a_ _b_ --- _ _script_alert(1)_/script_" in body
+    assert json.loads((b / "config.json").read_text())["label_names"][0] == HOSTILE
+
+
+def test_card_says_what_loads_it(tmp_path):
+    small = timm.create_model("resnet10_cifar", num_classes=CLASSES)
+    told = Net(2)
+    told.pretrained_cfg = {"mean": (0.0,) * 3, "std": (1.0,) * 3}  # tells its normalisation; timm does not know it
+    networks = {"timm": small, "transformers": vit(), "pytorch": told}
+    run = trainer(tmp_path, list(networks.values()), SMKD(CE(), eta=1, b2=0, num_peers=3), train=view(16))
+    for folder, (library, network) in zip(run.export(), networks.items(), strict=True):
+        assert library_of(network) == library
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.library_name == library
+        assert ('timm.create_model("local-dir:FOLDER"' in card.text) == (library == "timm")
+        assert ("AutoModelForImageClassification" in card.text) == (library != "pytorch")
+        assert ("import kd_plugins.models" in card.text) == (library == "timm")
+        assert "license" not in card.data.to_dict()
+    assert load_file(tmp_path / "peer_c" / "model.safetensors").keys() == told.state_dict().keys()
+    assert '`safetensors.torch.load_model(network, "model.safetensors")`' in card.text
+
+
+def test_unknown_field_of_a_card_is_refused(tmp_path, hub):
+    """Before anything is made on the hub."""
+    run = trainer(tmp_path, Net(), CE())
+    for call in (run.create_model_card, run.push_to_hub):
+        with pytest.raises(TypeError, match=r"no field \['licence'\].*'license'"):
+            call(licence="mit")
+    assert not hub
