@@ -71,7 +71,9 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def ratio(ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 11, warm: int = 2) -> float:
+def ratio(
+    ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 11, warm: int = 2
+) -> float:
     """Median over neighbouring runs of time of ours to time of theirs."""
     for _ in range(warm):
         ours(), theirs()
@@ -110,8 +112,10 @@ def loss_alone(batch: int, classes: int, ours_compiled: bool, theirs_compiled: b
             z.grad = None
 
     count = max(1, 200_000 // (batch * classes // 10))
-    figure = ratio(calls(lambda: both(lambda: ours(tuple(zs), y)), count),
-                   calls(lambda: both(lambda: theirs(tuple(zs), y)), count))  # fmt: skip
+    figure = ratio(
+        calls(lambda: both(lambda: ours(tuple(zs), y)), count),
+        calls(lambda: both(lambda: theirs(tuple(zs), y)), count),
+    )
     if theirs_compiled:
         return figure, "x two compiled cross-entropies", None
     return figure, "x two cross-entropies", 1.5 if ours_compiled else 2.5
@@ -121,8 +125,13 @@ def step_of_a_pair(name: str, size: int, batch: int, quick: bool) -> Row:
     """A training step of two networks: SMKD + MyLC against cross-entropy."""
     if quick:
         name, size, batch = "resnet10_cifar", 32, 64
-    nets = [timm.create_model(name, num_classes=100).to(DEVICE, memory_format=torch.channels_last) for _ in range(2)]
-    optimizer = torch.optim.SGD([p for net in nets for p in net.parameters()], lr=1e-3, momentum=0.9)
+    nets = [
+        timm.create_model(name, num_classes=100).to(DEVICE, memory_format=torch.channels_last)
+        for _ in range(2)
+    ]
+    optimizer = torch.optim.SGD(
+        [p for net in nets for p in net.parameters()], lr=1e-3, momentum=0.9
+    )
     x = torch.randn(batch, 3, size, size, device=DEVICE).to(memory_format=torch.channels_last)
     y = torch.randint(100, (batch,), device=DEVICE)
     smkd, plain = SMKD(MyLC(window=50_000)).to(DEVICE), nn.CrossEntropyLoss()
@@ -135,8 +144,12 @@ def step_of_a_pair(name: str, size: int, batch: int, quick: bool) -> Row:
         loss(zs).backward()
         optimizer.step()
 
-    figure = ratio(lambda: step(lambda zs: smkd(zs, y)), lambda: step(lambda zs: sum(plain(z.float(), y) for z in zs)),
-                   repeats=31 if GPU or quick else 3, warm=1)  # fmt: skip
+    figure = ratio(
+        lambda: step(lambda zs: smkd(zs, y)),
+        lambda: step(lambda zs: sum(plain(z.float(), y) for z in zs)),
+        repeats=31 if GPU or quick else 3,
+        warm=1,
+    )
     return figure, "x with cross-entropy", 1.03
 
 
@@ -144,7 +157,9 @@ def step_with_teachers(ours, theirs, count: int) -> Row:
     """A student's step with `count` teachers whose logits are there, two losses against each other."""
     student = timm.create_model("resnet10_cifar", num_classes=100).to(DEVICE)
     x, y = torch.randn(64, 3, 32, 32, device=DEVICE), torch.randint(100, (64,), device=DEVICE)
-    masters = [timm.create_model("resnet10_cifar", num_classes=100).to(DEVICE).eval() for _ in range(count)]
+    masters = [
+        timm.create_model("resnet10_cifar", num_classes=100).to(DEVICE).eval() for _ in range(count)
+    ]
     extra = {"index": torch.arange(64, device=DEVICE)}
 
     def step(loss) -> None:
@@ -155,7 +170,11 @@ def step_with_teachers(ours, theirs, count: int) -> Row:
         student.zero_grad()
 
     losses = [loss.to(DEVICE) for loss in (ours, theirs)]
-    return ratio(lambda: step(losses[0]), lambda: step(losses[1]), repeats=15), "x the step beside it", 1.05
+    return (
+        ratio(lambda: step(losses[0]), lambda: step(losses[1]), repeats=15),
+        "x the step beside it",
+        1.05,
+    )
 
 
 def epoch_in_the_trainer(quick: bool) -> Row:
@@ -179,7 +198,9 @@ def epoch_in_the_trainer(quick: bool) -> Row:
     def plain() -> list[float]:
         nets = [net.to(DEVICE) for net in networks()]
         loss = SMKD(MyLC(window=rows)).to(DEVICE)
-        optimizer = torch.optim.SGD([p for net in nets for p in net.parameters()], lr=0.01, momentum=0.9)
+        optimizer = torch.optim.SGD(
+            [p for net in nets for p in net.parameters()], lr=0.01, momentum=0.9
+        )
         loader = torch.utils.data.DataLoader(data, batch, shuffle=True)
         out = []
         for epoch in range(3):
@@ -201,11 +222,20 @@ def epoch_in_the_trainer(quick: bool) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         for k in range(2 if quick else 3):
             times.clear()
-            args = MutualTrainingArguments(f"{folder}/{k}", num_train_epochs=3, per_device_train_batch_size=batch,
-                                           save_strategy="no", report_to="none", disable_tqdm=True, learning_rate=0.01,
-                                           logging_steps=10_000)  # fmt: skip
+            args = MutualTrainingArguments(
+                f"{folder}/{k}",
+                num_train_epochs=3,
+                per_device_train_batch_size=batch,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                learning_rate=0.01,
+                logging_steps=10_000,
+            )
             loss = SMKD(MyLC(window=rows))
-            MutualDistillationTrainer(networks(), loss, args, train_dataset=data, callbacks=[Clock()]).train()
+            MutualDistillationTrainer(
+                networks(), loss, args, train_dataset=data, callbacks=[Clock()]
+            ).train()
             ratios += [ours / theirs for ours, theirs in zip(times[1:], plain()[1:], strict=True)]
     return statistics.median(ratios), "x a plain loop", 1.05
 
@@ -217,10 +247,17 @@ def pictures_on_disk(folder: Path, count: int, side: int) -> None:
     for i in range(count):
         path = folder / "train" / f"class{i % 4}" / f"{i:05d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(small[i]).resize((side, side), Image.Resampling.BILINEAR).save(path, quality=90)
+        Image.fromarray(small[i]).resize((side, side), Image.Resampling.BILINEAR).save(
+            path, quality=90
+        )
     files = sorted((folder / "train").rglob("*.jpg"))
-    rows = [{"image": {"bytes": p.read_bytes(), "path": None}, "label": int(p.parent.name[5:])} for p in files]
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=4)})
+    rows = [
+        {"image": {"bytes": p.read_bytes(), "path": None}, "label": int(p.parent.name[5:])}
+        for p in files
+    ]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=4)}
+    )
     datasets.Dataset.from_list(rows, features=features).to_parquet(folder / "train.parquet")
 
 
@@ -234,16 +271,29 @@ def data_rate(kind: str, quick: bool, floats: bool = False) -> Row:
         folder = Path(name)
         pictures_on_disk(folder, count, side)
         # what timm's loader makes too; the bytes are normalised as the Trainer does it
-        transform = timm.data.create_transform(224, is_training=True, color_jitter=None, normalize=floats)
+        transform = timm.data.create_transform(
+            224, is_training=True, color_jitter=None, normalize=floats
+        )
         normalise = Hosted([timm.create_model("test_resnet")], CE()).inputs[0].to(DEVICE)
         if kind == "parquet":
             data = datasets.Dataset.from_parquet(str(folder / "train.parquet"), cache_dir=name)
         else:
-            data = datasets.load_dataset("imagefolder", data_dir=str(folder / "train"), split="train", cache_dir=name)
-        ours = torch.utils.data.DataLoader(ImageView(data, transform), 64, shuffle=True, drop_last=True)
-        theirs = timm.data.create_loader(timm.data.create_dataset("", root=str(folder / "train")), (3, 224, 224), 64,
-                                         is_training=True, color_jitter=None, device=DEVICE, num_workers=0,
-                                         persistent_workers=False)  # fmt: skip
+            data = datasets.load_dataset(
+                "imagefolder", data_dir=str(folder / "train"), split="train", cache_dir=name
+            )
+        ours = torch.utils.data.DataLoader(
+            ImageView(data, transform), 64, shuffle=True, drop_last=True
+        )
+        theirs = timm.data.create_loader(
+            timm.data.create_dataset("", root=str(folder / "train")),
+            (3, 224, 224),
+            64,
+            is_training=True,
+            color_jitter=None,
+            device=DEVICE,
+            num_workers=0,
+            persistent_workers=False,
+        )
 
         def run_ours() -> None:
             for batch in ours:
@@ -261,9 +311,15 @@ def noisy_view_of_millions(memory: bool) -> Row:
     """Seconds, or the most bytes that numpy and Arrow hold more of while it is made; the pictures stay where they are."""
     rows = 2_400_000
     starts = pyarrow.py_buffer(np.arange(rows + 1, dtype=np.int32) * 64)
-    content = pyarrow.Array.from_buffers(pyarrow.binary(), rows, [None, starts, pyarrow.py_buffer(bytes(rows * 64))])
-    image = pyarrow.StructArray.from_arrays([content, pyarrow.nulls(rows, pyarrow.string())], ["bytes", "path"])
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=1000)})
+    content = pyarrow.Array.from_buffers(
+        pyarrow.binary(), rows, [None, starts, pyarrow.py_buffer(bytes(rows * 64))]
+    )
+    image = pyarrow.StructArray.from_arrays(
+        [content, pyarrow.nulls(rows, pyarrow.string())], ["bytes", "path"]
+    )
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=1000)}
+    )
     columns = {"image": image, "label": np.arange(rows) % 1000}
     data = datasets.Dataset(pyarrow.table(columns, schema=features.arrow_schema))
     noise = symmetric(1000, 0.4)
@@ -271,7 +327,12 @@ def noisy_view_of_millions(memory: bool) -> Row:
         return seconds(lambda: noisy_view(data, noise, seed=0)), "s", 1.0
 
     def addresses(dataset: datasets.Dataset) -> list[int]:
-        return [buffer.address for chunk in dataset.data["image"].chunks for buffer in chunk.buffers() if buffer]
+        return [
+            buffer.address
+            for chunk in dataset.data["image"].chunks
+            for buffer in chunk.buffers()
+            if buffer
+        ]
 
     usual = pyarrow.default_memory_pool()
     pool = pyarrow.proxy_memory_pool(usual)  # counts from zero
@@ -282,14 +343,22 @@ def noisy_view_of_millions(memory: bool) -> Row:
     tracemalloc.stop()
     pyarrow.set_memory_pool(usual)
     if addresses(view) != addresses(data):
-        raise RuntimeError("noisy_view has copied the pictures: expected the same buffers in both data sets.")
+        raise RuntimeError(
+            "noisy_view has copied the pictures: expected the same buffers in both data sets."
+        )
     return peak / 1e6, "MB", 50
 
 
 def import_time() -> Row:
     def start(module: str) -> float:
-        code = f"import time; s = time.perf_counter(); import {module}; print(time.perf_counter() - s)"
-        return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        code = (
+            f"import time; s = time.perf_counter(); import {module}; print(time.perf_counter() - s)"
+        )
+        return float(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout
+        )
 
     times = [(start("kd_plugins"), start("torch")) for _ in range(5)]
     return statistics.median(ours - theirs for ours, theirs in times), "s more than torch", 0.1
@@ -298,8 +367,12 @@ def import_time() -> Row:
 def every_loss() -> Iterator[tuple[str, Loss, Callable[[Callable], torch.Tensor]]]:
     """Name, loss and a call of it; what reads features is left to tests/test_contract.py."""
     classes, rows, g = 10, 64, torch.Generator().manual_seed(0)
-    arguments = {"num_samples": rows, "num_classes": classes, "transition": 0.8 * torch.eye(classes) + 0.2 / classes,
-                 "labels": torch.full((rows, classes), 1 / classes)}  # fmt: skip
+    arguments = {
+        "num_samples": rows,
+        "num_classes": classes,
+        "transition": 0.8 * torch.eye(classes) + 0.2 / classes,
+        "labels": torch.full((rows, classes), 1 / classes),
+    }
     extra = {
         "teacher": torch.randn(3, rows, classes, generator=g).to(DEVICE),
         "index": torch.arange(rows, device=DEVICE),
@@ -311,12 +384,23 @@ def every_loss() -> Iterator[tuple[str, Loss, Callable[[Callable], torch.Tensor]
             continue
         wanted = inspect.signature(cls).parameters
         loss = create_loss(
-            name, **{k: v for k, v in arguments.items() if k in wanted and wanted[k].default is wanted[k].empty}
+            name,
+            **{
+                k: v
+                for k, v in arguments.items()
+                if k in wanted and wanted[k].default is wanted[k].empty
+            },
         )
-        zs = tuple(torch.randn(rows, classes, generator=g).to(DEVICE).requires_grad_() for _ in range(2))
+        zs = tuple(
+            torch.randn(rows, classes, generator=g).to(DEVICE).requires_grad_() for _ in range(2)
+        )
         known = {k: v for k, v in extra.items() if k in loss.reads}
         logits = zs if cls.peers else zs[0]
-        yield name, loss.to(DEVICE), lambda call, logits=logits, known=known: call(logits, y, **known)
+        yield (
+            name,
+            loss.to(DEVICE),
+            lambda call, logits=logits, known=known: call(logits, y, **known),
+        )
 
 
 def no_synchronisation() -> Row:
@@ -415,9 +499,16 @@ def compute_limit(quick: bool) -> Row:
 
     with FlopCounterMode(display=False) as counter:
         step(loss)
-    compiled, square = torch.compile(loss), torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16)
+    compiled, square = (
+        torch.compile(loss),
+        torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16),
+    )
     product = counter.get_total_flops() / (2 * side**3)  # as many operations, in products
-    return ratio(lambda: step(compiled), lambda: square @ square) / product, "x its compute limit", None
+    return (
+        ratio(lambda: step(compiled), lambda: square @ square) / product,
+        "x its compute limit",
+        None,
+    )
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
@@ -427,10 +518,14 @@ def peak_bytes(work: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         work()
     changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))
+    return max(
+        itertools.accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns()))
+    )
 
 
 def peak_memory(batch: int, classes: int, dtype: torch.dtype) -> Row:
@@ -443,7 +538,10 @@ def peak_memory(batch: int, classes: int, dtype: torch.dtype) -> Row:
         zs: list[torch.Tensor] = []
 
         def work() -> None:
-            zs.extend(torch.randn(batch, classes, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(2))
+            zs.extend(
+                torch.randn(batch, classes, device=DEVICE, dtype=dtype, requires_grad=True)
+                for _ in range(2)
+            )
             loss(zs).backward()
 
         return peak_bytes(work)
@@ -459,15 +557,23 @@ def table(quick: bool) -> dict[str, Callable[[], Row]]:
         "noisy view, 2.4 million rows": lambda: noisy_view_of_millions(memory=False),
         "noisy view, 2.4 million rows, memory": lambda: noisy_view_of_millions(memory=True),
     }
-    ways = {"eager": (False, False), "compiled": (True, False), "compiled as they are": (True, True)}
+    ways = {
+        "eager": (False, False),
+        "compiled": (True, False),
+        "compiled as they are": (True, True),
+    }
     for way, which in ways.items():
         for b, c in shapes:
-            rows[f"loss alone [{b}, {c}], {way}"] = lambda b=b, c=c, which=which: loss_alone(b, c, *which)
+            rows[f"loss alone [{b}, {c}], {way}"] = lambda b=b, c=c, which=which: loss_alone(
+                b, c, *which
+            )
     for dtype in (torch.float32, torch.bfloat16):
         key = f"peak memory of the loss [256, 21841], {str(dtype).removeprefix('torch.')}"
         rows[key] = lambda dtype=dtype: peak_memory(256, 21_841, dtype)
     rows |= {
-        "step of two ResNet-18 at 32 px, SMKD + MyLC": lambda: step_of_a_pair("resnet18_cifar", 32, 128, quick),
+        "step of two ResNet-18 at 32 px, SMKD + MyLC": lambda: step_of_a_pair(
+            "resnet18_cifar", 32, 128, quick
+        ),
         "AEKD step, five teachers, against AVER": lambda: step_with_teachers(AEKD(), AVER(), 5),
         "CA-MKD step, three teachers, against KD": lambda: step_with_teachers(CAMKD(), KD(), 3),
         "LR + DS step, one teacher, against KD": lambda: step_with_teachers(
@@ -481,7 +587,9 @@ def table(quick: bool) -> dict[str, Callable[[], Row]]:
     }
     if GPU:
         rows |= {
-            "step of two ResNet-50 at 224 px, SMKD + MyLC, GPU": lambda: step_of_a_pair("resnet50", 224, 32, quick),
+            "step of two ResNet-50 at 224 px, SMKD + MyLC, GPU": lambda: step_of_a_pair(
+                "resnet50", 224, 32, quick
+            ),
             "host synchronisations, GPU": no_synchronisation,
             "two ResNet-18 at 32 px, eager, GPU": lambda: two_peers_on_one("eager", quick),
             "two ResNet-18 at 32 px, compiled, GPU": lambda: two_peers_on_one("compiled", quick),
@@ -492,27 +600,37 @@ def table(quick: bool) -> dict[str, Callable[[], Row]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", nargs="+", default=[""], help="names, or parts of them")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--output", default="runs/benchmark.json")
     args = parser.parse_args()
     rows = table(args.quick)
     if unknown := [part for part in args.rows if not any(part in name for name in rows)]:
-        raise SystemExit(f"--rows {unknown}: expected parts of the names of rows, here {'; '.join(rows)}")
+        raise SystemExit(
+            f"--rows {unknown}: expected parts of the names of rows, here {'; '.join(rows)}"
+        )
     torch.manual_seed(0)
-    device = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    device = (
+        torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    )
     threads = torch.get_num_threads()
     names = ("torch", "timm", "transformers", "datasets", "kd-plugins")
     results = {"device": device, "threads": threads, "quick": args.quick}
     results |= {"versions": {n: version(n) for n in names}, "rows": {}}
-    print(f"{device}, {threads} threads\n\n| what | measured | to reach |\n|---|---|---|", flush=True)
+    print(
+        f"{device}, {threads} threads\n\n| what | measured | to reach |\n|---|---|---|", flush=True
+    )
     for name, measure in rows.items():
         if not any(part in name for part in args.rows):
             continue
         figure, unit, goal = measure()
         results["rows"][name] = {"figure": figure, "unit": unit, "goal": goal}
-        print(f"| {name} | {figure:.3g} {unit} | {'' if goal is None else f'{goal:g}'} |", flush=True)
+        print(
+            f"| {name} | {figure:.3g} {unit} | {'' if goal is None else f'{goal:g}'} |", flush=True
+        )
         Path(args.output).parent.mkdir(parents=True, exist_ok=True)
         Path(args.output).write_text(json.dumps(results, indent=1), encoding="utf-8")
 

@@ -39,16 +39,33 @@ from kd_plugins import (
     estimate_transition,
     loss_class,
 )
-from kd_plugins.data import ImageView, asymmetric, circular, noise_report, noisy_view, pair_flip, symmetric
+from kd_plugins.data import (
+    ImageView,
+    asymmetric,
+    circular,
+    noise_report,
+    noisy_view,
+    pair_flip,
+    symmetric,
+)
 from kd_plugins.train import CDRCallback, claim_folder
 
 # Methods that are more than one training with one loss, and then for one network. Each stage: (loss, "new" or "same" network,
 # training arguments of the authors' code).
 STAGES: dict[str, list] = {
     "cdr": [("ce", "new", {})],  # with CDRCallback
-    "joint": [("joint", "new", {}), ("soft_labels", "new", {})],  # then on the labels that joint arrived at
-    "tf_kd_self": [("ce", "new", {}), ("tf_kd_self", "new", {})],  # taught by its own first training
-    "forward_correction": [("ce", "new", {}), ("forward_correction", "new", {})],  # ce estimates the transition matrix
+    "joint": [
+        ("joint", "new", {}),
+        ("soft_labels", "new", {}),
+    ],  # then on the labels that joint arrived at
+    "tf_kd_self": [
+        ("ce", "new", {}),
+        ("tf_kd_self", "new", {}),
+    ],  # taught by its own first training
+    "forward_correction": [
+        ("ce", "new", {}),
+        ("forward_correction", "new", {}),
+    ],  # ce estimates the transition matrix
     "backward_correction": [("ce", "new", {}), ("backward_correction", "new", {})],
     "t_revision": [
         ("ce", "new", {}),
@@ -62,29 +79,74 @@ STAGES: dict[str, list] = {
 @dataclass
 class Settings:
     data: str = field(default="uoft-cs/cifar100", metadata={"help": "hub id or folder"})
-    image: str | None = field(default=None, metadata={"help": "column; the one that holds pictures"})
-    label: str | None = field(default=None, metadata={"help": "column of classes; label, or the only one"})
+    image: str | None = field(
+        default=None, metadata={"help": "column; the one that holds pictures"}
+    )
+    label: str | None = field(
+        default=None, metadata={"help": "column of classes; label, or the only one"}
+    )
     classes: int = field(default=0, metadata={"help": "keep the first so many classes only"})
-    where: str | None = field(default=None, metadata={"help": "train only on the rows where this column is true, and test on the "
-                              "classes that they have"})  # fmt: skip
-    augment: bool = field(default=True, metadata={"help": "crop and flip; without, a short run learns by heart too"})
+    where: str | None = field(
+        default=None,
+        metadata={
+            "help": "train only on the rows where this column is true, and test on the "
+            "classes that they have"
+        },
+    )
+    augment: bool = field(
+        default=True, metadata={"help": "crop and flip; without, a short run learns by heart too"}
+    )
     size: int = field(default=0, metadata={"help": "side of the pictures in px; as they are if 0"})
-    method: str = field(default="smkd", metadata={"help": "any of kd_plugins.list_losses(), or cdr"})
+    method: str = field(
+        default="smkd", metadata={"help": "any of kd_plugins.list_losses(), or cdr"}
+    )
     refine: str = field(default="mylc", metadata={"help": "label modification inside smkd"})
-    loss_args: list[str] = field(default_factory=list, metadata={"help": "of the method: eta=2 b2=-6"})
-    refine_args: list[str] = field(default_factory=list, metadata={"help": "of the label modification: b1=10"})
-    models: list[str] = field(default_factory=lambda: ["resnet34_cifar"] * 2, metadata={"help": "timm names, or one"})
-    noise: str = field(default="symmetric", metadata={"help": "symmetric, pair_flip, asymmetric (next class), circular "
-                       "(within coarse_label), none, or a column with given labels"})  # fmt: skip
-    rate: float | None = field(default=None, metadata={"help": "share of wrong labels; 0.4, with --noise none 0"})
-    stage_epochs: list[float] = field(default_factory=list, metadata={"help": "of each stage of a method of several; "
-                                      "num_train_epochs each if not given"})  # fmt: skip
-    estimator: str = field(default="anchor", metadata={"help": "of the transition matrix: anchor, dual_t, or known, which takes "
-                           "that of --noise and needs no stage"})  # fmt: skip
-    dynamics: bool = field(default=False, metadata={"help": "keep what each network said of each sample, visit by visit: "
-                           "output_dir/dynamics, for find_wrong_labels.py"})  # fmt: skip
-    holdout: float = field(default=0.0, metadata={"help": "share of the noisy training data to evaluate on instead of the "
-                           "test data: hyperparameters are chosen there"})  # fmt: skip
+    loss_args: list[str] = field(
+        default_factory=list, metadata={"help": "of the method: eta=2 b2=-6"}
+    )
+    refine_args: list[str] = field(
+        default_factory=list, metadata={"help": "of the label modification: b1=10"}
+    )
+    models: list[str] = field(
+        default_factory=lambda: ["resnet34_cifar"] * 2, metadata={"help": "timm names, or one"}
+    )
+    noise: str = field(
+        default="symmetric",
+        metadata={
+            "help": "symmetric, pair_flip, asymmetric (next class), circular "
+            "(within coarse_label), none, or a column with given labels"
+        },
+    )
+    rate: float | None = field(
+        default=None, metadata={"help": "share of wrong labels; 0.4, with --noise none 0"}
+    )
+    stage_epochs: list[float] = field(
+        default_factory=list,
+        metadata={
+            "help": "of each stage of a method of several; num_train_epochs each if not given"
+        },
+    )
+    estimator: str = field(
+        default="anchor",
+        metadata={
+            "help": "of the transition matrix: anchor, dual_t, or known, which takes "
+            "that of --noise and needs no stage"
+        },
+    )
+    dynamics: bool = field(
+        default=False,
+        metadata={
+            "help": "keep what each network said of each sample, visit by visit: "
+            "output_dir/dynamics, for find_wrong_labels.py"
+        },
+    )
+    holdout: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of the noisy training data to evaluate on instead of the "
+            "test data: hyperparameters are chosen there"
+        },
+    )
 
 
 def make_loss(s: Settings, name: str, models, **known):
@@ -102,12 +164,17 @@ def make_loss(s: Settings, name: str, models, **known):
         return create_loss(name, **{k: v for k, v in known.items() if k in wants} | given)
 
     if loss_class(name).peers and len(models) > 1:
-        known |= {"num_peers": len(models), "feature_dims": [getattr(m, "num_features", None) for m in models]}
+        known |= {
+            "num_peers": len(models),
+            "feature_dims": [getattr(m, "num_features", None) for m in models],
+        }
     own = s.loss_args if name == s.method else []  # not of the stages before
     if "refine" in inspect.signature(loss_class(name)).parameters:
         known["refine"] = make(s.refine, s.refine_args, **known)
     loss = make(name, own, forget=s.rate, **known)
-    return loss if loss.peers or len(models) == 1 else Mutual(loss, Nothing(), num_peers=len(models))
+    return (
+        loss if loss.peers or len(models) == 1 else Mutual(loss, Nothing(), num_peers=len(models))
+    )
 
 
 def make_noise(s: Settings, train):
@@ -117,8 +184,11 @@ def make_noise(s: Settings, train):
         return circular([pairs[c] for c in range(classes)], s.rate)
     if s.noise in train.column_names:
         return s.noise
-    makers = {"symmetric": symmetric, "pair_flip": pair_flip,
-              "asymmetric": lambda c, r: asymmetric(c, r, {i: (i + 1) % c for i in range(c)})}  # fmt: skip
+    makers = {
+        "symmetric": symmetric,
+        "pair_flip": pair_flip,
+        "asymmetric": lambda c, r: asymmetric(c, r, {i: (i + 1) % c for i in range(c)}),
+    }
     if s.noise not in makers:
         expected = f"{', '.join(makers)}, circular, none or one of {train.column_names}"
         raise SystemExit(f"--noise {s.noise}: expected {expected}")
@@ -130,15 +200,22 @@ def first_classes(data, label: str, count: int):
     names = data.features[label].names
     if not 1 < count <= len(names):
         raise SystemExit(f"--classes {count}: expected 2 to {len(names)}, as many as there are")
-    data = data.filter(lambda labels: [y < count for y in labels], input_columns=label, batched=True)
+    data = data.filter(
+        lambda labels: [y < count for y in labels], input_columns=label, batched=True
+    )
     return data.cast_column(label, datasets.ClassLabel(names=names[:count]))
 
 
 def options() -> tuple[Settings, MutualTrainingArguments, list]:
     """Settings, arguments and stages; what does not go together is refused before anything is read or written."""
     parser = HfArgumentParser((Settings, MutualTrainingArguments))
-    parser.set_defaults(output_dir="runs/cifar100_noise", eval_strategy="epoch", save_strategy="epoch", save_total_limit=2,
-                        report_to="none")  # fmt: skip
+    parser.set_defaults(
+        output_dir="runs/cifar100_noise",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        report_to="none",
+    )
     s, args = parser.parse_args_into_dataclasses()
     if s.rate is None:
         s.rate = 0.0 if s.noise == "none" else 0.4
@@ -152,7 +229,9 @@ def options() -> tuple[Settings, MutualTrainingArguments, list]:
     for option, name, cls, pairs in given:
         takes = [key for key in inspect.signature(cls).parameters if key != "base"]
         if wrong := [pair for pair in pairs if "=" not in pair or pair.split("=")[0] not in takes]:
-            raise SystemExit(f"--{option} {' '.join(wrong)}: expected NAME=VALUE, NAME of {name}: {', '.join(takes)}")
+            raise SystemExit(
+                f"--{option} {' '.join(wrong)}: expected NAME=VALUE, NAME of {name}: {', '.join(takes)}"
+            )
     check_networks("models", s.models)
 
     stages = STAGES.get(s.method, [(s.method, "new", {})])
@@ -161,12 +240,17 @@ def options() -> tuple[Settings, MutualTrainingArguments, list]:
     if s.estimator not in ("anchor", "dual_t", "known"):
         raise SystemExit(f"--estimator {s.estimator}: expected anchor, dual_t or known")
     if len(stages) > 1 and len(s.models) > 1:
-        raise SystemExit(f"{s.method} takes {len(stages)} stages, for one network: give one --models")
+        raise SystemExit(
+            f"{s.method} takes {len(stages)} stages, for one network: give one --models"
+        )
     epochs = s.stage_epochs or [args.num_train_epochs] * len(stages)
     if len(epochs) != len(stages):
         names = [name for name, *_ in stages]
         raise SystemExit(f"--stage_epochs {epochs}: {s.method} has {len(stages)} stages, {names}")
-    stages = [(*stage, {**more, "num_train_epochs": e}) for (*stage, more), e in zip(stages, epochs, strict=True)]
+    stages = [
+        (*stage, {**more, "num_train_epochs": e})
+        for (*stage, more), e in zip(stages, epochs, strict=True)
+    ]
     return s, args, stages
 
 
@@ -182,7 +266,9 @@ def main() -> dict:
         test = test.select(np.flatnonzero(np.isin(test.with_format("numpy")[s.label][:], taught)))
     given = s.label
     if s.noise != "none":
-        noise = make_noise(s, train)  # before the hold-out: a view of a split would copy the pictures
+        noise = make_noise(
+            s, train
+        )  # before the hold-out: a view of a split would copy the pictures
         train = noisy_view(train, noise, seed=args.seed, label=s.label, noisy="given_label")
         given = "given_label"
         if args.process_index == 0:
@@ -198,14 +284,20 @@ def main() -> dict:
     plain = transform(size, example, False)
     crops = transform(size, example, s.augment)
     train_view = ImageView(train, crops, seed=args.seed, image=s.image, label=given, clean=s.label)
-    label = given if s.holdout > 0 else s.label  # chosen on given labels: nobody has clean ones to choose with
+    label = (
+        given if s.holdout > 0 else s.label
+    )  # chosen on given labels: nobody has clean ones to choose with
     test_view = ImageView(test, plain, image=s.image, label=label)
-    fit = ImageView(train, plain, image=s.image, label=given, clean=s.label)  # the training data without augmentation
+    fit = ImageView(
+        train, plain, image=s.image, label=given, clean=s.label
+    )  # the training data without augmentation
 
     known = {"window": len(train), "num_samples": len(train), "num_classes": classes}
     if s.estimator == "known":
         if s.noise == "none" or s.noise in train.column_names:
-            raise SystemExit(f"--estimator known: --noise {s.noise} has no known matrix; use anchor or dual_t")
+            raise SystemExit(
+                f"--estimator known: --noise {s.noise} has no known matrix; use anchor or dual_t"
+            )
         known["transition"] = torch.from_numpy(np.asarray(noise))
 
     teachers: list = []
@@ -226,17 +318,23 @@ def main() -> dict:
         callbacks: list = [CDRCallback(s.rate)] if s.method == "cdr" else []
         callbacks += [DynamicsCallback()] if s.dynamics else []
         views = {"train_dataset": train_view, "eval_dataset": test_view}
-        trainer = MutualDistillationTrainer(models, loss, stage, teachers=teachers, callbacks=callbacks, **views)
+        trainer = MutualDistillationTrainer(
+            models, loss, stage, teachers=teachers, callbacks=callbacks, **views
+        )
         claim_folder(args, **vars(s))  # not before all of it could be made
         trainer.train(resume_from_checkpoint=True)
 
-        following = stages[number + 1][0] if number + 1 < len(stages) else None  # what the next stage needs of this one
+        following = (
+            stages[number + 1][0] if number + 1 < len(stages) else None
+        )  # what the next stage needs of this one
         if following == "soft_labels":
             known["labels"] = loss.soft_labels().cpu()
         elif following == "tf_kd_self":
             teachers = trainer.peers
         elif following is not None and following != "dmi" and "transition" not in known:
-            loader = torch.utils.data.DataLoader(fit, args.eval_batch_size, num_workers=args.dataloader_num_workers)
+            loader = torch.utils.data.DataLoader(
+                fit, args.eval_batch_size, num_workers=args.dataloader_num_workers
+            )
             known["transition"] = estimate_transition(models[0], loader, method=s.estimator)
 
     figures = trainer.evaluate(test_view) | trainer.evaluate(fit, metric_key_prefix="train")

@@ -68,19 +68,43 @@ PRESETS = {  # weights as published; of Label Revision + Data Selection only the
 @dataclass
 class Settings:
     data: str = field(default="uoft-cs/cifar100", metadata={"help": "hub id or folder"})
-    image: str | None = field(default=None, metadata={"help": "column; the one that holds pictures"})
-    label: str | None = field(default=None, metadata={"help": "column of classes; label, or the only one"})
-    preset: str = field(default="", metadata={"help": f"terms and schedule of a paper: {', '.join(PRESETS)}"})
-    student: str = field(default="resnet10_cifar", metadata={"help": "timm name, or none: teachers only"})
-    teachers: list[str] = field(default_factory=list, metadata={"help": "folders, NAME=FILE, or timm names"})
-    train_teachers: bool = field(default=False, metadata={"help": "teachers are architectures: train them first"})
-    teacher_rates: list[float] = field(default_factory=list, metadata={"help": "share of wrong labels each is taught"})
+    image: str | None = field(
+        default=None, metadata={"help": "column; the one that holds pictures"}
+    )
+    label: str | None = field(
+        default=None, metadata={"help": "column of classes; label, or the only one"}
+    )
+    preset: str = field(
+        default="", metadata={"help": f"terms and schedule of a paper: {', '.join(PRESETS)}"}
+    )
+    student: str = field(
+        default="resnet10_cifar", metadata={"help": "timm name, or none: teachers only"}
+    )
+    teachers: list[str] = field(
+        default_factory=list, metadata={"help": "folders, NAME=FILE, or timm names"}
+    )
+    train_teachers: bool = field(
+        default=False, metadata={"help": "teachers are architectures: train them first"}
+    )
+    teacher_rates: list[float] = field(
+        default_factory=list, metadata={"help": "share of wrong labels each is taught"}
+    )
     teacher_epochs: float = field(default=0.0, metadata={"help": "num_train_epochs if 0"})
-    terms: str = field(default="ce + camkd", metadata={"help": "a sum of registered losses with weights"})
-    revise: float = field(default=0.0, metadata={"help": "eta of Label Revision on every term on logits; 0 is off"})
-    keep: float = field(default=1.0, metadata={"help": "share of the training data to distil on (Data Selection)"})
-    holdout: float = field(default=0.1, metadata={"help": "share of the training data to measure influence on"})
-    cache: bool = field(default=False, metadata={"help": "compute the teachers' logits once, into output_dir/cache"})
+    terms: str = field(
+        default="ce + camkd", metadata={"help": "a sum of registered losses with weights"}
+    )
+    revise: float = field(
+        default=0.0, metadata={"help": "eta of Label Revision on every term on logits; 0 is off"}
+    )
+    keep: float = field(
+        default=1.0, metadata={"help": "share of the training data to distil on (Data Selection)"}
+    )
+    holdout: float = field(
+        default=0.1, metadata={"help": "share of the training data to measure influence on"}
+    )
+    cache: bool = field(
+        default=False, metadata={"help": "compute the teachers' logits once, into output_dir/cache"}
+    )
     augment: bool = field(default=True, metadata={"help": "random crops and flips"})
 
 
@@ -105,8 +129,13 @@ def make_loss(s: Settings, student, teachers, samples: int, mask=None):
     for weight, name in terms_of(s):
         wants = inspect.signature(loss_class(name)).parameters
         given = {k: v for k, v in known.items() if k in wants}
-        if wants.get("layer") and wants["layer"].default == -2:  # a hint is taken before the last map
-            given |= {"student_dim": feature_dims(student)[-2], "teacher_dims": [feature_dims(t)[-2] for t in teachers]}
+        if (
+            wants.get("layer") and wants["layer"].default == -2
+        ):  # a hint is taken before the last map
+            given |= {
+                "student_dim": feature_dims(student)[-2],
+                "teacher_dims": [feature_dims(t)[-2] for t in teachers],
+            }
         if name.startswith("camkd"):  # the published weights, 1 and 50, go with the authors' scale
             given["scale"] = "code"
         term = create_loss(name, **given)
@@ -119,7 +148,9 @@ def make_loss(s: Settings, student, teachers, samples: int, mask=None):
     return total
 
 
-def train_teacher(s: Settings, args, k: int, name: str, train, test, classes: int, size: int) -> str:
+def train_teacher(
+    s: Settings, args, k: int, name: str, train, test, classes: int, size: int
+) -> str:
     """Cross-entropy on the training data, some of its labels made wrong if asked; the folder of the network."""
     stage = copy.copy(args)
     stage.output_dir = str(Path(args.output_dir, "teachers", str(k)))
@@ -130,17 +161,25 @@ def train_teacher(s: Settings, args, k: int, name: str, train, test, classes: in
     if (folder / "README.md").exists():  # export writes it last
         return str(folder)
     if rate:
-        train = noisy_view(train, symmetric(classes, rate), seed=args.seed + k, label=s.label, noisy="given_label")
+        train = noisy_view(
+            train, symmetric(classes, rate), seed=args.seed + k, label=s.label, noisy="given_label"
+        )
     set_seed(args.seed + 1 + k)
     model = timm.create_model(name, num_classes=classes)
     label = "given_label" if rate else s.label
-    view = ImageView(train, transform(size, model, s.augment), seed=args.seed, image=s.image, label=label)
+    view = ImageView(
+        train, transform(size, model, s.augment), seed=args.seed, image=s.image, label=label
+    )
     test_view = ImageView(test, transform(size, model, False), image=s.image, label=s.label)
-    trainer = MutualDistillationTrainer(model, CE(), stage, train_dataset=view, eval_dataset=test_view)
+    trainer = MutualDistillationTrainer(
+        model, CE(), stage, train_dataset=view, eval_dataset=test_view
+    )
     trainer.train(resume_from_checkpoint=True)
     figures = trainer.evaluate(test_view)
     if trainer.is_world_process_zero():
-        print(f"teacher {k}, {name}, {rate:.0%} of its labels wrong: accuracy {figures['eval_accuracy']:.4f}")
+        print(
+            f"teacher {k}, {name}, {rate:.0%} of its labels wrong: accuracy {figures['eval_accuracy']:.4f}"
+        )
         figures = {"teacher": name, "rate": rate} | figures
         Path(stage.output_dir, "results.json").write_text(json.dumps(figures, indent=1))
     trainer.export()
@@ -154,22 +193,43 @@ def options() -> tuple[Settings, MutualTrainingArguments]:
     preset = parser.parse_known_args()[0].preset
     if preset and preset not in PRESETS:
         raise SystemExit(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
-    parser.set_defaults(output_dir="runs/distill_teachers", eval_strategy="epoch", save_strategy="epoch", save_total_limit=2,
-                        report_to="none", **(SCHEDULE | PRESETS[preset] if preset else {}))  # fmt: skip
+    parser.set_defaults(
+        output_dir="runs/distill_teachers",
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=2,
+        report_to="none",
+        **(SCHEDULE | PRESETS[preset] if preset else {}),
+    )
     s, args = parser.parse_args_into_dataclasses()
     if s.teacher_rates and len(s.teacher_rates) != len(s.teachers):
-        raise SystemExit(f"--teacher_rates {s.teacher_rates}: expected one for each of {len(s.teachers)} teachers")
+        raise SystemExit(
+            f"--teacher_rates {s.teacher_rates}: expected one for each of {len(s.teachers)} teachers"
+        )
     if not s.train_teachers and (s.teacher_rates or s.teacher_epochs or s.student == "none"):
-        raise SystemExit(f"--teacher_rates {s.teacher_rates} --teacher_epochs {s.teacher_epochs:g} --student {s.student}: expected "
-                         "--train_teachers True beside rates, epochs or no student; no teacher would be trained")  # fmt: skip
+        raise SystemExit(
+            f"--teacher_rates {s.teacher_rates} --teacher_epochs {s.teacher_epochs:g} --student {s.student}: expected "
+            "--train_teachers True beside rates, epochs or no student; no teacher would be trained"
+        )
     if not 0.0 < s.holdout < 1.0:
-        raise SystemExit(f"--holdout {s.holdout}: expected a share in (0, 1); all methods then train on the same rest")
-    reads = {key for _, name in terms_of(s) for key in check_loss("terms", name).reads if key.startswith("teacher")}
+        raise SystemExit(
+            f"--holdout {s.holdout}: expected a share in (0, 1); all methods then train on the same rest"
+        )
+    reads = {
+        key
+        for _, name in terms_of(s)
+        for key in check_loss("terms", name).reads
+        if key.startswith("teacher")
+    }
     if s.cache and (reads != {"teacher"} or s.augment):
-        raise SystemExit(f"--cache True --augment {s.augment} --terms {s.terms}: expected --augment False and terms on the "
-                         f"teachers' logits, these read {sorted(reads)}; what is cached would not be used")  # fmt: skip
+        raise SystemExit(
+            f"--cache True --augment {s.augment} --terms {s.terms}: expected --augment False and terms on the "
+            f"teachers' logits, these read {sorted(reads)}; what is cached would not be used"
+        )
     if (reads or s.keep < 1.0) and not s.teachers and s.student != "none":
-        raise SystemExit(f"--terms {s.terms} --keep {s.keep:g}: expected --teachers to learn from, got none")
+        raise SystemExit(
+            f"--terms {s.terms} --keep {s.keep:g}: expected --teachers to learn from, got none"
+        )
     check_networks("student", [s.student] if s.student != "none" else [])
     return s, args
 
@@ -180,38 +240,61 @@ def main() -> dict:
     set_seed(args.seed)
     train, test = load(s)
     classes = train.features[s.label].num_classes
-    parts = train.train_test_split(s.holdout, seed=0)  # the same for every seed: teachers must not have seen it
+    parts = train.train_test_split(
+        s.holdout, seed=0
+    )  # the same for every seed: teachers must not have seen it
     train, held_out = parts["train"], parts["test"]
     size = min(train[0][s.image].size)
     claim_folder(args, **vars(s))
 
     folders = s.teachers
     if s.train_teachers:
-        folders = [train_teacher(s, args, k, n, train, test, classes, size) for k, n in enumerate(s.teachers)]
+        folders = [
+            train_teacher(s, args, k, n, train, test, classes, size)
+            for k, n in enumerate(s.teachers)
+        ]
     if s.student == "none":
         if args.process_index == 0:
-            Path(args.output_dir, "results.json").write_text(json.dumps(vars(s) | {"seed": args.seed}, indent=1))
+            Path(args.output_dir, "results.json").write_text(
+                json.dumps(vars(s) | {"seed": args.seed}, indent=1)
+            )
         return {}
     set_seed(args.seed)
-    student = timm.create_model(s.student, num_classes=classes).to(memory_format=torch.channels_last)
+    student = timm.create_model(s.student, num_classes=classes).to(
+        memory_format=torch.channels_last
+    )
     teachers = [make_teacher(folder, classes).to(args.device) for folder in folders]
 
     plain = transform(size, student, False)
-    train_view = ImageView(train, transform(size, student, s.augment), seed=args.seed, image=s.image, label=s.label)
+    train_view = ImageView(
+        train, transform(size, student, s.augment), seed=args.seed, image=s.image, label=s.label
+    )
     test_view = ImageView(test, plain, image=s.image, label=s.label)
     mask = None
     if s.keep < 1.0:
         views = [ImageView(part, plain, image=s.image, label=s.label) for part in (train, held_out)]
-        loaders = [torch.utils.data.DataLoader(v, args.eval_batch_size, num_workers=args.dataloader_num_workers)
-                   for v in views]  # fmt: skip
-        scores = torch.stack([influence_scores(t, *loaders) for t in teachers]).mean(0)  # before the student starts
+        loaders = [
+            torch.utils.data.DataLoader(
+                v, args.eval_batch_size, num_workers=args.dataloader_num_workers
+            )
+            for v in views
+        ]
+        scores = torch.stack([influence_scores(t, *loaders) for t in teachers]).mean(
+            0
+        )  # before the student starts
         mask = select_lowest(scores, s.keep)
         np.save(Path(args.output_dir, "influence.npy"), scores.numpy())
     loss = make_loss(s, student, teachers, len(train), mask)
     if s.cache:
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
-        how = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers, "dtype": dtype}
-        train_view = cache_teachers(train_view, teachers, Path(args.output_dir, "cache"), student=student, **how)
+        how = {
+            "batch_size": args.eval_batch_size,
+            "num_workers": args.dataloader_num_workers,
+            "dtype": dtype,
+        }
+        train_view = cache_teachers(
+            train_view, teachers, Path(args.output_dir, "cache"), student=student, **how
+        )
     hosted = teachers if loss.reads & {"teacher", "teacher_features"} and not s.cache else []
     views = {"train_dataset": train_view, "eval_dataset": test_view}
     trainer = MutualDistillationTrainer(student, loss, args, teachers=hosted, **views)

@@ -33,11 +33,21 @@ from kd_plugins.models import make_teacher
 class Settings:
     data: str = field(default="uoft-cs/cifar100", metadata={"help": "hub id or folder"})
     split: str = "train"
-    image: str | None = field(default=None, metadata={"help": "column; the one that holds pictures"})
-    label: str | None = field(default=None, metadata={"help": "the doubted ones; label, or the only classes"})
-    clean: str | None = field(default=None, metadata={"help": "column of true labels: how many errors are found?"})
-    where: str | None = field(default=None, metadata={"help": "keep the rows only where this column is true"})
-    networks: list[str] = field(default_factory=list, metadata={"help": "folders that export() wrote"})
+    image: str | None = field(
+        default=None, metadata={"help": "column; the one that holds pictures"}
+    )
+    label: str | None = field(
+        default=None, metadata={"help": "the doubted ones; label, or the only classes"}
+    )
+    clean: str | None = field(
+        default=None, metadata={"help": "column of true labels: how many errors are found?"}
+    )
+    where: str | None = field(
+        default=None, metadata={"help": "keep the rows only where this column is true"}
+    )
+    networks: list[str] = field(
+        default_factory=list, metadata={"help": "folders that export() wrote"}
+    )
     dynamics: str | None = field(default=None, metadata={"help": "folder of DynamicsCallback"})
     batch_size: int = 256
     num_workers: int = 0
@@ -78,7 +88,9 @@ def cleanlabs(labels: np.ndarray, probs: np.ndarray, wrong: np.ndarray) -> dict[
 def main() -> dict:
     (s,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
     if not s.networks and s.dynamics is None:
-        raise SystemExit("give --networks (folders that export() wrote), --dynamics (of DynamicsCallback) or both")
+        raise SystemExit(
+            "give --networks (folders that export() wrote), --dynamics (of DynamicsCallback) or both"
+        )
     check_networks("networks", s.networks, trained=True)
     data = datasets.load_dataset(s.data, split=s.split)
     s.image, s.label = column(data, "image", s.image), s.label or column(data, "label")
@@ -90,7 +102,9 @@ def main() -> dict:
     view = ImageView(data, plain, image=s.image, label=s.label, clean=s.clean)
     wrong = None if s.clean is None else view.labels != view.clean_labels
     if wrong is not None and len(np.unique(wrong)) < 2:
-        print(f"--clean {s.clean}: {wrong.sum()} of {len(wrong)} labels are wrong; nothing to measure")
+        print(
+            f"--clean {s.clean}: {wrong.sum()} of {len(wrong)} labels are wrong; nothing to measure"
+        )
         wrong = None
     known = {"class_names": view.class_names, "all_rows": True}
 
@@ -118,9 +132,22 @@ def main() -> dict:
     contact_sheet(suspects, data, out / "suspects.png", image=s.image)
     html_page(suspects, data, out / "suspects.html", count=s.count, image=s.image)
     if wrong is not None:
-        header = ["by", "AUROC", f"precision at {wrong.sum()}", "named wrong", "of these wrong", "of all wrong found"]
-        rows = [[by, f"{r['auroc']:.3f}", *(f"{r[k]:.1%}" if k != "named" else r[k] for k in list(r)[1:])]
-                for by, r in results.items()]  # fmt: skip
+        header = [
+            "by",
+            "AUROC",
+            f"precision at {wrong.sum()}",
+            "named wrong",
+            "of these wrong",
+            "of all wrong found",
+        ]
+        rows = [
+            [
+                by,
+                f"{r['auroc']:.3f}",
+                *(f"{r[k]:.1%}" if k != "named" else r[k] for k in list(r)[1:]),
+            ]
+            for by, r in results.items()
+        ]
         print(report.markdown(header, rows))
     results_of = vars(s) | {"rows": len(data), "suspects": len(suspects)} | results
     (out / "results.json").write_text(json.dumps(results_of, indent=1))

@@ -24,24 +24,55 @@ from kd_plugins.data import ImageView, noise_report, noisy_view, symmetric
 from kd_plugins.models import export
 from kd_plugins.train import claim_folder, last_checkpoint
 
-DEFAULTS = dict(output_dir="runs/finetune_mylc", num_train_epochs=10, per_device_train_batch_size=32, learning_rate=3e-4,
-                lr_scheduler_type="cosine", warmup_steps=0.1, weight_decay=0.05, eval_strategy="epoch", save_strategy="epoch",
-                save_total_limit=2, logging_steps=25, report_to="none")  # fmt: skip
+DEFAULTS = dict(
+    output_dir="runs/finetune_mylc",
+    num_train_epochs=10,
+    per_device_train_batch_size=32,
+    learning_rate=3e-4,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.1,
+    weight_decay=0.05,
+    eval_strategy="epoch",
+    save_strategy="epoch",
+    save_total_limit=2,
+    logging_steps=25,
+    report_to="none",
+)
 
 
 @dataclass
 class Settings:
-    model: str = field(default="resnet50.a1_in1k", metadata={"help": "timm name, or a folder with an exported model"})
-    weights: str | None = field(default=None, metadata={"help": "file with weights for a model given by name"})
-    weights_classes: int = field(default=1000, metadata={"help": "number of classes of that file's head"})
+    model: str = field(
+        default="resnet50.a1_in1k",
+        metadata={"help": "timm name, or a folder with an exported model"},
+    )
+    weights: str | None = field(
+        default=None, metadata={"help": "file with weights for a model given by name"}
+    )
+    weights_classes: int = field(
+        default=1000, metadata={"help": "number of classes of that file's head"}
+    )
     data: str = field(default="ethz/food101", metadata={"help": "hub id or folder"})
-    image: str | None = field(default=None, metadata={"help": "column; the one that holds pictures"})
-    label: str | None = field(default=None, metadata={"help": "column of classes; label, or the only one"})
-    size: int | None = field(default=None, metadata={"help": "pixels; default: what the model was trained with"})
-    method: str = field(default="mylc", metadata={"help": "mylc, ce or any other loss for one network"})
+    image: str | None = field(
+        default=None, metadata={"help": "column; the one that holds pictures"}
+    )
+    label: str | None = field(
+        default=None, metadata={"help": "column of classes; label, or the only one"}
+    )
+    size: int | None = field(
+        default=None, metadata={"help": "pixels; default: what the model was trained with"}
+    )
+    method: str = field(
+        default="mylc", metadata={"help": "mylc, ce or any other loss for one network"}
+    )
     b1: float = field(default=10.0, metadata={"help": "steepness of MyLC's trust"})
-    prime: bool = field(default=False, metadata={"help": "measure r before the first step: for a model that knows these "
-                        "very classes already; the head is then kept"})  # fmt: skip
+    prime: bool = field(
+        default=False,
+        metadata={
+            "help": "measure r before the first step: for a model that knows these "
+            "very classes already; the head is then kept"
+        },
+    )
     rate: float = field(default=0.0, metadata={"help": "share of labels made wrong first"})
 
 
@@ -60,7 +91,9 @@ def pretrained(s: Settings, classes: int) -> nn.Module:
     if Path(s.model).is_dir():
         return timm.create_model(f"local-dir:{s.model}", pretrained=True, num_classes=classes)
     overlay = {"file": s.weights, "num_classes": s.weights_classes} if s.weights else None
-    return timm.create_model(s.model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes)
+    return timm.create_model(
+        s.model, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=classes
+    )
 
 
 def main() -> None:
@@ -78,7 +111,9 @@ def main() -> None:
         train = noisy_view(train, symmetric(classes, s.rate), seed=args.seed, label=s.label)
         given, clean = "noisy_label", s.label
     model = pretrained(s, classes)
-    cfg = timm.data.resolve_data_config({"input_size": (3, s.size, s.size)} if s.size else {}, model=model)
+    cfg = timm.data.resolve_data_config(
+        {"input_size": (3, s.size, s.size)} if s.size else {}, model=model
+    )
     view = dict(image=s.image, seed=args.seed)
     crops = timm.data.create_transform(**cfg, is_training=True, color_jitter=None)
     train_view = ImageView(train, crops, label=given, clean=clean, **view)
@@ -86,7 +121,9 @@ def main() -> None:
     if train_view.clean_labels is not None:
         print(noise_report(train_view.clean_labels, train_view.labels, classes))
 
-    loss = create_loss(s.method, **({"b1": s.b1, "window": len(train)} if s.method == "mylc" else {}))
+    loss = create_loss(
+        s.method, **({"b1": s.b1, "window": len(train)} if s.method == "mylc" else {})
+    )
     if s.prime:
         model.to(args.device)
         plain = ImageView(train, timm.data.create_transform(**cfg), label=given, **view)
@@ -102,7 +139,9 @@ def main() -> None:
         compute_loss_func=as_compute_loss_func(loss),
         callbacks=[ProgressCallback(loss)],
         preprocess_logits_for_metrics=lambda logits, labels: logits.topk(min(5, classes)).indices,
-        compute_metrics=lambda p: accuracy.compute(predictions=p.predictions, references=p.label_ids),
+        compute_metrics=lambda p: accuracy.compute(
+            predictions=p.predictions, references=p.label_ids
+        ),
     )
     claim_folder(args, **vars(s))  # not before all of it could be made
     trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))

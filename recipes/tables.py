@@ -47,13 +47,17 @@ Values = dict[tuple[str, str], list[float]]  # (row, column): a figure of each s
 class Settings:
     table: str = field(metadata={"help": f"one of {', '.join(TABLES)}"})
     data: str = field(default="uoft-cs/cifar100", metadata={"help": "hub id or folder"})
-    label: str | None = field(default=None, metadata={"help": "column; coarse_label in SMKD's tables at budget small"})
+    label: str | None = field(
+        default=None, metadata={"help": "column; coarse_label in SMKD's tables at budget small"}
+    )
     budget: str = field(default="full", metadata={"help": f"one of {', '.join(BUDGETS)}"})
     seeds: int = field(default=3, metadata={"help": "runs of each cell: seeds 0, 1, ..."})
     jobs: int = field(default=1, metadata={"help": "cells at once"})
     rows: list[str] = field(default_factory=list, metadata={"help": "these rows only"})
     columns: list[str] = field(default_factory=list, metadata={"help": "these columns only"})
-    first: list[str] = field(default_factory=list, metadata={"help": "cells to run before the others: 'ROW:COLUMN'"})
+    first: list[str] = field(
+        default_factory=list, metadata={"help": "cells to run before the others: 'ROW:COLUMN'"}
+    )
     output_dir: str = "runs/tables"
 
 
@@ -90,14 +94,22 @@ def arguments(options: Options) -> list[str]:
 
 def options_of(command: list[str]) -> dict[str, list[str]]:
     """The options of a command line with their values; the last of a name wins, as it does in the recipe."""
-    words = [part for word in command for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    words = [
+        part
+        for word in command
+        for part in (word.split("=", 1) if word.startswith("--") else [word])
+    ]
     at = [k for k, word in enumerate(words) if word.startswith("--")]
-    return {words[a][2:].replace("-", "_"): words[a + 1 : b] for a, b in pairwise([*at, len(words)])}
+    return {
+        words[a][2:].replace("-", "_"): words[a + 1 : b] for a, b in pairwise([*at, len(words)])
+    }
 
 
 def slug(text: str) -> str:
     """A name for a folder."""
-    return "-".join("".join(c if c.isalnum() else " " for c in text.lower().replace("+", " plus ")).split())
+    return "-".join(
+        "".join(c if c.isalnum() else " " for c in text.lower().replace("+", " plus ")).split()
+    )
 
 
 def chosen(there: dict[str, Any], name: str, value: str) -> Any:
@@ -114,19 +126,30 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
     for name, asked, there in (("rows", rows, table.rows), ("columns", columns, table.columns)):
         if unknown := [value for value in asked if value not in there]:
             raise SystemExit(f"--{name} {unknown}: {s.table} has {list(there)}")
-    grid = [(row, column) for row in rows for column in columns if column in table.only.get(row, columns)]
+    grid = [
+        (row, column)
+        for row in rows
+        for column in columns
+        if column in table.only.get(row, columns)
+    ]
     urgent = [tuple(cell.split(":", 1)) for cell in s.first]
     if unknown := [":".join(cell) for cell in urgent if cell not in grid]:
-        raise SystemExit(f"--first {unknown}: expected ROW:COLUMN of this table, such as {':'.join(grid[0])!r}")
+        raise SystemExit(
+            f"--first {unknown}: expected ROW:COLUMN of this table, such as {':'.join(grid[0])!r}"
+        )
     grid.sort(key=lambda cell: urgent.index(cell) if cell in urgent else len(urgent))
     root = Path(s.output_dir, s.table, s.budget)
     varied = {key for part in (*table.rows.values(), *table.columns.values()) for key in part}
     varied |= {"seed", "teachers", "train_teachers"}
     given = options_of(rest)
     for key, values in given.items():
-        if any(name.startswith(key) for name in varied):  # argparse takes the beginning of a name for it
-            raise SystemExit(f"--{key} {' '.join(values)}: each cell of {s.table} has its own, which this would replace in all of "
-                             "them; expected --rows and --columns to choose cells, --seeds N for the seeds 0 to N - 1")  # fmt: skip
+        if any(
+            name.startswith(key) for name in varied
+        ):  # argparse takes the beginning of a name for it
+            raise SystemExit(
+                f"--{key} {' '.join(values)}: each cell of {s.table} has its own, which this would replace in all of "
+                "them; expected --rows and --columns to choose cells, --seeds N for the seeds 0 to N - 1"
+            )
     if rest and not rest[0].startswith("--"):
         raise SystemExit(f"{rest[0]}: expected --OPTION VALUE; it would be dropped")
 
@@ -140,7 +163,10 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
         options |= {"output_dir": folder, "seed": seed}
         command = [sys.executable, str(HERE / table.recipe), *arguments(options)]
         for key, values in given.items():
-            if not row or key not in ("teacher_epochs", "teacher_rates"):  # nothing that students have
+            if not row or key not in (
+                "teacher_epochs",
+                "teacher_rates",
+            ):  # nothing that students have
                 command += [f"--{key}", *values]
         return Cell(row, column, seed, folder, command)
 
@@ -148,7 +174,9 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
     if names := table.base.get("teachers"):
         cells.append(make("", "", 0, root / "teachers", budget))
         cells[0].command.extend(["--student", "none"])  # after what `rest` says of the students
-        trained = [str(root / "teachers" / "teachers" / str(k) / "peer_a") for k in range(len(names))]
+        trained = [
+            str(root / "teachers" / "teachers" / str(k) / "peer_a") for k in range(len(names))
+        ]
     for seed in range(s.seeds):
         for row, column in grid:
             own = merged(table.columns[column], table.rows[row], budget)
@@ -156,7 +184,9 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
                 own["train_teachers"] = False
                 own.pop("teacher_epochs", None)
                 own["teachers"] = [trained[k] for k in own.get("teachers", range(len(trained)))]
-            cells.append(make(row, column, seed, root / f"{slug(row)}--{slug(column)}" / str(seed), own))
+            cells.append(
+                make(row, column, seed, root / f"{slug(row)}--{slug(column)}" / str(seed), own)
+            )
     return cells, root
 
 
@@ -166,10 +196,14 @@ def refuse_others(cells: list[Cell]) -> None:
         clock = cell.folder / "clock.json"
         record = json.loads(clock.read_text()) if cell.done.exists() and clock.exists() else {}
         made, asked = options_of(record.get("command", cell.command)), options_of(cell.command)
-        if other := [k for k in sorted({*made, *asked} - {"output_dir"}) if made.get(k) != asked.get(k)]:
-            raise SystemExit(f"{cell.folder} was run with {({k: made.get(k) for k in other})}, asked for is "
-                             f"{({k: asked.get(k) for k in other})}; its figures would be published as this command's. Choose "
-                             "another --output_dir, or delete it")  # fmt: skip
+        if other := [
+            k for k in sorted({*made, *asked} - {"output_dir"}) if made.get(k) != asked.get(k)
+        ]:
+            raise SystemExit(
+                f"{cell.folder} was run with { ({k: made.get(k) for k in other}) }, asked for is "
+                f"{ ({k: asked.get(k) for k in other}) }; its figures would be published as this command's. Choose "
+                "another --output_dir, or delete it"
+            )
 
 
 def run(cells: list[Cell], jobs: int) -> dict[str, str]:
@@ -178,7 +212,9 @@ def run(cells: list[Cell], jobs: int) -> dict[str, str]:
 
     gpus, cores, processes = torch.cuda.device_count(), os.cpu_count() or 1, []
     todo = [cell for cell in cells if not cell.done.exists()]
-    bar = tqdm(total=len(cells), initial=len(cells) - len(todo), desc="cells", unit="cell", smoothing=0)
+    bar = tqdm(
+        total=len(cells), initial=len(cells) - len(todo), desc="cells", unit="cell", smoothing=0
+    )
     pool, slots = ThreadPoolExecutor(jobs), SimpleQueue()  # a slot is a place on a GPU
     for slot in range(jobs):
         slots.put(slot)
@@ -198,7 +234,12 @@ def run(cells: list[Cell], jobs: int) -> dict[str, str]:
             slots.put(slot)
         if ok:
             name = torch.cuda.get_device_name(slot % gpus) if gpus else f"{cores} CPU cores"
-            clock = {"seconds": round(time.time() - started), "jobs": jobs, "device": name, "command": cell.command[1:]}
+            clock = {
+                "seconds": round(time.time() - started),
+                "jobs": jobs,
+                "device": name,
+                "command": cell.command[1:],
+            }
             (cell.folder / "clock.json").write_text(json.dumps(clock, indent=1))
             bar.update()
             bar.set_postfix_str(f"{cell.row} {cell.column} {cell.seed}" if cell.row else "teachers")
@@ -208,7 +249,9 @@ def run(cells: list[Cell], jobs: int) -> dict[str, str]:
         failed = [cell for cell in todo if not cell.row and not one(cell, cores)]
         if not failed:  # the others need the teachers
             others = [cell for cell in todo if cell.row]
-            failed = [cell for cell, ok in zip(others, pool.map(one, others), strict=True) if not ok]
+            failed = [
+                cell for cell, ok in zip(others, pool.map(one, others), strict=True) if not ok
+            ]
             if jobs > 1:  # once more, each by itself: it may have wanted memory that others held
                 failed = [cell for cell in failed if not one(cell, cores)]
     finally:
@@ -234,11 +277,25 @@ def tidy(s: Settings, cells: list[Cell], table: Table) -> pd.DataFrame:
         clock = json.loads(path.read_text()) if path.exists() else {}
         for metric, value in json.loads(cell.done.read_text()).items():
             if metric.startswith(("eval_", "train_")) and type(value) in (int, float):
-                paper = table.paper.get((cell.row, cell.column), math.nan) if metric == table.metric else math.nan
-                rows.append({"table": s.table, "budget": s.budget, "row": cell.row, "column": cell.column, "seed": cell.seed,
-                             "metric": metric, "value": float(value), "paper": paper / 100,
-                             **{key: clock.get(key) for key in ("seconds", "jobs", "device")},
-                             "command": " ".join(clock.get("command", []))})  # fmt: skip
+                paper = (
+                    table.paper.get((cell.row, cell.column), math.nan)
+                    if metric == table.metric
+                    else math.nan
+                )
+                rows.append(
+                    {
+                        "table": s.table,
+                        "budget": s.budget,
+                        "row": cell.row,
+                        "column": cell.column,
+                        "seed": cell.seed,
+                        "metric": metric,
+                        "value": float(value),
+                        "paper": paper / 100,
+                        **{key: clock.get(key) for key in ("seconds", "jobs", "device")},
+                        "command": " ".join(clock.get("command", [])),
+                    }
+                )
     return pd.DataFrame(rows)
 
 
@@ -259,15 +316,30 @@ def grid_of(s: Settings, table: Table, values: Values) -> tuple[list[str], list[
 def shown(table: Table, values: Values) -> tuple[list[str], list[str]]:
     """The rows and the columns that have a figure, in the table's order."""
     rows, columns = {row for row, _ in values}, {column for _, column in values}
-    return [row for row in table.rows if row in rows], [column for column in table.columns if column in columns]
+    return [row for row in table.rows if row in rows], [
+        column for column in table.columns if column in columns
+    ]
 
 
 def latex(header: list[str], rows: list[list[str]], caption: str) -> str:
     signs = str.maketrans({"%": r"\%", "_": r"\_", "±": r"$\pm$", "×": r"$\times$"})
     head, *body = [" & ".join(cells).translate(signs) + r" \\" for cells in (header, *rows)]
-    return "\n".join([r"\begin{table}", r"\centering", rf"\caption{{{caption.translate(signs)}}}",
-                      rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule", head, r"\midrule", *body,
-                      r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])  # fmt: skip
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption.translate(signs)}}}",
+            rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )
 
 
 def picture(s: Settings, table: Table, values: Values, path: Path, caption: str) -> None:
@@ -276,11 +348,19 @@ def picture(s: Settings, table: Table, values: Values, path: Path, caption: str)
 
     rows, columns = shown(table, values)
     paper = table.paper if s.budget == "full" else {}
-    fig = Figure(figsize=(8.5, 1.6 + 0.17 * len(rows) * (len(columns) + 1)), dpi=150, layout="constrained")
+    fig = Figure(
+        figsize=(8.5, 1.6 + 0.17 * len(rows) * (len(columns) + 1)), dpi=150, layout="constrained"
+    )
     ax = fig.add_subplot()
     for k, column in enumerate(columns):
         colour = report.COLOURS[k % len(report.COLOURS)]
-        bar = {"color": colour, "marker": "|", "linestyle": "", "markersize": 10, "markeredgewidth": 3}
+        bar = {
+            "color": colour,
+            "marker": "|",
+            "linestyle": "",
+            "markersize": 10,
+            "markeredgewidth": 3,
+        }
         ax.plot([], [], **bar, label=column)
         for y, row in enumerate(reversed(rows)):
             at = y + (len(columns) - 1 - 2 * k) / (2 * len(columns) + 1)
@@ -288,11 +368,17 @@ def picture(s: Settings, table: Table, values: Values, path: Path, caption: str)
                 ax.plot(figures, [at] * len(figures), ".", color=colour, alpha=0.5)
                 ax.plot(fmean(figures), at, **bar)
             if (row, column) in paper:
-                ax.plot(paper[row, column], at, "D", color=colour, markerfacecolor="none", markersize=5)
+                ax.plot(
+                    paper[row, column], at, "D", color=colour, markerfacecolor="none", markersize=5
+                )
     if paper:
-        ax.plot([], [], "D", color=report.GREY, markerfacecolor="none", markersize=5, label="the paper")
+        ax.plot(
+            [], [], "D", color=report.GREY, markerfacecolor="none", markersize=5, label="the paper"
+        )
     ax.set_yticks(range(len(rows)), reversed(rows))
-    ax.set_xlabel(f"{'mean over networks, ' if table.metric == 'eval_accuracy' else ''}top-1 test accuracy [%]")
+    ax.set_xlabel(
+        f"{'mean over networks, ' if table.metric == 'eval_accuracy' else ''}top-1 test accuracy [%]"
+    )
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
@@ -309,31 +395,46 @@ def publish(s: Settings, cells: list[Cell], root: Path, rest: list[str]) -> None
     part = root / "results.parquet.part"
     figures.to_parquet(part, index=False)
     part.replace(root / "results.parquet")
-    values = {key: list(v) for key, v in figures[figures.metric == table.metric].groupby(["row", "column"]).value}
+    values = {
+        key: list(v)
+        for key, v in figures[figures.metric == table.metric].groupby(["row", "column"]).value
+    }
     seeds = ", ".join(map(str, sorted(set(figures.seed))))
     caption = (
         f"{table.title}. Budget {s.budget}{': ' + ' '.join(rest) if rest else ''}; seeds {seeds}; last epoch, "
         f"per cent, mean ± deviation.{' Not comparable with the paper.' if s.budget != 'full' else ''}"
     )
     header, rows = grid_of(s, table, values)
-    text = f"{caption}\n\n{report.markdown(header, rows)}\n" + (f"\n{table.note}\n" if table.note else "")
+    text = f"{caption}\n\n{report.markdown(header, rows)}\n" + (
+        f"\n{table.note}\n" if table.note else ""
+    )
     (root / "table.md").write_text(text, encoding="utf-8")
     (root / "table.tex").write_text(latex(header, rows, caption), encoding="utf-8")
     picture(s, table, values, root / "table.png", caption)
     written = [root / name for name in ("results.parquet", "table.md", "table.tex", "table.png")]
     for row in table.rows:
-        first = [c for c in cells if c.row == row and c.seed == 0 and (c.folder / "trainer_state.json").exists()]
+        first = [
+            c
+            for c in cells
+            if c.row == row and c.seed == 0 and (c.folder / "trainer_state.json").exists()
+        ]
         if len(first) > 1:
-            written.append(report.curves({c.column: c.folder for c in first}, root / f"curves-{slug(row)}.png"))
+            written.append(
+                report.curves({c.column: c.folder for c in first}, root / f"curves-{slug(row)}.png")
+            )
     print(f"\n{text}")
     print("Written:", *written, sep="\n  ")
 
 
 def main() -> int:
-    s, rest = HfArgumentParser(Settings, allow_abbrev=False).parse_args_into_dataclasses(return_remaining_strings=True)
+    s, rest = HfArgumentParser(Settings, allow_abbrev=False).parse_args_into_dataclasses(
+        return_remaining_strings=True
+    )
     if s.seeds < 1 or s.jobs < 1:
         raise SystemExit(f"--seeds {s.seeds} --jobs {s.jobs}: expected at least 1 of each")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # cells left running would be run again beside themselves
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(143)
+    )  # cells left running would be run again beside themselves
     cells, root = make_cells(s, rest)
     refuse_others(cells)
     failed = run(cells, s.jobs)

@@ -15,7 +15,9 @@ class Table:
     columns: dict[str, Options]
     base: Options
     recipe: str = "cifar100_noise.py"
-    paper: dict[tuple[str, str], float] = field(default_factory=dict)  # per cent; what could be read of it
+    paper: dict[tuple[str, str], float] = field(
+        default_factory=dict
+    )  # per cent; what could be read of it
     note: str = ""
     metric: str = "eval_accuracy"  # mean over the networks
     only: dict[str, list[str]] = field(default_factory=dict)  # rows that have some columns only
@@ -34,7 +36,13 @@ KNOWLEDGE: dict[str, Options] = {
     "SMKD-P": {"loss_args": {"eta": 2, "b2": -6}},
 }
 PAIR = ["resnet34_cifar", "resnet34_cifar"]
-SMKD: Options = {"method": "smkd", "models": PAIR, "noise": "symmetric", "rate": 0.4, "num_train_epochs": 100}
+SMKD: Options = {
+    "method": "smkd",
+    "models": PAIR,
+    "noise": "symmetric",
+    "rate": 0.4,
+    "num_train_epochs": 100,
+}
 NOISE: dict[str, Options] = {
     "symmetric 20%": {"noise": "symmetric", "rate": 0.2},
     "symmetric 40%": {"noise": "symmetric", "rate": 0.4},
@@ -52,22 +60,56 @@ def students(title: str, teachers: list[str], rows: dict[str, Options], note: st
 
     Rows learn what their preset or their terms say; the preset of the base is there for the schedule, which all share.
     """
-    base = {"train_teachers": True, "student": "resnet10_cifar", "preset": "kd", "teachers": teachers}
+    base = {
+        "train_teachers": True,
+        "student": "resnet10_cifar",
+        "preset": "kd",
+        "teachers": teachers,
+    }
     rows = {"student alone": {"terms": "ce", "teachers": []}} | rows
     note = f"The paper's figures could not be read, and its CIFAR networks are not timm's: ours stand in.{note}"
     return Table(title, rows, {"top-1": {}}, base, "distill_teachers.py", note=note)
 
 
 OTHERS: dict[str, Options] = {
-    **methods({"cross-entropy": "ce", "label smoothing": "label_smoothing", "confidence penalty": "confidence_penalty",
-               "Boot-soft": "boot_soft", "ProSelfLC": "proselflc", "GCE": "gce", "SCE": "sce", "NCE + RCE": "apl", "MKD": "mkd",
-               "DML": "dml", "KDCL": "kdcl", "Co-teaching": "co_teaching", "Co-teaching+": "co_teaching_plus", "S2E": "s2e",
-               "FFL": "ffl", "PCL": "pcl", "AFD": "afd", "MentorNet": "mentornet"}),
+    **methods(
+        {
+            "cross-entropy": "ce",
+            "label smoothing": "label_smoothing",
+            "confidence penalty": "confidence_penalty",
+            "Boot-soft": "boot_soft",
+            "ProSelfLC": "proselflc",
+            "GCE": "gce",
+            "SCE": "sce",
+            "NCE + RCE": "apl",
+            "MKD": "mkd",
+            "DML": "dml",
+            "KDCL": "kdcl",
+            "Co-teaching": "co_teaching",
+            "Co-teaching+": "co_teaching_plus",
+            "S2E": "s2e",
+            "FFL": "ffl",
+            "PCL": "pcl",
+            "AFD": "afd",
+            "MentorNet": "mentornet",
+        }
+    ),
     # of several stages, or on one network
-    **methods({"Joint": "joint", "Tf-KD reg": "tf_kd_reg", "Tf-KD self": "tf_kd_self", "Forward": "forward_correction",
-               "Backward": "backward_correction", "T-revision": "t_revision", "L_DMI": "dmi", "CDR": "cdr"}, models=PAIR[:1]),
+    **methods(
+        {
+            "Joint": "joint",
+            "Tf-KD reg": "tf_kd_reg",
+            "Tf-KD self": "tf_kd_self",
+            "Forward": "forward_correction",
+            "Backward": "backward_correction",
+            "T-revision": "t_revision",
+            "L_DMI": "dmi",
+            "CDR": "cdr",
+        },
+        models=PAIR[:1],
+    ),
     "Dual-T": {"method": "forward_correction", "estimator": "dual_t", "models": PAIR[:1]},
-}  # fmt: skip
+}
 OURS = {
     f"{knowledge} + {label}": KNOWLEDGE[knowledge] | LABELS[label]
     for knowledge in ("SMKD-S", "SMKD-P")
@@ -89,8 +131,13 @@ TABLES = {
         columns=KNOWLEDGE,
         base=SMKD,
         only={"cross-entropy": ["zero"]},
-        paper={("cross-entropy", "zero"): 47.20, ("MyLC", "zero"): 65.04, ("MyLC", "SMKD-P"): 69.09,
-               ("ProSelfLC", "SMKD-S"): 67.26, ("ProSelfLC", "all"): 59.26},
+        paper={
+            ("cross-entropy", "zero"): 47.20,
+            ("MyLC", "zero"): 65.04,
+            ("MyLC", "SMKD-P"): 69.09,
+            ("ProSelfLC", "SMKD-S"): 67.26,
+            ("ProSelfLC", "all"): 59.26,
+        },
         note="The paper searches eta in {1, 2, 3, 4} per noise rate; here it is 2. ProSelfLC's figures are those of its Table V.",
     ),
     "smkd-2": Table(
@@ -98,8 +145,12 @@ TABLES = {
         rows=OTHERS | OURS,
         columns=NOISE,
         base=SMKD,
-        paper={("cross-entropy", "symmetric 40%"): 47.20, ("SMKD-S + ProSelfLC", "symmetric 20%"): 72.11,
-               ("SMKD-S + ProSelfLC", "symmetric 40%"): 67.26, ("SMKD-P + MyLC", "symmetric 40%"): 69.09},
+        paper={
+            ("cross-entropy", "symmetric 40%"): 47.20,
+            ("SMKD-S + ProSelfLC", "symmetric 20%"): 72.11,
+            ("SMKD-S + ProSelfLC", "symmetric 40%"): 67.26,
+            ("SMKD-P + MyLC", "symmetric 40%"): 69.09,
+        },
         note="Which other rates the paper has could not be read. Methods of several stages train one network.",
     ),
     "smkd-4": Table(
@@ -110,15 +161,20 @@ TABLES = {
         metric="eval_accuracy_a",
         paper={("cross-entropy", "network a"): 55.94, ("SMKD-P + MyLC", "network a"): 68.10},
         note="The paper's second network, ShuffleNetV2 (61.21 and 64.37), is not in timm: MobileNetV2 stands in, figures of the "
-             "first, ResNet-18, are shown; results.parquet has both.",
+        "first, ResNet-18, are shown; results.parquet has both.",
     ),
     "smkd-5": Table(
         "SMKD, Table V and Figure 4: the threshold, SMKD-S + ProSelfLC on CIFAR-100",
         rows={f"eta = {eta}": {"loss_args": {"eta": eta, "b2": 0}} for eta in (1, 2, 3, 4)},
         columns={name: NOISE[name] for name in ("symmetric 20%", "symmetric 40%")},
         base=SMKD | {"refine": "proselflc"},
-        paper={("eta = 2", "symmetric 20%"): 72.11, ("eta = 4", "symmetric 20%"): 73.25, ("eta = 1", "symmetric 40%"): 59.26,
-               ("eta = 2", "symmetric 40%"): 65.04, ("eta = 4", "symmetric 40%"): 67.26},
+        paper={
+            ("eta = 2", "symmetric 20%"): 72.11,
+            ("eta = 4", "symmetric 20%"): 73.25,
+            ("eta = 1", "symmetric 40%"): 59.26,
+            ("eta = 2", "symmetric 40%"): 65.04,
+            ("eta = 4", "symmetric 40%"): 67.26,
+        },
         note="One of the paper's cells may be a copy error: eta = 2 at 40% is also its MyLC with zero knowledge.",
     ),
     "smkd-figures": Table(
@@ -127,17 +183,26 @@ TABLES = {
         columns=KNOWLEDGE,
         base=SMKD,
     ),
-    "camkd-1": students("CA-MKD, Table 1: three teachers of one architecture, methods for several teachers",
-                        ["resnet34_cifar"] * 3, SEVERAL),
+    "camkd-1": students(
+        "CA-MKD, Table 1: three teachers of one architecture, methods for several teachers",
+        ["resnet34_cifar"] * 3,
+        SEVERAL,
+    ),
     "camkd-2": students(
         "CA-MKD, Table 2: methods for one teacher beside it",
         ["resnet34_cifar"] * 3,
-        {name: {"preset": name.lower(), "teachers": [0]} for name in ("KD", "FitNet", "AT", "VID", "CRD")}
+        {
+            name: {"preset": name.lower(), "teachers": [0]}
+            for name in ("KD", "FitNet", "AT", "VID", "CRD")
+        }
         | {"CA-MKD, three teachers": {"preset": "camkd"}},
         note=" Rows of one method have the first teacher.",
     ),
-    "camkd-3": students("CA-MKD, Table 3: teachers of different architecture and quality",
-                        ["resnet34_cifar", "resnet18_cifar", "mobilenetv2_100"], SEVERAL),
+    "camkd-3": students(
+        "CA-MKD, Table 3: teachers of different architecture and quality",
+        ["resnet34_cifar", "resnet18_cifar", "mobilenetv2_100"],
+        SEVERAL,
+    ),
     "lr-ds": students(
         "Label Revision + Data Selection: one teacher",
         ["resnet34_cifar"],
@@ -148,7 +213,7 @@ TABLES = {
             "KD + Label Revision + Data Selection": {"preset": "lr_ds"},
         },
     ),
-}  # fmt: skip
+}
 
 # What `small` changes. The schedule and SMKD's normalize="batch" were chosen on held-out noisy labels: see recipes/README.md.
 NARROW = {
@@ -156,8 +221,16 @@ NARROW = {
     "resnet18_cifar": "resnet10_cifar",
     "mobilenetv2_100": "mobilenetv3_small_050",
 }
-SCHEDULE: Options = {"per_device_train_batch_size": 64, "optim": "adamw_torch", "optim_args": "eps=1e-8", "learning_rate": 0.002,
-                     "weight_decay": 0.05, "lr_scheduler_type": "cosine", "warmup_steps": 0.05, "bf16": True}  # fmt: skip
+SCHEDULE: Options = {
+    "per_device_train_batch_size": 64,
+    "optim": "adamw_torch",
+    "optim_args": "eps=1e-8",
+    "learning_rate": 0.002,
+    "weight_decay": 0.05,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "bf16": True,
+}
 BUDGETS: dict[str, dict[str, Options]] = {
     "full": {"cifar100_noise.py": {}, "distill_teachers.py": {}},
     "small": {

@@ -42,21 +42,47 @@ from kd_plugins.data import ImageView, corrupt, load_webvision, symmetric, write
 from kd_plugins.train import claim_folder
 
 NOISE = 0.4  # share of wrong labels in the embedded data
-ETA, B2, B1 = 2.0, -6.0, 10.0  # confidence threshold (paper: eta 1 to 4), its tightening, steepness of MyLC's trust
+ETA, B2, B1 = (
+    2.0,
+    -6.0,
+    10.0,
+)  # confidence threshold (paper: eta 1 to 4), its tightening, steepness of MyLC's trust
 
 METHODS = {"ce": "cross-entropy", "smkd": "SMKD-P + MyLC"}
-COMMON = dict(per_device_train_batch_size=32, eval_strategy="epoch", save_strategy="epoch", save_total_limit=1,
-              logging_steps=100, report_to="none")  # fmt: skip
-DIGITS = dict(models=["resnet10t", "mobilenetv3_small_050"], num_train_epochs=24, learning_rate=0.02,
-              logging_strategy="epoch", output_dir="runs/digits")  # fmt: skip
-WEBVISION = dict(models=["resnet50"] * 2, num_train_epochs=100, learning_rate=0.01, output_dir="runs/webvision_mini")
+COMMON = dict(
+    per_device_train_batch_size=32,
+    eval_strategy="epoch",
+    save_strategy="epoch",
+    save_total_limit=1,
+    logging_steps=100,
+    report_to="none",
+)
+DIGITS = dict(
+    models=["resnet10t", "mobilenetv3_small_050"],
+    num_train_epochs=24,
+    learning_rate=0.02,
+    logging_strategy="epoch",
+    output_dir="runs/digits",
+)
+WEBVISION = dict(
+    models=["resnet50"] * 2,
+    num_train_epochs=100,
+    learning_rate=0.01,
+    output_dir="runs/webvision_mini",
+)
 
 
 @dataclass
 class Settings:
-    models: list[str] = field(default_factory=lambda: DIGITS["models"], metadata={"help": "two timm names"})
-    data_dir: str | None = field(default=None, metadata={"help": "root of WebVision 1.0; none: the embedded digits"})
-    imagenet_dir: str | None = field(default=None, metadata={"help": "root of ILSVRC: test on its validation set too"})
+    models: list[str] = field(
+        default_factory=lambda: DIGITS["models"], metadata={"help": "two timm names"}
+    )
+    data_dir: str | None = field(
+        default=None, metadata={"help": "root of WebVision 1.0; none: the embedded digits"}
+    )
+    imagenet_dir: str | None = field(
+        default=None, metadata={"help": "root of ILSVRC: test on its validation set too"}
+    )
     seeds: int = field(default=1, metadata={"help": "runs of each method, from --seed on"})
 
 
@@ -67,10 +93,14 @@ def digits(root: Path, seed: int) -> Path:
         from sklearn.model_selection import train_test_split
 
         x, y = load_digits(return_X_y=True)
-        x = (x.reshape(-1, 8, 8) * 15.9).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)  # 32 px
+        x = (
+            (x.reshape(-1, 8, 8) * 15.9).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+        )  # 32 px
         # 1,344 for training: whole batches; BatchNorm over a last batch of three would unsettle the networks
         x, x_val, y, y_val = train_test_split(x, y, test_size=453, stratify=y, random_state=0)
-        part = root.with_name(root.name + ".part")  # a killed run leaves no half data set under the real name
+        part = root.with_name(
+            root.name + ".part"
+        )  # a killed run leaves no half data set under the real name
         given = corrupt(y, symmetric(10, NOISE), seed=seed)
         write_webvision(part, (x, given, y), (x_val, y_val), [f"digit {k}" for k in range(10)])
         part.rename(root)
@@ -84,16 +114,23 @@ def views(s: Settings, root: Path, mean, std, seed: int) -> tuple[ImageView, dic
     last = [T.ToTensor(), T.Normalize(mean, std)]
     if s.data_dir is None:
         train, clean = load_webvision(root, classes=None), "clean_label"
-        augment = plain = T.Compose(last)  # random crops alone would keep a network from memorising these easy pictures
+        augment = plain = T.Compose(
+            last
+        )  # random crops alone would keep a network from memorising these easy pictures
         # the training data with its clean labels: how many wrong ones were learned by heart
         sets = {"val": load_webvision(root, "val", classes=None), "train": train}
     else:
         train, sets, clean = load_webvision(root), {"val": load_webvision(root, "val")}, None
         if s.imagenet_dir:
-            sets["imagenet"] = load_webvision(s.imagenet_dir, "imagenet", synsets=Path(root, "info", "synsets.txt"))
+            sets["imagenet"] = load_webvision(
+                s.imagenet_dir, "imagenet", synsets=Path(root, "info", "synsets.txt")
+            )
         augment = T.Compose([T.Resize(320), T.RandomCrop(299), T.RandomHorizontalFlip(), *last])
         plain = T.Compose([T.Resize(320), T.CenterCrop(299), *last])
-    evals = {name: ImageView(part, plain, clean=clean if name == "train" else None) for name, part in sets.items()}
+    evals = {
+        name: ImageView(part, plain, clean=clean if name == "train" else None)
+        for name, part in sets.items()
+    }
     return ImageView(train, augment, seed=seed, clean=clean), evals
 
 
@@ -110,9 +147,17 @@ def run(s: Settings, args: MutualTrainingArguments, root: Path, method: str) -> 
     networks = [network.to(memory_format=torch.channels_last) for network in networks]
     cfg = timm.data.resolve_data_config(model=networks[0])
     train, evals = views(s, root, cfg["mean"], cfg["std"], args.seed)
-    loss = Mutual(CE(), Nothing()) if method == "ce" else SMKD(MyLC(b1=B1, window=len(train)), eta=ETA, b2=B2)
-    print(f"\n{method}, seed {args.seed}: {len(train)} pictures, {train.num_classes} classes, {' and '.join(s.models)}")
-    callbacks = [DynamicsCallback()] if method == "smkd" else []  # what was said of each sample, for suspects()
+    loss = (
+        Mutual(CE(), Nothing())
+        if method == "ce"
+        else SMKD(MyLC(b1=B1, window=len(train)), eta=ETA, b2=B2)
+    )
+    print(
+        f"\n{method}, seed {args.seed}: {len(train)} pictures, {train.num_classes} classes, {' and '.join(s.models)}"
+    )
+    callbacks = (
+        [DynamicsCallback()] if method == "smkd" else []
+    )  # what was said of each sample, for suspects()
     data = {"train_dataset": train, "eval_dataset": evals}
     trainer = MutualDistillationTrainer(networks, loss, args, callbacks=callbacks, **data)
     claim_folder(args, **settings)  # not before all of it could be made
@@ -130,7 +175,9 @@ def run(s: Settings, args: MutualTrainingArguments, root: Path, method: str) -> 
 def suspects(folder: Path, dynamics: Path, s: Settings, root: Path) -> list[Path]:
     """The labels that are probably wrong, as a table, as pictures, and as a page to go through."""
     train = load_webvision(root) if s.data_dir else load_webvision(root, classes=None)
-    names = [name.partition(" ")[2] or name for name in train.features["label"].names]  # without n01440764
+    names = [
+        name.partition(" ")[2] or name for name in train.features["label"].names
+    ]  # without n01440764
     found = find_suspects(dynamics=dynamics, class_names=names)
     text = f"{len(found)} of {len(train)} labels are suspected"
     if not s.data_dir:
@@ -140,8 +187,11 @@ def suspects(folder: Path, dynamics: Path, s: Settings, root: Path) -> list[Path
         text += f"{hits.sum() / wrong.sum():.0%} of all wrong labels are among them"
     print(f"\n{text}")
     found.to_csv(folder / "suspects.csv")
-    return [folder / "suspects.csv", contact_sheet(found, train, folder / "suspects.png"),
-            html_page(found, train, folder / "suspects.html")]  # fmt: skip
+    return [
+        folder / "suspects.csv",
+        contact_sheet(found, train, folder / "suspects.png"),
+        html_page(found, train, folder / "suspects.html"),
+    ]
 
 
 def main() -> None:
@@ -166,10 +216,15 @@ def main() -> None:
     wanted = re.compile(r"eval_(?!train)\w+_accuracy(_[ab]|_ensemble)?|eval_train_memorised")
     columns = {k.removeprefix("eval_"): k for k in last if wanted.fullmatch(k)}
     rows = [
-        [METHODS[m], *(report.mean_std([r[k] for r in runs]) for k in columns.values())] for m, runs in results.items()
+        [METHODS[m], *(report.mean_std([r[k] for r in runs]) for k in columns.values())]
+        for m, runs in results.items()
     ]
-    pictures = report.draw({name: folder / f"{m}-{args.seed}" for m, name in METHODS.items()}, folder / "pictures")
-    print(f"\nPer cent, last epoch, {s.seeds} seed(s); networks a = {s.models[0]}, b = {s.models[1]}\n")
+    pictures = report.draw(
+        {name: folder / f"{m}-{args.seed}" for m, name in METHODS.items()}, folder / "pictures"
+    )
+    print(
+        f"\nPer cent, last epoch, {s.seeds} seed(s); networks a = {s.models[0]}, b = {s.models[1]}\n"
+    )
     print(report.markdown(["method", *columns], rows))
     data = Path(s.data_dir) if s.data_dir else folder / f"data-{args.seed}"
     listed = suspects(folder / "pictures", folder / f"smkd-{args.seed}" / "dynamics", s, data)

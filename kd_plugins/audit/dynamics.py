@@ -47,8 +47,10 @@ def read_dynamics(folder: str | Path) -> Dataset:
 def _segments(folder: str | Path) -> pads.Dataset:
     paths = sorted(Path(folder).glob(SEGMENTS))
     if not paths:
-        raise FileNotFoundError(f"{folder} holds no training dynamics: expected {SEGMENTS}, as DynamicsCallback writes them to "
-                                "output_dir/dynamics at the end of an epoch and before a checkpoint")  # fmt: skip
+        raise FileNotFoundError(
+            f"{folder} holds no training dynamics: expected {SEGMENTS}, as DynamicsCallback writes them to "
+            "output_dir/dynamics at the end of an epoch and before a checkpoint"
+        )
     return pads.dataset(paths, format="parquet")
 
 
@@ -92,14 +94,24 @@ def summarise(
     peers = [name.removeprefix("pred_") for name in source.schema.names if name.startswith("pred_")]
     selects = f"selected_{peers[0]}" in source.schema.names
 
-    visits, label, p_label, forgotten = np.zeros(n, np.int64), np.full(n, -1), np.zeros(n), np.zeros(n)
+    visits, label, p_label, forgotten = (
+        np.zeros(n, np.int64),
+        np.full(n, -1),
+        np.zeros(n),
+        np.zeros(n),
+    )
     selected, right_before = np.zeros((n, len(peers))), np.zeros((n, len(peers)), bool)
-    keys, votes = np.empty(0, np.int64), np.empty(0)  # index · 2^32 + class, sorted, and the sum of conf
+    keys, votes = (
+        np.empty(0, np.int64),
+        np.empty(0),
+    )  # index · 2^32 + class, sorted, and the sum of conf
     for epoch in tqdm(epochs, desc="dynamics", unit="epoch", disable=None):
         table = source.to_table(filter=pc.field("epoch") == epoch)
         seen = {name: table[name].to_numpy() for name in table.column_names}
         known = np.all([np.isfinite(seen[f"conf_{peer}"]) for peer in peers], axis=0)
-        order = np.lexsort((seen["step"], seen["index"]))  # visits of a sample stand together, in time
+        order = np.lexsort(
+            (seen["step"], seen["index"])
+        )  # visits of a sample stand together, in time
         seen = {name: values[order[known[order]]] for name, values in seen.items()}
         index, given = seen["index"].astype(np.int64), seen["label"]
         first = np.diff(index, prepend=-1) > 0
@@ -123,12 +135,19 @@ def summarise(
         keys, votes = keys[starts], np.add.reduceat(votes, starts) if len(starts) else votes
 
     index, pred = keys >> 32, keys & (2**32 - 1)
-    order = np.lexsort((-pred, votes, index))  # the last of a sample has most votes, of equals the first class
+    order = np.lexsort(
+        (-pred, votes, index)
+    )  # the last of a sample has most votes, of equals the first class
     best = order[np.diff(index[order], append=n) > 0]
     proposed, confidence = np.full(n, -1), np.zeros(n)
     proposed[index[best]], confidence[index[best]] = pred[best], votes[best]
     count = np.where(visits, visits, np.nan)  # so that 0 visits give NaN
-    summary = {"index": np.arange(n), "label": label, "visits": visits, "p_label": p_label / (count * len(peers))}
+    summary = {
+        "index": np.arange(n),
+        "label": label,
+        "visits": visits,
+        "p_label": p_label / (count * len(peers)),
+    }
     summary |= {"proposed": proposed, "confidence": confidence / (count * len(peers))}
     summary |= {"forgetting": np.where(visits, forgotten / len(peers), np.nan)}
     return summary | ({"selected": selected / count[:, None]} if selects else {})

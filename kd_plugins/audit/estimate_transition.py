@@ -28,8 +28,12 @@ def predict(model: nn.Module, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     probs, labels = [], []
     with in_eval(model):
-        for batch in tqdm(loader, desc="predict", leave=False, disable=None):  # None: on a terminal only
-            pixels, y = (batch["pixel_values"], batch["labels"]) if isinstance(batch, dict) else batch[:2]
+        for batch in tqdm(
+            loader, desc="predict", leave=False, disable=None
+        ):  # None: on a terminal only
+            pixels, y = (
+                (batch["pixel_values"], batch["labels"]) if isinstance(batch, dict) else batch[:2]
+            )
             logits = model(pixels.to(device))
             probs.append(getattr(logits, "logits", logits).float().softmax(-1).cpu())
             labels.append(y.cpu())
@@ -57,16 +61,28 @@ def anchor(probs: Tensor, quantile: float | None = None) -> Tensor:
             [0.3000, 0.7000]])
     """
     if probs.dim() != 2 or 0 in probs.shape:
-        raise ValueError(f"probs: expected [N, C] with at least one sample, got {list(probs.shape)}")
+        raise ValueError(
+            f"probs: expected [N, C] with at least one sample, got {list(probs.shape)}"
+        )
     if not ((probs >= 0).all() and ((probs.sum(1) - 1).abs() <= TOLERANCE).all()):
-        raise ValueError("probs: expected rows of probabilities that sum to 1; the softmax of logits, not logits")
+        raise ValueError(
+            "probs: expected rows of probabilities that sum to 1; the softmax of logits, not logits"
+        )
     if quantile is not None and not 0.0 < quantile <= 1.0:
-        raise ValueError(f"quantile={quantile}: expected a share of the samples in (0, 1], or None for all of them")
+        raise ValueError(
+            f"quantile={quantile}: expected a share of the samples in (0, 1], or None for all of them"
+        )
     found = []
-    for p in probs.T:  # torch.quantile refuses more than 16 million numbers, and copies of probs are large
+    for p in (
+        probs.T
+    ):  # torch.quantile refuses more than 16 million numbers, and copies of probs are large
         if quantile is not None:
-            limit = p.kthvalue(math.ceil(quantile * (len(p) - 1)) + 1).values  # numpy's method="higher"
-            p = p - 2.0 * (p >= limit)  # behind all that are kept; if none is, the largest p still wins
+            limit = p.kthvalue(
+                math.ceil(quantile * (len(p) - 1)) + 1
+            ).values  # numpy's method="higher"
+            p = p - 2.0 * (
+                p >= limit
+            )  # behind all that are kept; if none is, the largest p still wins
         found.append(int(p.argmax()))
     return probs[found]
 
@@ -94,13 +110,19 @@ def dual_t(probs: Tensor, labels: Tensor, quantile: float | None = 0.97) -> Tens
             f"labels: expected integers [{n}], one for each row of probs, got {labels.dtype} {list(labels.shape)}"
         )
     if not ((labels >= 0) & (labels < c)).all():
-        raise ValueError(f"labels: expected 0 to {c - 1} as in probs, got {int(labels.min())} to {int(labels.max())}")
+        raise ValueError(
+            f"labels: expected 0 to {c - 1} as in probs, got {int(labels.min())} to {int(labels.max())}"
+        )
     spade = torch.bincount(probs.argmax(1) * c + labels.long(), minlength=c * c).view(c, c).double()
-    spade = torch.where(spade.sum(1, keepdim=True) == 0, torch.eye(c, dtype=spade.dtype, device=spade.device), spade)
+    spade = torch.where(
+        spade.sum(1, keepdim=True) == 0, torch.eye(c, dtype=spade.dtype, device=spade.device), spade
+    )
     return (club @ (spade / spade.sum(1, keepdim=True))).to(probs.dtype)
 
 
-def estimate_transition(model: nn.Module, loader: Iterable[Any], method: str = "anchor", **options: Any) -> Tensor:
+def estimate_transition(
+    model: nn.Module, loader: Iterable[Any], method: str = "anchor", **options: Any
+) -> Tensor:
     """T [C, C] of the label noise in ``loader``, from a ``model`` trained on it: :func:`predict`, then ``method``.
 
     Train that model for a few epochs with cross-entropy on the noisy labels (T-revision: 20, the one best on noisy

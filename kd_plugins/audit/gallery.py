@@ -24,7 +24,13 @@ from .suspects import _refuse_rows
 
 
 def contact_sheet(
-    suspects: Dataset, dataset: Any, path: str | Path, *, count: int = 40, columns: int = 8, image: str = "image"
+    suspects: Dataset,
+    dataset: Any,
+    path: str | Path,
+    *,
+    count: int = 40,
+    columns: int = 8,
+    image: str = "image",
 ) -> Path:
     """The first suspects as one PNG: thumbnail, score, given label struck out, proposed label. Needs matplotlib, for its font.
 
@@ -41,7 +47,9 @@ def contact_sheet(
     side, pad, line = 176, 14, 23
     plain, bold, head = _font(16), _font(16, "-Bold"), _font(22, "-Bold")
     lines = -(-len(rows) // columns)
-    sheet = Image.new("RGB", (columns * (side + pad) + pad, 58 + lines * (side + 2 * line + 2 * pad)), "white")
+    sheet = Image.new(
+        "RGB", (columns * (side + pad) + pad, 58 + lines * (side + 2 * line + 2 * pad)), "white"
+    )
     draw = ImageDraw.Draw(sheet)
     title = f"{len(rows)} of {len(suspects)} labels that are probably wrong, most suspicious first"
     draw.text((pad, 16), _shorten(title, head, sheet.width - 2 * pad), font=head, fill=INK)
@@ -50,14 +58,21 @@ def contact_sheet(
         draw.rectangle((x, y, x + side - 1, y + side - 1), fill=HOLLOW)
         picture = picture_of(row["index"])
         if picture is None:
-            draw.text((x + side / 2, y + side / 2), "no picture", font=plain, fill=SOFT, anchor="mm")
+            draw.text(
+                (x + side / 2, y + side / 2), "no picture", font=plain, fill=SOFT, anchor="mm"
+            )
         else:
             thumbnail = _fit(picture, side, enlarge=True)
-            sheet.paste(thumbnail, (x + (side - thumbnail.width) // 2, y + (side - thumbnail.height) // 2))
+            sheet.paste(
+                thumbnail, (x + (side - thumbnail.width) // 2, y + (side - thumbnail.height) // 2)
+            )
         y += side + 5
         score = f"{row['score']:.3f}"
         room = side - plain.getlength(score) - 8
-        given, proposed = _shorten(row["given"], plain, room), _shorten(f"→ {row['better']}", bold, side)
+        given, proposed = (
+            _shorten(row["given"], plain, room),
+            _shorten(f"→ {row['better']}", bold, side),
+        )
         draw.text((x, y), given, font=plain, fill=GIVEN)
         draw.line((x, y + 11, x + plain.getlength(given), y + 11), fill=GIVEN)
         draw.text((x + side, y), score, font=plain, fill=SOFT, anchor="ra")
@@ -83,9 +98,20 @@ def html_page(
     the data is shown as text only. Arguments as of :func:`contact_sheet`.
     """
     rows, picture_of = _first(suspects, count), _pictures(suspects, dataset, image)
-    names = {row[key]: row[name] for row in rows for key, name in (("label", "given"), ("proposed", "better"))}
-    data = [[row["index"], row["label"], row["proposed"], *(round(row[k], 4) for k in ("score", "p_label", "p_proposed"))]
-            for row in rows]  # fmt: skip
+    names = {
+        row[key]: row[name]
+        for row in rows
+        for key, name in (("label", "given"), ("proposed", "better"))
+    }
+    data = [
+        [
+            row["index"],
+            row["label"],
+            row["proposed"],
+            *(round(row[k], 4) for k in ("score", "p_label", "p_proposed")),
+        ]
+        for row in rows
+    ]
     key = "kd_plugins/" + blake2b(json.dumps([title, data]).encode(), digest_size=8).hexdigest()
     for entry, row in zip(data, tqdm(rows, "thumbnails", leave=False, disable=None), strict=True):
         entry.append(_data_uri(picture_of(row["index"])))
@@ -96,11 +122,15 @@ def html_page(
         "POLICY": f"default-src 'none'; img-src data:; style-src {style}; script-src {script}; base-uri 'none'; form-action 'none'",
         "TITLE": escape(title),
         # no "<" can end the element that holds it; all beyond ASCII is escaped
-        "DATA": json.dumps({"key": key, "names": names, "rows": data}, separators=(",", ":")).replace("<", "\\u003c"),
+        "DATA": json.dumps(
+            {"key": key, "names": names, "rows": data}, separators=(",", ":")
+        ).replace("<", "\\u003c"),
     }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = re.sub("@(POLICY|TITLE|DATA)@", lambda match: fill[match[1]], page)  # in one pass: a title may hold "@DATA@"
+    page = re.sub(
+        "@(POLICY|TITLE|DATA)@", lambda match: fill[match[1]], page
+    )  # in one pass: a title may hold "@DATA@"
     path.write_text(page, encoding="utf-8")
     return path
 
@@ -112,7 +142,9 @@ def _first(suspects: Dataset, count: int) -> list[dict[str, Any]]:
     """The first suspects as rows, with the names of their classes under `given` and `better`."""
     if count < 1:
         raise ValueError(f"count={count}: expected at least 1 suspect to show")
-    doubted = np.flatnonzero(column_array(suspects, "label") != column_array(suspects, "proposed"))[:count]
+    doubted = np.flatnonzero(column_array(suspects, "label") != column_array(suspects, "proposed"))[
+        :count
+    ]
     rows: Any = suspects.select(doubted).with_format(None).to_list()
     for row in rows:
         for key, name in (("label", "given"), ("proposed", "better")):
@@ -137,7 +169,9 @@ def _pictures(suspects: Dataset, dataset: Any, image: str) -> Callable[[int], Im
     def picture_of(row: int) -> Image.Image | None:
         value = value_of(row)
         if not isinstance(value, _KINDS):
-            raise TypeError(f"Column {image!r} holds {type(value).__name__}: expected picture, path or array.")
+            raise TypeError(
+                f"Column {image!r} holds {type(value).__name__}: expected picture, path or array."
+            )
         try:
             return _decode(value)
         except Exception:  # as in ImageView: PIL's plugins raise nearly anything on broken files
@@ -177,8 +211,12 @@ def _font(size: int, style: str = "") -> ImageFont.FreeTypeFont:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("the contact sheet needs matplotlib: pip install kd-plugins[recipes]") from error
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSans{style}.ttf")), size)
+        raise ImportError(
+            "the contact sheet needs matplotlib: pip install kd-plugins[recipes]"
+        ) from error
+    return ImageFont.truetype(
+        str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSans{style}.ttf")), size
+    )
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:

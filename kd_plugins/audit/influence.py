@@ -60,18 +60,24 @@ def influence_scores(
     """
     head = _classifier(model)
     if exact and not damping > 0:
-        raise ValueError(f"damping={damping}: expected a number above 0; the same vector added to each class's weights changes "
-                         "no prediction, so the Hessian by itself has no inverse")  # fmt: skip
+        raise ValueError(
+            f"damping={damping}: expected a number above 0; the same vector added to each class's weights changes "
+            "no prediction, so the Hessian by itself has no inverse"
+        )
     size = sum(p.numel() for p in head.parameters())
     if exact and size > LARGEST:
-        raise ValueError(f"exact=True: the last layer has {size} numbers, its Hessian {size}²; expected at most {LARGEST}. "
-                         "Use the first-order scores, or a network with fewer features")  # fmt: skip
+        raise ValueError(
+            f"exact=True: the last layer has {size} numbers, its Hessian {size}²; expected at most {LARGEST}. "
+            "Use the first-order scores, or a network with fewer features"
+        )
     with in_eval(model):
         direction, count = torch.zeros((), device=head.weight.device), 0
         for x, p, q, _ in _last_layer(model, head, val_loader, "held-out gradient"):
             direction, count = direction + (p - q).T @ x, count + len(x)
         if not count:
-            raise ValueError("val_loader gave no batch: without held-out samples there is nothing to influence")
+            raise ValueError(
+                "val_loader gave no batch: without held-out samples there is nothing to influence"
+            )
         direction = direction / count  # g_val [C, D + 1]
         if exact:
             hessian = _hessian(model, head, train_loader)
@@ -83,9 +89,13 @@ def influence_scores(
         for x, p, q, index in _last_layer(model, head, train_loader, "influence"):
             if index is None:
                 index = torch.arange(count, count + len(x))
-                if isinstance(getattr(train_loader, "sampler", None), RandomSampler | DistributedSampler):
-                    raise ValueError("train_loader shuffles or deals out the data and gives no index: no score could be put to "
-                                     "its sample. Use shuffle=False, or batches with 'index'")  # fmt: skip
+                if isinstance(
+                    getattr(train_loader, "sampler", None), RandomSampler | DistributedSampler
+                ):
+                    raise ValueError(
+                        "train_loader shuffles or deals out the data and gives no index: no score could be put to "
+                        "its sample. Use shuffle=False, or batches with 'index'"
+                    )
             rows.append(index.cpu())
             scores.append(-((p - q) @ direction * x).sum(1).cpu())
             count += len(x)
@@ -97,8 +107,11 @@ def influence_scores(
     result, seen = score.new_full((number,), torch.inf), torch.zeros(number, dtype=torch.bool)
     result[row], seen[row] = score, True
     if missing := int((~seen).sum()):
-        warnings.warn(f"{missing} of {number} samples never came up and are scored inf, kept last: drop_last, a part of the data "
-                      "set, a sampler for one of several processes, or broken pictures", stacklevel=2)  # fmt: skip
+        warnings.warn(
+            f"{missing} of {number} samples never came up and are scored inf, kept last: drop_last, a part of the data "
+            "set, a sampler for one of several processes, or broken pictures",
+            stacklevel=2,
+        )
     return result
 
 
@@ -112,15 +125,23 @@ def select_lowest(scores: Tensor | Sequence[float], fraction: float) -> Tensor:
     """
     scores = torch.as_tensor(scores).detach()
     if scores.dim() != 1 or not len(scores):
-        raise ValueError(f"scores: expected one number for each sample, [N], got {list(scores.shape)}")
+        raise ValueError(
+            f"scores: expected one number for each sample, [N], got {list(scores.shape)}"
+        )
     if unknown := int(scores.isnan().sum()):
-        raise ValueError(f"{unknown} of {len(scores)} scores are NaN, the first at position {int(scores.isnan().int().argmax())}: "
-                         "they have no order")  # fmt: skip
+        raise ValueError(
+            f"{unknown} of {len(scores)} scores are NaN, the first at position {int(scores.isnan().int().argmax())}: "
+            "they have no order"
+        )
     if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"fraction={fraction}: expected the share of the samples to keep, in (0, 1]")
+        raise ValueError(
+            f"fraction={fraction}: expected the share of the samples to keep, in (0, 1]"
+        )
     kept = round(fraction * len(scores))
     if not kept:
-        raise ValueError(f"fraction={fraction} of {len(scores)} samples is none: nothing would be distilled")
+        raise ValueError(
+            f"fraction={fraction} of {len(scores)} samples is none: nothing would be distilled"
+        )
     mask = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     mask[scores.argsort(stable=True)[:kept]] = True
     return mask
@@ -128,12 +149,16 @@ def select_lowest(scores: Tensor | Sequence[float], fraction: float) -> Tensor:
 
 def _classifier(model: nn.Module) -> nn.Linear:
     body: Any = getattr(model, "timm_model", model)  # as transformers wraps it
-    able = all(hasattr(body, name) for name in ("forward_features", "forward_head", "get_classifier"))
+    able = all(
+        hasattr(body, name) for name in ("forward_features", "forward_head", "get_classifier")
+    )
     head = body.get_classifier() if able else None
     if not isinstance(head, nn.Linear):
         found = f"its classifier is {type(head).__name__}" if able else "it lacks them"
-        raise TypeError(f"{type(model).__name__}: influence is computed in the last linear layer of a network with timm's "
-                        f"forward_features, forward_head and get_classifier; {found}")  # fmt: skip
+        raise TypeError(
+            f"{type(model).__name__}: influence is computed in the last linear layer of a network with timm's "
+            f"forward_features, forward_head and get_classifier; {found}"
+        )
     return head
 
 
@@ -149,13 +174,22 @@ def _last_layer(
         pixels, labels = (batch["pixel_values"], batch["labels"]) if named else batch[:2]
         last = body.forward_features(pixels.to(head.weight.device))
         h, logits = body.forward_head(last, pre_logits=True), body.forward_head(last)
-        if h.dim() != 2 or not torch.allclose(head(h), logits, rtol=1e-3, atol=1e-3, equal_nan=True):
-            raise TypeError(f"{type(model).__name__}: its logits are more than its classifier applied to its features "
-                            f"{list(h.shape)}, so their gradient in that layer is not all there is")  # fmt: skip
+        if h.dim() != 2 or not torch.allclose(
+            head(h), logits, rtol=1e-3, atol=1e-3, equal_nan=True
+        ):
+            raise TypeError(
+                f"{type(model).__name__}: its logits are more than its classifier applied to its features "
+                f"{list(h.shape)}, so their gradient in that layer is not all there is"
+            )
         full = torch.float64 if logits.dtype == torch.float64 else torch.float32
         p, h = logits.to(full).softmax(-1), h.to(full)
         q = as_probs(labels.to(p.device), p.shape[1], full)
-        yield (h if head.bias is None else F.pad(h, (0, 1), value=1.0)), p, q, batch.get("index") if named else None
+        yield (
+            (h if head.bias is None else F.pad(h, (0, 1), value=1.0)),
+            p,
+            q,
+            batch.get("index") if named else None,
+        )
 
 
 def _hessian(model: nn.Module, head: nn.Linear, loader: Iterable[Any]) -> Tensor:

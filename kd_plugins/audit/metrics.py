@@ -29,7 +29,9 @@ class _Metric(evaluate.Metric):
         return evaluate.MetricInfo(
             description=self.__doc__ or "",
             citation="",
-            features=[datasets.Features({**one, "predictions": p}) for p in (datasets.Sequence(ids), ids)],
+            features=[
+                datasets.Features({**one, "predictions": p}) for p in (datasets.Sequence(ids), ids)
+            ],
             inputs_description="\nClass ids, integers: predictions [N] or ranked [N, k], best first; others [N].",
         )
 
@@ -64,11 +66,15 @@ class TopKAccuracy(_Metric):
 
     def __init__(self, k: int = 5, **kwargs: Any) -> None:
         if isinstance(k, bool) or not isinstance(k, int) or k < 2:
-            raise ValueError(f"k: expected an integer of at least 2, got {k!r}; top1 is the accuracy itself")
+            raise ValueError(
+                f"k: expected an integer of at least 2, got {k!r}; top1 is the accuracy itself"
+            )
         super().__init__(**kwargs)
         self.k = k
 
-    def _compute(self, *, predictions: Any, references: Any, clean_references: Any = None) -> dict[str, float]:
+    def _compute(
+        self, *, predictions: Any, references: Any, clean_references: Any = None
+    ) -> dict[str, float]:
         # clean_references is not read: evaluate.combine hands the inputs of Memorisation to every metric beside it.
         hit = _ranked(predictions) == np.asarray(references)[:, None]  # [N, k]
         shares = {"accuracy": float(hit[:, 0].mean())}
@@ -91,8 +97,14 @@ class Memorisation(_Metric):
 
     inputs = ("predictions", "references", "clean_references")
 
-    def _compute(self, *, predictions: Any, references: Any, clean_references: Any) -> dict[str, float]:
-        guess, given, true = _ranked(predictions)[:, 0], np.asarray(references), np.asarray(clean_references)
+    def _compute(
+        self, *, predictions: Any, references: Any, clean_references: Any
+    ) -> dict[str, float]:
+        guess, given, true = (
+            _ranked(predictions)[:, 0],
+            np.asarray(references),
+            np.asarray(clean_references),
+        )
         wrong = given != true
         shares = {"noise_rate": float(wrong.mean())}
         if not wrong.all():
@@ -132,9 +144,15 @@ def peer_metrics(
     count = max(1, ids.shape[1] - 1)
     names = list(ascii_lowercase[:count] if names is None else names)
     if len(names) != count or len({*names, "ensemble"}) != count + 1:
-        raise ValueError(f"names: expected {count} different names, none of them 'ensemble', got {names}")
+        raise ValueError(
+            f"names: expected {count} different names, none of them 'ensemble', got {names}"
+        )
     truth = labels if clean_labels is None else clean_labels
-    batch = {"top_ids": ids, "labels": _ids("labels", labels), "clean_labels": _ids("clean_labels", truth)}
+    batch = {
+        "top_ids": ids,
+        "labels": _ids("labels", labels),
+        "clean_labels": _ids("clean_labels", truth),
+    }
     _, given, true = _same_length(batch).values()
 
     # The metrics' own arithmetic on arrays: compute() takes each row through Arrow first, 0.5 s for 50k rows each.
@@ -143,7 +161,9 @@ def peer_metrics(
     for peer in range(ids.shape[1]):
         shares = accuracy._compute(predictions=ids[:, peer], references=true)
         if clean_labels is not None:
-            shares |= memorisation._compute(predictions=ids[:, peer], references=given, clean_references=true)
+            shares |= memorisation._compute(
+                predictions=ids[:, peer], references=given, clean_references=true
+            )
         rows.append(shares)
     if count == 1:
         return rows[0]
@@ -169,14 +189,18 @@ def _ids(name: str, value: Any) -> np.ndarray:
     array = _integers(name, value)
     if array.size == 0 or array.ndim not in ((1, 2) if name == "predictions" else (1,)):
         expected = "[N] or [N, k]" if name == "predictions" else "[N]"
-        raise ValueError(f"{name}: expected class ids {expected} with N > 0, got shape {list(array.shape)}")
+        raise ValueError(
+            f"{name}: expected class ids {expected} with N > 0, got shape {list(array.shape)}"
+        )
     return array
 
 
 def _same_length(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     lengths = {name: len(array) for name, array in batch.items()}
     if len(set(lengths.values())) > 1:
-        raise ValueError(f"expected equally many samples in each input, got {lengths}; rows would be mismatched")
+        raise ValueError(
+            f"expected equally many samples in each input, got {lengths}; rows would be mismatched"
+        )
     return batch
 
 

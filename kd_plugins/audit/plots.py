@@ -37,7 +37,11 @@ def read(run: Run) -> Log:
     if not isinstance(run, (str, Path)):
         return [dict(entry) for entry in run]
     path = Path(run)
-    files = [path] if path.is_file() else [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
+    files = (
+        [path]
+        if path.is_file()
+        else [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
+    )
     states = []
     for file in files:
         try:
@@ -45,7 +49,9 @@ def read(run: Run) -> Log:
         except (FileNotFoundError, json.JSONDecodeError):
             continue  # the second: being written at this moment, or cut off when the run was killed
     if not states:
-        raise FileNotFoundError(f"{path}: expected a readable trainer_state.json, here or in checkpoint-*/; found none")
+        raise FileNotFoundError(
+            f"{path}: expected a readable trainer_state.json, here or in checkpoint-*/; found none"
+        )
     return max(states, key=lambda state: state.get("global_step", 0))["log_history"]
 
 
@@ -57,11 +63,20 @@ def curves(runs: Run | Mapping[str, Run], path: str | Path) -> Path:
     logs = _logs(runs)
     accuracy = {name: _prefix(log, "accuracy") + "accuracy" for name, log in logs.items()}
     noisy = {name: _prefix(log, "memorised") for name, log in logs.items()}
-    peers = sorted({key[len(accuracy[n]) :] for n, log in logs.items() for key in _keys(log, accuracy[n])})
-    peers = [peer for peer in peers if peer not in ("", "_ensemble") and not peer.startswith("_clean_part")]
-    styles: dict[str, tuple[str, dict[str, Any]]] = {"": ("mean over peers", {"linewidth": 2.8, "zorder": 3})}
+    peers = sorted(
+        {key[len(accuracy[n]) :] for n, log in logs.items() for key in _keys(log, accuracy[n])}
+    )
+    peers = [
+        peer
+        for peer in peers
+        if peer not in ("", "_ensemble") and not peer.startswith("_clean_part")
+    ]
+    styles: dict[str, tuple[str, dict[str, Any]]] = {
+        "": ("mean over peers", {"linewidth": 2.8, "zorder": 3})
+    }
     styles |= {
-        p: (f"peer {p[1:]}", {"linewidth": 1, "linestyle": dash}) for p, dash in zip(peers, cycle(THIN), strict=False)
+        p: (f"peer {p[1:]}", {"linewidth": 1, "linestyle": dash})
+        for p, dash in zip(peers, cycle(THIN), strict=False)
     }
     styles |= {"_ensemble": ("ensemble", {"linewidth": 1.6, "linestyle": "--"})}
 
@@ -71,7 +86,9 @@ def curves(runs: Run | Mapping[str, Run], path: str | Path) -> Path:
         for suffix, (_, style) in styles.items():
             _line(axes[0], log, accuracy[name] + suffix, color=colour, **style)
         last = [y for y in _series(log, accuracy[name])[1] if math.isfinite(y)][-1:]
-        axes[0].plot([], [], color=colour, linewidth=2.8, label=f"{name}: {last[0]:.1%}" if last else name)
+        axes[0].plot(
+            [], [], color=colour, linewidth=2.8, label=f"{name}: {last[0]:.1%}" if last else name
+        )
         for stem, (_, style) in _NOISY.items() if noisy[name] else ():
             _line(axes[1], log, noisy[name] + stem, color=colour, **style)
     fig.legend(loc="outside upper center", ncols=min(3, len(logs)), frameon=False, fontsize=11)
@@ -92,19 +109,32 @@ def selection(run: Run, path: str | Path, num_classes: int | None = None) -> Pat
     log = read(run)
     below = [panel for panel in _BELOW if any(_keys(log, stem) for stem in panel["stems"])]
     fig = _figure(9, 4.2 + 2.9 * bool(below))
-    grid = fig.add_gridspec(2 if below else 1, max(1, len(below)), height_ratios=[1.35, 1] if below else None)
+    grid = fig.add_gridspec(
+        2 if below else 1, max(1, len(below)), height_ratios=[1.35, 1] if below else None
+    )
     top = fig.add_subplot(grid[0, :])
     peers = [key.removeprefix("selected_") for key in _keys(log, "selected")]
     to = {peer: f"{peer} → {other}" for peer, other in zip(peers, reversed(peers), strict=True)}
     to = to if len(peers) == 2 else {peer: f"{peer} → others" for peer in peers}
-    _stems(top, log, {"selected": ("{}, share of batch", "-"), "right": ("{}, right of these", "--")}, to)
+    _stems(
+        top,
+        log,
+        {"selected": ("{}, share of batch", "-"), "right": ("{}, right of these", "--")},
+        to,
+    )
     _share_axis(top, "share of samples", "Selected knowledge")
     _legend(top, -0.15, 4)
     for column, panel in enumerate(below):
         ax = fig.add_subplot(grid[1, column])
         _stems(ax, log, panel["stems"])
         if panel["title"] == "Threshold" and num_classes:
-            ax.axhline(math.log(num_classes), color=GREY, linewidth=1, linestyle=":", label=f"ln {num_classes}")
+            ax.axhline(
+                math.log(num_classes),
+                color=GREY,
+                linewidth=1,
+                linestyle=":",
+                label=f"ln {num_classes}",
+            )
         if panel["unit"] is None:
             _share_axis(ax, "share", panel["title"])
         else:
@@ -120,8 +150,14 @@ def draw(runs: Run | Mapping[str, Run], folder: str | Path) -> list[Path]:
     if any(_finite(log, f"{_prefix(log, 'accuracy')}accuracy") for log in logs.values()):
         paths.append(curves(logs, folder / "curves.png"))
     for name, log in logs.items():
-        if any(entry.get(key) for key in _keys(log, "selected") for entry in log):  # somebody taught somebody
-            suffix = "-" + re.sub(r"\W+", "-", name).strip("-").lower() if isinstance(runs, Mapping) else ""
+        if any(
+            entry.get(key) for key in _keys(log, "selected") for entry in log
+        ):  # somebody taught somebody
+            suffix = (
+                "-" + re.sub(r"\W+", "-", name).strip("-").lower()
+                if isinstance(runs, Mapping)
+                else ""
+            )
             paths.append(selection(log, folder / f"selection{suffix}.png"))
     return paths
 
@@ -133,7 +169,9 @@ def mean_std(values: Iterable[float], scale: float = 100.0, digits: int = 1) -> 
     ('85.0 ± 0.4', '85.0')
     """
     scaled = [scale * value for value in values]
-    return f"{fmean(scaled):.{digits}f}" + (f" ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else "")
+    return f"{fmean(scaled):.{digits}f}" + (
+        f" ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
+    )
 
 
 def markdown(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
@@ -158,8 +196,16 @@ _NOISY: dict[str, tuple[str, dict[str, Any]]] = {
 
 _BELOW: tuple[dict[str, Any], ...] = (
     {"title": "Threshold", "unit": "entropy [nats]", "stems": {"chi": ("χ(t)", "-")}},
-    {"title": "Certainty and trust", "unit": None, "stems": {"r": ("r of {}", "-"), "eps": ("ε of {}", "--")}},
-    {"title": "Loss", "unit": "loss [nats]", "stems": {"own": ("own, {}", "-"), "taught": ("taught, {}", "--")}},
+    {
+        "title": "Certainty and trust",
+        "unit": None,
+        "stems": {"r": ("r of {}", "-"), "eps": ("ε of {}", "--")},
+    },
+    {
+        "title": "Loss",
+        "unit": "loss [nats]",
+        "stems": {"own": ("own, {}", "-"), "taught": ("taught, {}", "--")},
+    },
 )
 
 
@@ -171,14 +217,21 @@ def _logs(runs: Run | Mapping[str, Run]) -> dict[str, Log]:
 
 def _prefix(log: Log, key: str) -> str:
     """`eval_`, or `eval_<name>_` with named data sets: accuracy of the one not trained on, memorisation of any."""
-    found = {m[1]: None for entry in log for k in entry if (m := re.fullmatch(rf"(eval_(?:.+_)?){key}", k))}
+    found = {
+        m[1]: None
+        for entry in log
+        for k in entry
+        if (m := re.fullmatch(rf"(eval_(?:.+_)?){key}", k))
+    }
     wanted = sorted(found, key=lambda prefix: (prefix != "eval_", prefix.startswith("eval_train")))
     return wanted[0] if wanted else ""
 
 
 def _keys(log: Log, stem: str) -> list[str]:
     """`stem` or `stem_<peer>`, where at least one finite value was logged."""
-    keys = sorted({k for entry in log for k in entry if k == stem or re.fullmatch(rf"{stem}_.+", k)})
+    keys = sorted(
+        {k for entry in log for k in entry if k == stem or re.fullmatch(rf"{stem}_.+", k)}
+    )
     return [key for key in keys if _finite(log, key)]
 
 
@@ -188,24 +241,35 @@ def _finite(log: Log, key: str) -> bool:
 
 def _series(log: Log, key: str) -> tuple[list[float], list[float]]:
     entries = [entry for entry in log if isinstance(entry.get(key), (int, float))]
-    return [float(e.get("epoch") or e.get("step") or 0) for e in entries], [float(e[key]) for e in entries]
+    return [float(e.get("epoch") or e.get("step") or 0) for e in entries], [
+        float(e[key]) for e in entries
+    ]
 
 
 def _line(ax: Any, log: Log, key: str, **style: Any) -> None:
     """Draw one quantity against epoch, NaN as a gap."""
     x, y = _series(log, key)
-    size = math.ceil(len(x) / 80)  # hundreds of log entries are a carpet, not a curve: means over a few of them
+    size = math.ceil(
+        len(x) / 80
+    )  # hundreds of log entries are a carpet, not a curve: means over a few of them
     if size > 1:
         chunks = [range(i, min(i + size, len(x))) for i in range(0, len(x), size)]
         means = [[y[i] for i in chunk if math.isfinite(y[i])] for chunk in chunks]
-        x, y = [fmean(x[i] for i in chunk) for chunk in chunks], [fmean(m) if m else math.nan for m in means]
+        x, y = (
+            [fmean(x[i] for i in chunk) for chunk in chunks],
+            [fmean(m) if m else math.nan for m in means],
+        )
     if x:
         ax.plot(x, y, marker="o" if len(x) < 3 else None, markersize=4, **style)
 
 
-def _stems(ax: Any, log: Log, stems: Mapping[str, tuple[str, str]], names: Mapping[str, str] | None = None) -> None:
+def _stems(
+    ax: Any, log: Log, stems: Mapping[str, tuple[str, str]], names: Mapping[str, str] | None = None
+) -> None:
     """Quantities that differ in line style, of peers that differ in colour."""
-    peers = sorted({key.removeprefix(stem).lstrip("_") for stem in stems for key in _keys(log, stem)})
+    peers = sorted(
+        {key.removeprefix(stem).lstrip("_") for stem in stems for key in _keys(log, stem)}
+    )
     colours = dict(zip(peers, [GREY] if peers == [""] else cycle(COLOURS), strict=False))
     for stem, (label, dash) in stems.items():
         for key in _keys(log, stem):
@@ -242,12 +306,17 @@ def _share_axis(ax: Any, unit: str, title: str) -> None:
 
 
 def _legend(
-    ax: Any, below: float, columns: int, styles: Mapping[str, tuple[str, dict[str, Any]]] | None = None
+    ax: Any,
+    below: float,
+    columns: int,
+    styles: Mapping[str, tuple[str, dict[str, Any]]] | None = None,
 ) -> None:
     """Under the axes, where it covers no line; `below` in heights of the axes; of line styles or of what was drawn."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=GREY, label=label, **style) for label, style in (styles or {}).values()]
+    handles = [
+        Line2D([], [], color=GREY, label=label, **style) for label, style in (styles or {}).values()
+    ]
     if handles := handles or ax.get_legend_handles_labels()[0]:
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, below)}
         ax.legend(handles=handles, ncols=columns, frameon=False, fontsize=9, **place)
@@ -270,7 +339,9 @@ def methods() -> str:
         doc = " ".join((cls.__doc__ or "").split())
         formula = (cls.__doc__ or "").split("\n\n")[0]
         source = doc.partition("Source: ")[2].partition(". ")[0].split(" Unsaid")[0].rstrip(".")
-        reads = ", ".join(["logits of each peer" if cls.peers else "logits", "target", *sorted(cls.reads)])
+        reads = ", ".join(
+            ["logits of each peer" if cls.peers else "logits", "target", *sorted(cls.reads)]
+        )
         rows.append([f"`{name}`", " ".join(formula.split()), reads, source])
     return markdown(["name", "what it computes", "reads", "source"], rows)
 
@@ -294,5 +365,9 @@ if __name__ == "__main__":
         _write_methods(Path(sys.argv[1]))
     else:
         names = [Path(run).resolve().name for run in sys.argv[1:]]
-        named = dict(zip(names if len(set(names)) == len(names) else sys.argv[1:], sys.argv[1:], strict=True))
-        print(*draw(named if len(named) > 1 else sys.argv[1], Path(sys.argv[1], "pictures")), sep="\n")
+        named = dict(
+            zip(names if len(set(names)) == len(names) else sys.argv[1:], sys.argv[1:], strict=True)
+        )
+        print(
+            *draw(named if len(named) > 1 else sys.argv[1], Path(sys.argv[1], "pictures")), sep="\n"
+        )

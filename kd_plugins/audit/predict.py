@@ -53,14 +53,23 @@ def predict_probs(
     models = [models] if isinstance(models, nn.Module | str | Path) else list(models)
     if not models:
         raise ValueError("there are no networks: nothing predicts")
-    device = next((next(m.parameters(), torch.empty(0)).device for m in models if isinstance(m, nn.Module)), None)
+    device = next(
+        (next(m.parameters(), torch.empty(0)).device for m in models if isinstance(m, nn.Module)),
+        None,
+    )
     networks = [make_teacher(model, view.num_classes) for model in models]
     counts = {class_count(network) or view.num_classes for network in networks}
     if counts != {view.num_classes}:
-        raise ValueError(f"the data have {view.num_classes} classes, the networks {sorted(counts)}: a probability could not be "
-                         "put to its class")  # fmt: skip
+        raise ValueError(
+            f"the data have {view.num_classes} classes, the networks {sorted(counts)}: a probability could not be "
+            "put to its class"
+        )
     if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        device = (
+            torch.accelerator.current_accelerator()
+            if torch.accelerator.is_available()
+            else torch.device("cpu")
+        )
     hosted = Hosted(networks, CE()).to(device)
     probs = np.full((len(view), view.num_classes), np.nan, np.float32)
     loader: Any = torch.utils.data.DataLoader(
@@ -71,8 +80,13 @@ def predict_probs(
             said = hosted(batch["pixel_values"].to(device))["logits"].softmax(-1).mean(1)  # [B, C]
             if not torch.isfinite(said).all():
                 row = int(batch["index"][~torch.isfinite(said).all(1).cpu()][0])
-                raise ValueError(f"the networks say NaN of row {row}: look at their weights, and at the transform")
+                raise ValueError(
+                    f"the networks say NaN of row {row}: look at their weights, and at the transform"
+                )
             probs[batch["index"].numpy()] = said.cpu().numpy()
     if missing := int(np.isnan(probs[:, 0]).sum()):
-        warnings.warn(f"{missing} of {len(view)} pictures cannot be read; their probabilities are NaN", stacklevel=2)
+        warnings.warn(
+            f"{missing} of {len(view)} pictures cannot be read; their probabilities are NaN",
+            stacklevel=2,
+        )
     return probs

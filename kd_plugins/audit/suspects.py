@@ -68,13 +68,22 @@ def find_suspects(
         columns = _take(columns, columns["proposed"] != columns["label"])
     columns = _take(columns, np.argsort(columns["p_label"], kind="stable"))
     columns["score"] = np.clip(1 - columns["p_label"], 0, 1)
-    table = pa.table({name: columns[name] for name in ("index", "label", "proposed", "score", "p_label", "p_proposed")})
+    table = pa.table(
+        {
+            name: columns[name]
+            for name in ("index", "label", "proposed", "score", "p_label", "p_proposed")
+        }
+    )
     if class_names is not None:
         for name in ("label", "proposed"):
             _check_labels(columns[name], len(class_names))
-            names = pa.array([str(n) for n in class_names], pa.string()).take(pa.array(columns[name]))
+            names = pa.array([str(n) for n in class_names], pa.string()).take(
+                pa.array(columns[name])
+            )
             table = table.append_column(f"{name}_name", names)
-    digest = blake2b(b"".join(columns[k].tobytes() for k in ("index", "proposed", "score")), digest_size=8)
+    digest = blake2b(
+        b"".join(columns[k].tobytes() for k in ("index", "proposed", "score")), digest_size=8
+    )
     return Dataset(table, fingerprint=digest.hexdigest())
 
 
@@ -84,21 +93,30 @@ def _take(columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndar
 
 def _from_probs(labels: Any, probs: Any) -> dict[str, np.ndarray]:
     labels, probs = _integers(labels), np.asarray(probs)
-    if probs.ndim != 2 or probs.shape[1] < 2 or probs.dtype.kind != "f" or labels.shape != probs.shape[:1]:
+    if (
+        probs.ndim != 2
+        or probs.shape[1] < 2
+        or probs.dtype.kind != "f"
+        or labels.shape != probs.shape[:1]
+    ):
         raise ValueError(
             f"probs: expected floats [N, C] for labels {list(labels.shape)}, got {probs.dtype} {list(probs.shape)}"
         )
     _check_labels(labels, probs.shape[1])
     p_label, p_proposed = np.empty((2, len(labels)), np.float32)
     proposed = np.empty(len(labels), np.int64)
-    for start in range(0, len(labels), CHUNK):  # one temporary of all 2.4 million rows would be another 500 MB
+    for start in range(
+        0, len(labels), CHUNK
+    ):  # one temporary of all 2.4 million rows would be another 500 MB
         s = slice(start, start + CHUNK)
         part, y, rows = probs[s], labels[s], np.arange(len(probs[s]))
         total = part.sum(1, dtype=np.float32)
         if (bad := (np.abs(total - 1) > 1e-2) | (part.min(1) < 0)).any():
             row = int(bad.argmax())
-            raise ValueError(f"row {start + row} of probs sums to {total[row]:.4g}, its lowest is {part[row].min():.4g}: expected "
-                             "probabilities, not logits or scores: 1 - p would not be in [0, 1]")  # fmt: skip
+            raise ValueError(
+                f"row {start + row} of probs sums to {total[row]:.4g}, its lowest is {part[row].min():.4g}: expected "
+                "probabilities, not logits or scores: 1 - p would not be in [0, 1]"
+            )
         p_label[s] = np.where(np.isnan(total), np.nan, part[rows, y])
         best = part.argmax(1)
         proposed[s] = np.where(part[rows, best] > part[rows, y], best, y)
@@ -106,7 +124,8 @@ def _from_probs(labels: Any, probs: Any) -> dict[str, np.ndarray]:
     known = np.flatnonzero(~np.isnan(p_label))
     if len(known) < len(labels):
         warnings.warn(
-            f"{len(labels) - len(known)} of {len(labels)} rows of probs are NaN and are left out", stacklevel=3
+            f"{len(labels) - len(known)} of {len(labels)} rows of probs are NaN and are left out",
+            stacklevel=3,
         )
     columns = {"index": np.arange(len(labels)), "label": labels, "proposed": proposed}
     return _take(columns | {"p_label": p_label, "p_proposed": p_proposed}, known)
@@ -117,11 +136,15 @@ def _from_dynamics(dynamics: Any) -> dict[str, np.ndarray]:
         from .dynamics import summarise  # which imports transformers
 
         dynamics = summarise(dynamics)
-    columns = {name: np.asarray(dynamics[name], np.int64) for name in ("index", "label", "proposed")}
+    columns = {
+        name: np.asarray(dynamics[name], np.int64) for name in ("index", "label", "proposed")
+    }
     columns["p_label"] = np.asarray(dynamics["p_label"], np.float32)
     # votes count only visits at which the class was the most probable, p_label all of them
     agreed = columns["proposed"] == columns["label"]
-    columns["p_proposed"] = np.where(agreed, columns["p_label"], np.asarray(dynamics["confidence"], np.float32))
+    columns["p_proposed"] = np.where(
+        agreed, columns["p_label"], np.asarray(dynamics["confidence"], np.float32)
+    )
     return _take(columns, ~np.isnan(columns["p_label"]))
 
 
@@ -149,13 +172,17 @@ def drop_suspects(dataset: Dataset, suspects: Dataset, *, label: str = "label") 
 
 def _suspected(suspects: Dataset, dataset: Dataset, label: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows of the data set and labels proposed for them; refused if the suspects are not of this data set."""
-    index, given, proposed = (column_array(suspects, name) for name in ("index", "label", "proposed"))
+    index, given, proposed = (
+        column_array(suspects, name) for name in ("index", "label", "proposed")
+    )
     _refuse_rows(index, len(dataset))
     if (other := given != column_array(dataset, label)[index]).any():
         row = int(other.argmax())
-        raise ValueError(f"row {index[row]} has label {column_array(dataset, label)[index[row]]} in column {label!r}, and "
-                         f"{given[row]} among the suspects: they are of other data, of another order or of another "
-                         "column")  # fmt: skip
+        raise ValueError(
+            f"row {index[row]} has label {column_array(dataset, label)[index[row]]} in column {label!r}, and "
+            f"{given[row]} among the suspects: they are of other data, of another order or of another "
+            "column"
+        )
     doubted = proposed != given
     return index[doubted], proposed[doubted]
 
@@ -163,4 +190,6 @@ def _suspected(suspects: Dataset, dataset: Dataset, label: str) -> tuple[np.ndar
 def _refuse_rows(index: np.ndarray, size: int) -> None:
     if len(index) and (index.min() < 0 or index.max() >= size):
         bad = index[(index < 0) | (index >= size)][0]
-        raise ValueError(f"the suspects have row {bad}, the data set {size} rows: they are of another data set")
+        raise ValueError(
+            f"the suspects have row {bad}, the data set {size} rows: they are of another data set"
+        )

@@ -58,9 +58,13 @@ class ImageView(torch.utils.data.Dataset):
         if not len(dataset):
             raise ValueError("The data set has no rows: there is nothing to view.")
         if not 0 <= max_broken <= 1:
-            raise ValueError(f"max_broken={max_broken} is outside [0, 1]: it is a share of the rows (1% is 0.01).")
+            raise ValueError(
+                f"max_broken={max_broken} is outside [0, 1]: it is a share of the rows (1% is 0.01)."
+            )
         self.transform, self.seed, self.image, self.max_broken = transform, seed, image, max_broken
-        self.name = dataset.info.dataset_name if isinstance(dataset, Dataset) else None  # for the model card
+        self.name = (
+            dataset.info.dataset_name if isinstance(dataset, Dataset) else None
+        )  # for the model card
         self.labels = _column(dataset, label)
         self.clean_labels = None if clean is None else _column(dataset, clean)
         feature = dataset.features[label] if isinstance(dataset, Dataset) else None
@@ -96,7 +100,9 @@ class ImageView(torch.utils.data.Dataset):
         """The items of a batch, as `[self[i] for i in indices]` at less cost; torch's DataLoader asks for them so."""
         if type(self).__getitem__ is not ImageView.__getitem__:  # a subclass has items of its own
             return [self[index] for index in indices]
-        indices = list(indices)  # a few at a time: they are in memory together, and some pictures are large
+        indices = list(
+            indices
+        )  # a few at a time: they are in memory together, and some pictures are large
         return [item for k in range(0, len(indices), 8) for item in self._items(indices[k : k + 8])]
 
     def broken(self) -> list[str]:
@@ -114,24 +120,34 @@ class ImageView(torch.utils.data.Dataset):
             for index in indices:
                 row, picture = self._readable(index, values)
                 _seed(self.seed, int(self._epoch), index)
-                item = {"pixel_values": self.transform(picture), "labels": int(self.labels[row]), "index": row}
+                item = {
+                    "pixel_values": self.transform(picture),
+                    "labels": int(self.labels[row]),
+                    "index": row,
+                }
                 if self.clean_labels is not None:
                     item["clean_labels"] = int(self.clean_labels[row])
                 items.append(item)
         return items
 
-    def _readable(self, index: int, values: Mapping[int, Any] | None = None) -> tuple[int, Image.Image]:
+    def _readable(
+        self, index: int, values: Mapping[int, Any] | None = None
+    ) -> tuple[int, Image.Image]:
         """The first readable row from `index` on, cyclically, and its picture in RGB; `values` are those read already."""
         for step in range(len(self)):
             row = (index + step) % len(self)
             value = values[row] if values and row in values else self._values([row])[0]
             if not isinstance(value, _KINDS):
-                raise TypeError(f"Column {self.image!r} holds {type(value).__name__}: expected picture, path or array.")
+                raise TypeError(
+                    f"Column {self.image!r} holds {type(value).__name__}: expected picture, path or array."
+                )
             try:
                 return row, _decode(value)
             except Exception as error:  # PIL's plugins raise nearly anything on broken files
                 self._mark(row, error)
-        raise RuntimeError(f"None of the {len(self)} pictures can be read, as {', '.join(self.broken()[:5])}.")
+        raise RuntimeError(
+            f"None of the {len(self)} pictures can be read, as {', '.join(self.broken()[:5])}."
+        )
 
     def _mark(self, row: int, error: Exception) -> None:
         self._broken[row] = 1
@@ -162,7 +178,9 @@ def _decode(value: Any) -> Image.Image:
     try:
         return _to_rgb(value)
     except Warning:  # under -W error; a readable picture with odd metadata is no broken picture
-        with warnings.catch_warnings():  # only here: entering it resets the once-only memory of all other warnings
+        with (
+            warnings.catch_warnings()
+        ):  # only here: entering it resets the once-only memory of all other warnings
             warnings.simplefilter("ignore")
             return _to_rgb(value)
 
@@ -184,8 +202,12 @@ def _to_rgb(value: Any) -> Image.Image:
 
 def _convert(picture: Image.Image) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and picture.width * picture.height > limit:  # PIL itself only warns, up to twice the limit
-        raise Image.DecompressionBombError(f"{picture.width} x {picture.height} pixels, more than {limit}")
+    if (
+        limit is not None and picture.width * picture.height > limit
+    ):  # PIL itself only warns, up to twice the limit
+        raise Image.DecompressionBombError(
+            f"{picture.width} x {picture.height} pixels, more than {limit}"
+        )
     picture.load()
     if picture.mode == "RGB":
         return picture
@@ -210,7 +232,12 @@ def _generators_kept() -> Iterator[None]:
 
 def _seed(seed: int, epoch: int, index: int) -> None:
     """Seed the three from a hash; `torch.manual_seed` would reseed CUDA as well, `default_generator` does not."""
-    number = int.from_bytes(blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=8).digest(), "little") >> 1
+    number = (
+        int.from_bytes(
+            blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=8).digest(), "little"
+        )
+        >> 1
+    )
     torch.default_generator.manual_seed(number)
     random.seed(number)
     np.random.seed(number & 0xFFFFFFFF)
@@ -229,7 +256,9 @@ def _column(dataset: Dataset | Sequence[dict], name: str) -> np.ndarray:
         return column_array(dataset, name)
     values = np.array([row[name] for row in dataset])
     if values.dtype.kind not in "iu":
-        raise ValueError(f"Column {name!r} holds {values.dtype} (first value {values[0]!r}), expected class indices.")
+        raise ValueError(
+            f"Column {name!r} holds {values.dtype} (first value {values[0]!r}), expected class indices."
+        )
     return values.astype(np.int64)
 
 

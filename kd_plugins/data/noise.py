@@ -37,7 +37,9 @@ def asymmetric(num_classes: int, rate: float, class_map: Mapping[int, int]) -> n
     matrix = np.eye(num_classes)
     for source, target in class_map.items():
         if not (0 <= source < num_classes and 0 <= target < num_classes):
-            raise ValueError(f"class_map has {source} -> {target}, but classes go from 0 to {num_classes - 1}.")
+            raise ValueError(
+                f"class_map has {source} -> {target}, but classes go from 0 to {num_classes - 1}."
+            )
         matrix[source, source] -= rate
         matrix[source, target] += rate
     return matrix
@@ -53,7 +55,9 @@ def circular(superclasses: Sequence[int], rate: float) -> np.ndarray:
     members: dict[int, list[int]] = {}
     for i, group in enumerate(superclasses):
         members.setdefault(group, []).append(i)
-    class_map = {i: group[(k + 1) % len(group)] for group in members.values() for k, i in enumerate(group)}
+    class_map = {
+        i: group[(k + 1) % len(group)] for group in members.values() for k, i in enumerate(group)
+    }
     return asymmetric(len(superclasses), rate, class_map)
 
 
@@ -90,7 +94,13 @@ def corrupt_by_key(keys, labels, transition, seed: int = 0) -> np.ndarray:
 
 
 def noisy_view(
-    dataset: Dataset, noise, *, seed: int = 0, exact: bool = True, label: str = "label", noisy: str = "noisy_label"
+    dataset: Dataset,
+    noise,
+    *,
+    seed: int = 0,
+    exact: bool = True,
+    label: str = "label",
+    noisy: str = "noisy_label",
 ) -> Dataset:
     """`dataset` with one more column `noisy`, of the same feature as `label`; clean labels stay, no picture is copied.
 
@@ -100,9 +110,13 @@ def noisy_view(
         seed, exact: see `corrupt`; unused for given labels. The same noise gives the same fingerprint.
     """
     if not isinstance(dataset, Dataset):
-        raise TypeError(f"noisy_view needs a datasets.Dataset, got {type(dataset).__name__}; streams: noisy_stream.")
+        raise TypeError(
+            f"noisy_view needs a datasets.Dataset, got {type(dataset).__name__}; streams: noisy_stream."
+        )
     if noisy in dataset.column_names:
-        raise ValueError(f"Column {noisy!r} exists already; noise on top of it would replace labels. Name another one.")
+        raise ValueError(
+            f"Column {noisy!r} exists already; noise on top of it would replace labels. Name another one."
+        )
     clean = column_array(dataset, label)
     feature = dataset.features[label]
     num_classes = feature.num_classes if isinstance(feature, ClassLabel) else None
@@ -110,13 +124,19 @@ def noisy_view(
         noise = column_array(dataset, noise)
     if np.ndim(noise) == 2:
         if num_classes not in (None, len(noise)):
-            raise ValueError(f"transition is {np.shape(noise)}, but column {label!r} has {num_classes} classes.")
+            raise ValueError(
+                f"transition is {np.shape(noise)}, but column {label!r} has {num_classes} classes."
+            )
         labels = np.require(clean, np.int64, "W")  # copied only where Arrow owns the memory
         given = _corrupt_(labels, noise, seed, exact)
     else:
-        given = np.array(_integers(noise))  # a copy: Arrow would otherwise keep looking at the caller's memory
+        given = np.array(
+            _integers(noise)
+        )  # a copy: Arrow would otherwise keep looking at the caller's memory
         if given.shape != (len(dataset),):
-            raise ValueError(f"Given labels have shape {given.shape}, the data set has {len(dataset)} rows.")
+            raise ValueError(
+                f"Given labels have shape {given.shape}, the data set has {len(dataset)} rows."
+            )
         _check_labels(given, num_classes)
     indices = dataset._indices  # no public way tells whether rows are mapped
     # Same noise, same fingerprint. That of `datasets` would do too, but pickles the column twice: 40 MB at 2.4M rows.
@@ -128,16 +148,28 @@ def noisy_view(
     # After shuffle/select/split, add_column would rewrite all rows (87 s and every byte for 2.4M). Add the column to
     # the table underneath instead, in its own order, and keep the mapping. Rows out of view keep their clean label.
     rows = indices.column(0).to_numpy()
-    base = Dataset(dataset.data, info=dataset.info, split=dataset.split, fingerprint=dataset._fingerprint)
+    base = Dataset(
+        dataset.data, info=dataset.info, split=dataset.split, fingerprint=dataset._fingerprint
+    )
     column = np.array(column_array(base, label), np.int64)
     column[rows] = given
     if (column[rows] != given).any():
-        raise ValueError("A row is selected twice and got two labels: add the noise before selecting rows repeatedly.")
+        raise ValueError(
+            "A row is selected twice and got two labels: add the noise before selecting rows repeatedly."
+        )
     base = base.add_column(column=column, **add)
-    view = Dataset(base.data, info=base.info, split=base.split, indices_table=indices, fingerprint=base._fingerprint)
+    view = Dataset(
+        base.data,
+        info=base.info,
+        split=base.split,
+        indices_table=indices,
+        fingerprint=base._fingerprint,
+    )
     form = dataset.format
     columns = form["columns"] if set(form["columns"]) != set(dataset.column_names) else None
-    return view.with_format(form["type"], columns, form["output_all_columns"], **form["format_kwargs"])
+    return view.with_format(
+        form["type"], columns, form["output_all_columns"], **form["format_kwargs"]
+    )
 
 
 def noisy_stream(
@@ -181,12 +213,17 @@ class NoiseReport:
 
     def __str__(self) -> str:
         total, wrong = self.confusion.sum(), self.confusion - np.diag(self.confusion.diagonal())
-        lines = [f"{wrong.sum()} of {total} labels are wrong ({self.rate:.2%}), {len(wrong)} classes"]
+        lines = [
+            f"{wrong.sum()} of {total} labels are wrong ({self.rate:.2%}), {len(wrong)} classes"
+        ]
         rates = (wrong.sum(1) / np.maximum(self.confusion.sum(1), 1))[self.confusion.sum(1) > 0]
         if wrong.any():
             lines.append(f"per class: {rates.min():.2%} to {rates.max():.2%}")
             top = np.argsort(-wrong, axis=None, kind="stable")[:3]
-            pairs = [f"{i} -> {j} ({wrong[i, j]})" for i, j in zip(*np.unravel_index(top, wrong.shape), strict=True)]
+            pairs = [
+                f"{i} -> {j} ({wrong[i, j]})"
+                for i, j in zip(*np.unravel_index(top, wrong.shape), strict=True)
+            ]
             lines.append("most frequent: " + ", ".join(pairs[: np.count_nonzero(wrong)]))
         return "; ".join(lines)
 
@@ -195,10 +232,14 @@ def noise_report(clean, noisy, num_classes: int) -> NoiseReport:
     """Realised rate and confusion of given labels `noisy` [N] against true labels `clean` [N]."""
     clean, noisy = _integers(clean), _integers(noisy)
     if clean.shape != noisy.shape:
-        raise ValueError(f"{len(clean)} clean labels and {len(noisy)} noisy ones: expected the same samples in both.")
+        raise ValueError(
+            f"{len(clean)} clean labels and {len(noisy)} noisy ones: expected the same samples in both."
+        )
     _check_labels(clean, num_classes)
     _check_labels(noisy, num_classes)
-    confusion = np.bincount(clean * num_classes + noisy, minlength=num_classes**2).reshape(num_classes, num_classes)
+    confusion = np.bincount(clean * num_classes + noisy, minlength=num_classes**2).reshape(
+        num_classes, num_classes
+    )
     return NoiseReport(float(1 - confusion.trace() / max(len(clean), 1)), confusion)
 
 
@@ -228,14 +269,18 @@ def _corrupt_(labels: np.ndarray, transition, seed: int, exact: bool) -> np.ndar
         missing = int(np.floor(expected.sum() + 0.5)) - flips.sum()
         flips[np.argsort(flips - expected, kind="stable")[:missing]] += 1
     else:
-        flips = rng.binomial(counts, flip)  # given their number, independent flips are a uniform subset too
+        flips = rng.binomial(
+            counts, flip
+        )  # given their number, independent flips are a uniform subset too
     # Shuffle and group by class with one in-place sort of (class | random bits | row): no [N] temporaries besides it.
     row_bits, class_bits = max(len(labels) - 1, 1).bit_length(), len(matrix).bit_length()
     order = rng.integers(0, 2 ** (64 - row_bits - class_bits), len(labels), dtype=np.uint64)
     for start in range(0, len(labels), 1 << 16):
         part = slice(start, start + (1 << 16))
         rows = np.arange(start, min(start + (1 << 16), len(labels)), dtype=np.uint64)
-        order[part] = labels[part].astype(np.uint64) << (64 - class_bits) | order[part] << row_bits | rows
+        order[part] = (
+            labels[part].astype(np.uint64) << (64 - class_bits) | order[part] << row_bits | rows
+        )
     order.sort()
     start = 0
     for true, (count, k) in enumerate(zip(counts.tolist(), flips.tolist(), strict=True)):
@@ -245,7 +290,9 @@ def _corrupt_(labels: np.ndarray, transition, seed: int, exact: bool) -> np.ndar
             weights[true] = 0.0
             cdf = weights.cumsum()
             # u < 1 and a right-sided search: a class of probability 0 is never hit
-            labels[rows.astype(np.int64)] = np.searchsorted(cdf / cdf[-1], rng.random(k), side="right")
+            labels[rows.astype(np.int64)] = np.searchsorted(
+                cdf / cdf[-1], rng.random(k), side="right"
+            )
         start += count
     return labels
 
@@ -258,23 +305,33 @@ def _transition(matrix) -> np.ndarray:
     bad = ~(np.abs(matrix.sum(1) - 1) < 1e-5)  # float32 matrices pass, nan does not
     if bad.any():
         row = int(bad.argmax())
-        raise ValueError(f"Row {row} of the transition matrix sums to {matrix[row].sum():.6g}, expected 1.")
+        raise ValueError(
+            f"Row {row} of the transition matrix sums to {matrix[row].sum():.6g}, expected 1."
+        )
     if (matrix < 0).any():
         i, j = np.argwhere(matrix < 0)[0]
-        raise ValueError(f"transition[{i}, {j}] = {matrix[i, j]:.6g} is negative: it is a probability.")
+        raise ValueError(
+            f"transition[{i}, {j}] = {matrix[i, j]:.6g} is negative: it is a probability."
+        )
     return matrix
 
 
 def _check(num_classes: int, rate: float) -> None:
     if num_classes < 2:
-        raise ValueError(f"{num_classes} classes: label noise needs at least 2, there is no other label to flip to.")
+        raise ValueError(
+            f"{num_classes} classes: label noise needs at least 2, there is no other label to flip to."
+        )
     if not 0 <= rate <= 1:
-        raise ValueError(f"noise rate {rate} is outside [0, 1]: it is a share of the samples (40% is 0.4).")
+        raise ValueError(
+            f"noise rate {rate} is outside [0, 1]: it is a share of the samples (40% is 0.4)."
+        )
 
 
 def _check_labels(labels: np.ndarray, num_classes: int | None) -> None:
     """Raise on the first label outside 0 .. num_classes - 1."""
-    if len(labels) and (labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes)):
+    if len(labels) and (
+        labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes)
+    ):
         bad = (labels < 0) | (labels >= (num_classes if num_classes is not None else np.inf))
         row, top = int(bad.argmax()), "" if num_classes is None else f" to {num_classes - 1}"
         raise ValueError(f"Label {labels[row]} at position {row}: labels go from 0{top}.")
@@ -283,5 +340,7 @@ def _check_labels(labels: np.ndarray, num_classes: int | None) -> None:
 def _integers(values, what: str = "labels") -> np.ndarray:
     values = np.asarray(values)
     if values.dtype.kind not in "iu" and values.size:
-        raise ValueError(f"{what}: expected class indices, got {values.dtype} (first value {values.flat[0]!r}).")
+        raise ValueError(
+            f"{what}: expected class indices, got {values.dtype} (first value {values.flat[0]!r})."
+        )
     return values.astype(np.int64, copy=False)

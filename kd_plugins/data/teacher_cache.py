@@ -56,10 +56,14 @@ class CachedTeachers(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         # by position: a broken picture's item is of the next readable row, here and when it was cached
-        return self.view[index] | {"teacher": torch.from_numpy(np.array(self.teacher_logits[index]))}
+        return self.view[index] | {
+            "teacher": torch.from_numpy(np.array(self.teacher_logits[index]))
+        }
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # __getitems__, for which a DataLoader asks: the view's would lose the teachers
+        if name.startswith(
+            "_"
+        ):  # __getitems__, for which a DataLoader asks: the view's would lose the teachers
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self.view, name)
 
@@ -114,15 +118,22 @@ def cache_teachers(
     if not teachers:
         raise ValueError("there are no teachers: nothing to cache")
     if dtype not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype={dtype}: expected torch.bfloat16, torch.float16 or None, which is no autocast")
+        raise ValueError(
+            f"dtype={dtype}: expected torch.bfloat16, torch.float16 or None, which is no autocast"
+        )
     rank, world = _processes()
     transform = _fixed_pixels(view)  # all of this first: it is cheap beside reading all pictures
     networks = [(t, _Input(t, t if student is None else student).to(_device(t))) for t in teachers]
     with in_eval(*teachers):
         pixels = torch.as_tensor(view[0]["pixel_values"])[None]
-        counts = [class_count(network[0]) or _logits(*network, pixels, dtype).shape[-1] for network in networks]
+        counts = [
+            class_count(network[0]) or _logits(*network, pixels, dtype).shape[-1]
+            for network in networks
+        ]
         if len(set(counts)) > 1:
-            raise ValueError(f"the teachers have different numbers of classes: {counts}; they cannot teach together")
+            raise ValueError(
+                f"the teachers have different numbers of classes: {counts}; they cannot teach together"
+            )
         shape = (len(view), len(teachers), counts[0])
         key = {
             "transform": transform,
@@ -133,15 +144,22 @@ def cache_teachers(
         }
         _refuse_differing(key, world)
         size = int(np.prod(shape)) * 4
-        starts = _on_first(lambda: _claim(folder, {"data": _fingerprint(view)} | key, shape, batch_size, size), world)
-        batches: Any = [range(start, min(start + batch_size, len(view))) for start in starts[rank::world]]
+        starts = _on_first(
+            lambda: _claim(folder, {"data": _fingerprint(view)} | key, shape, batch_size, size),
+            world,
+        )
+        batches: Any = [
+            range(start, min(start + batch_size, len(view))) for start in starts[rank::world]
+        ]
         loader = torch.utils.data.DataLoader(
             view,
             batch_sampler=batches,
             num_workers=num_workers,
             generator=torch.Generator(),  # the global one stays as it is
         )
-        bar = tqdm(loader, "teacher logits", leave=False, disable=None if batches and rank == 0 else True)
+        bar = tqdm(
+            loader, "teacher logits", leave=False, disable=None if batches and rank == 0 else True
+        )
         for rows, batch in zip(batches, bar if batches else (), strict=True):
             said = [_logits(*network, batch["pixel_values"], dtype).cpu() for network in networks]
             _refuse_logits(said, rows, shape, dtype)
@@ -154,7 +172,9 @@ def cache_teachers(
     return CachedTeachers(view, folder / "logits.npy")
 
 
-def _claim(folder: Path, key: dict[str, Any], shape: tuple[int, ...], batch_size: int, size: int) -> list[int]:
+def _claim(
+    folder: Path, key: dict[str, Any], shape: tuple[int, ...], batch_size: int, size: int
+) -> list[int]:
     """Find or make the files of this cache, refuse another's; where the batches begin that are not done."""
     path, logits, done = folder / "key.json", folder / "logits.npy", folder / "done.npy"
     with _named(folder, size):
@@ -163,8 +183,10 @@ def _claim(folder: Path, key: dict[str, Any], shape: tuple[int, ...], batch_size
         if known:
             _refuse_other(folder, _read_key(path), key)
         elif logits.exists():
-            raise ValueError(f"{folder} has a logits.npy and no key.json: not a teacher cache, or not all of one. Choose another "
-                             "folder, or delete it")  # fmt: skip
+            raise ValueError(
+                f"{folder} has a logits.npy and no key.json: not a teacher cache, or not all of one. Choose another "
+                "folder, or delete it"
+            )
         if not _is_whole(logits, shape):
             done.unlink(missing_ok=True)
             if (free := shutil.disk_usage(folder).free) < size:
@@ -178,9 +200,19 @@ def _claim(folder: Path, key: dict[str, Any], shape: tuple[int, ...], batch_size
         if not _is_whole(done, shape[:1]):
             _create(done, np.uint8, shape[:1])
         marks = np.load(done)
-    starts = [start for start in range(0, shape[0], batch_size) if not marks[start : start + batch_size].all()]
-    logger.info("Teacher logits %s take %.1f MB in %s; %d of %d rows are there.",
-                list(shape), size / 1e6, folder, int(marks.sum()), shape[0])  # fmt: skip
+    starts = [
+        start
+        for start in range(0, shape[0], batch_size)
+        if not marks[start : start + batch_size].all()
+    ]
+    logger.info(
+        "Teacher logits %s take %.1f MB in %s; %d of %d rows are there.",
+        list(shape),
+        size / 1e6,
+        folder,
+        int(marks.sum()),
+        shape[0],
+    )
     return starts
 
 
@@ -188,13 +220,17 @@ def _read_key(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not the key of a teacher cache ({error}): nobody knows whose logits lie beside it. Choose "
-                         "another folder, or delete it") from error  # fmt: skip
+        raise ValueError(
+            f"{path} is not the key of a teacher cache ({error}): nobody knows whose logits lie beside it. Choose "
+            "another folder, or delete it"
+        ) from error
 
 
 def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:
     try:
-        return np.lib.format.open_memmap(path, mode="r").shape == shape  # np.load would take an archive too
+        return (
+            np.lib.format.open_memmap(path, mode="r").shape == shape
+        )  # np.load would take an archive too
     except (OSError, ValueError, EOFError):  # there is none, or it was cut short
         return False
 
@@ -220,8 +256,11 @@ def _named(folder: Path, size: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, f"the teacher cache in {folder} takes {size:,} bytes and cannot be written: "
-                                   f"{error.strerror or error}") from error  # fmt: skip
+        raise OSError(
+            error.errno,
+            f"the teacher cache in {folder} takes {size:,} bytes and cannot be written: "
+            f"{error.strerror or error}",
+        ) from error
 
 
 def _refuse_other(folder: Path, made: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -230,10 +269,12 @@ def _refuse_other(folder: Path, made: dict[str, Any], asked: dict[str, Any]) -> 
         other.remove("transform")  # its pixels are of other pictures: nothing is known of it
     if other:
         shown = [*other, *(["hint"] if "transform" in other else [])]
-        raise ValueError(f"the teacher cache in {folder} differs in {', '.join(other)}: it was made for "
-                         f"{({part: made.get(part) for part in shown})}, asked for is {({part: asked[part] for part in shown})}. "
-                         "Its logits would not be what these teachers say of these pixels. Choose another folder, or delete "
-                         "it")  # fmt: skip
+        raise ValueError(
+            f"the teacher cache in {folder} differs in {', '.join(other)}: it was made for "
+            f"{ ({part: made.get(part) for part in shown}) }, asked for is { ({part: asked[part] for part in shown}) }. "
+            "Its logits would not be what these teachers say of these pixels. Choose another folder, or delete "
+            "it"
+        )
 
 
 def _fingerprint(view: ImageView) -> str:
@@ -283,11 +324,15 @@ def _fixed_pixels(view: ImageView) -> str:
                 untouched = _draw()
             with _seeded(view.seed, epoch, row):
                 seen.append(_bytes(torch.as_tensor(view.transform(picture))))
-                drew = _draw() != untouched  # a flip with p = 0.01 draws every time, and shows in few pixels
+                drew = (
+                    _draw() != untouched
+                )  # a flip with p = 0.01 draws every time, and shows in few pixels
             if drew or seen[epoch] != seen[0]:
-                raise ValueError(f"the transform draws at random (row {row} of the data): {_hint(view)}. In each epoch it makes "
-                                 "other pixels, and the cached logits would belong to another crop. Take one without randomness, "
-                                 "or give the teachers to the Trainer")  # fmt: skip
+                raise ValueError(
+                    f"the transform draws at random (row {row} of the data): {_hint(view)}. In each epoch it makes "
+                    "other pixels, and the cached logits would belong to another crop. Take one without randomness, "
+                    "or give the teachers to the Trainer"
+                )
         digest.update(seen[0])
     return digest.hexdigest()
 
@@ -302,14 +347,14 @@ def _hint(view: ImageView) -> str:
 
 def _identity(teacher: nn.Module, student: nn.Module | None) -> str:
     digest = blake2b(digest_size=16)
-    digest.update(re.sub(r" at 0x[0-9a-f]+", "", repr(teacher)).encode())  # an activation is not among the weights
+    digest.update(
+        re.sub(r" at 0x[0-9a-f]+", "", repr(teacher)).encode()
+    )  # an activation is not among the weights
     for name, value in [*teacher.state_dict().items(), *teacher.named_buffers()]:
         digest.update(name.encode())
         digest.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
     sees = None if student is None else _normalization(student)
-    return (
-        f"{type(teacher).__name__} {digest.hexdigest()}, mean and std {_normalization(teacher)}, of the pixels {sees}"
-    )
+    return f"{type(teacher).__name__} {digest.hexdigest()}, mean and std {_normalization(teacher)}, of the pixels {sees}"
 
 
 def _bytes(value: Tensor) -> bytes:
@@ -317,20 +362,28 @@ def _bytes(value: Tensor) -> bytes:
     return f"{value.dtype} {list(value.shape)}".encode() + flat.view(torch.uint8).numpy().tobytes()
 
 
-def _logits(teacher: nn.Module, adapt: nn.Module, pixels: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _logits(
+    teacher: nn.Module, adapt: nn.Module, pixels: Tensor, dtype: torch.dtype | None
+) -> Tensor:
     """What the teacher says of a batch, as the Trainer has it: float32 [B, C]."""
     parameter, device = next(teacher.parameters(), pixels), _device(teacher)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         return logits_of(teacher(adapt(pixels.to(device)).to(parameter.dtype))).float()
 
 
-def _refuse_logits(said: list[Tensor], rows: range, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+def _refuse_logits(
+    said: list[Tensor], rows: range, shape: tuple[int, ...], dtype: torch.dtype | None
+) -> None:
     for k, logits in enumerate(said):
         if logits.shape != (len(rows), shape[2]):
-            raise ValueError(f"teacher {k} gave logits {list(logits.shape)}, expected {[len(rows), shape[2]]}")
+            raise ValueError(
+                f"teacher {k} gave logits {list(logits.shape)}, expected {[len(rows), shape[2]]}"
+            )
         if logits.isnan().any():
-            raise ValueError(f"teacher {k} said NaN of rows {rows.start} to {rows.stop - 1}: it would be cached for good; look at "
-                             f"its weights, and at dtype={dtype}")  # fmt: skip
+            raise ValueError(
+                f"teacher {k} said NaN of rows {rows.start} to {rows.stop - 1}: it would be cached for good; look at "
+                f"its weights, and at dtype={dtype}"
+            )
 
 
 def _device(teacher: nn.Module) -> torch.device:
@@ -342,8 +395,10 @@ def _processes() -> tuple[int, int]:
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RuntimeError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but there is no process group yet: each process would compute "
-                           "all logits, into the same files. Make the training arguments first, which start it")  # fmt: skip
+        raise RuntimeError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but there is no process group yet: each process would compute "
+            "all logits, into the same files. Make the training arguments first, which start it"
+        )
     return 0, 1
 
 
@@ -352,8 +407,10 @@ def _refuse_differing(key: dict[str, Any], world: int) -> None:
     if world > 1:
         dist.all_gather_object(keys, key)
     if other := [part for part in PARTS[1:] if any(k[part] != keys[0][part] for k in keys)]:
-        raise ValueError(f"the processes differ in {', '.join(other)}: {[{p: k[p] for p in other} for k in keys]}; they would mix "
-                         "their logits in one cache")  # fmt: skip
+        raise ValueError(
+            f"the processes differ in {', '.join(other)}: {[{p: k[p] for p in other} for k in keys]}; they would mix "
+            "their logits in one cache"
+        )
 
 
 def _on_first(call: Callable[[], Any], world: int) -> Any:

@@ -60,11 +60,19 @@ def load_webvision(
         names, table = _read_imagenet(root, synsets)
     else:
         names = _read_synsets(Path(synsets or root / "info" / "synsets.txt"))
-        table = _read_lists(root, split, (sources,) if isinstance(sources, str) else tuple(sources), len(names))
+        table = _read_lists(
+            root, split, (sources,) if isinstance(sources, str) else tuple(sources), len(names)
+        )
     if classes is not None:
-        kept = list(range(classes)) if isinstance(classes, int | np.integer) else [int(c) for c in classes]
+        kept = (
+            list(range(classes))
+            if isinstance(classes, int | np.integer)
+            else [int(c) for c in classes]
+        )
         if not kept or min(kept) < 0 or max(kept) >= len(names) or len(set(kept)) < len(kept):
-            raise ValueError(f"classes={classes!r}: expected distinct class indices, there are {len(names)} classes.")
+            raise ValueError(
+                f"classes={classes!r}: expected distinct class indices, there are {len(names)} classes."
+            )
         names = [names[c] for c in kept]
         table = table.filter(pc.is_in(table["label"], pa.array(kept)))
         for k, name in enumerate(table.column_names[1:], start=1):
@@ -77,10 +85,14 @@ def load_webvision(
     # `Dataset(pa.Table)` takes the columns as they are: 2.4M rows in about a second, from_dict would need a minute.
     table = pa.Table.from_arrays(table.columns, schema=features.arrow_schema)
     info = DatasetInfo(dataset_name="webvision")
-    return Dataset(table, info=info, split=NamedSplit("train" if split == "train" else "validation"))
+    return Dataset(
+        table, info=info, split=NamedSplit("train" if split == "train" else "validation")
+    )
 
 
-def write_webvision(root: str | os.PathLike, train: tuple, val: tuple, names: Sequence[str]) -> Path:
+def write_webvision(
+    root: str | os.PathLike, train: tuple, val: tuple, names: Sequence[str]
+) -> Path:
     """Write pictures as WebVision has them (JPEG, list files, one query per class) -> root.
 
     Args:
@@ -99,19 +111,29 @@ def write_webvision(root: str | os.PathLike, train: tuple, val: tuple, names: Se
                 raise ValueError(f"{part}: {len(parts[0])} images, but {len(values)} labels.")
             for n, value in enumerate(values):
                 if not 0 <= value < len(names):
-                    raise ValueError(f"{part}: label {value} at position {n}, but there are {len(names)} names.")
+                    raise ValueError(
+                        f"{part}: label {value} at position {n}, but there are {len(names)} names."
+                    )
     synsets = [f"n{k + 1:08d} {name}" for k, name in enumerate(names)]
     queries = [f"{k + 1} {k + 1}" for k in range(len(names))]
     train_paths = [f"google/q{label + 1:04d}/{n + 1:08d}.jpg" for n, label in enumerate(train[1])]
     val_paths = [f"val{n + 1:06d}.jpg" for n in range(len(val[1]))]
-    lists = {"synsets": synsets, "queries_synsets_map": queries, "val_filelist": _lines(val_paths, val[1])}
+    lists = {
+        "synsets": synsets,
+        "queries_synsets_map": queries,
+        "val_filelist": _lines(val_paths, val[1]),
+    }
     for name, labels in zip(("filelist", "cleanlist"), train[1:], strict=False):
         lists[f"train_{name}_google"] = _lines(train_paths, labels)
     for name, lines in lists.items():
-        (root / "info" / f"{name}.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        (root / "info" / f"{name}.txt").write_text(
+            "".join(line + "\n" for line in lines), encoding="utf-8"
+        )
     for k in set(train[1]):
         (root / "google" / f"q{k + 1:04d}").mkdir(parents=True, exist_ok=True)
-    paths = [root / path for path in train_paths] + [root / "val_images_256" / path for path in val_paths]
+    paths = [root / path for path in train_paths] + [
+        root / "val_images_256" / path for path in val_paths
+    ]
     for path, image in zip(paths, [*train[0], *val[0]], strict=True):
         image = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image))
         image.save(path, quality=95)
@@ -142,7 +164,9 @@ def _read_lists(root: Path, split: str, sources: Sequence[str], num_classes: int
         return _read_list(root / "info" / "val_filelist.txt", root / folder, num_classes)
     if not sources or not set(sources) <= set(SOURCES) or len(set(sources)) < len(sources):
         raise ValueError(f"sources={sources!r}: expected distinct ones of {SOURCES}.")
-    tables = [_read_list(root / "info" / f"train_filelist_{s}.txt", root, num_classes) for s in sources]
+    tables = [
+        _read_list(root / "info" / f"train_filelist_{s}.txt", root, num_classes) for s in sources
+    ]
     clean = [root / "info" / f"train_cleanlist_{s}.txt" for s in sources]
     if any(path.exists() for path in clean):
         for k, path in enumerate(clean):
@@ -169,15 +193,23 @@ def _read_list(path: Path, folder: Path, num_classes: int) -> pa.Table:
             read_options=csv.ReadOptions(column_names=["image", "label"]),
             parse_options=csv.ParseOptions(delimiter=" ", quote_char=False),
             convert_options=csv.ConvertOptions(
-                column_types={"image": pa.string(), "label": pa.int64()}, null_values=[], strings_can_be_null=False
+                column_types={"image": pa.string(), "label": pa.int64()},
+                null_values=[],
+                strings_can_be_null=False,
             ),
         )
     except pa.ArrowInvalid as error:
         raise _bad_line(path, num_classes, str(error)) from None
     low_high = pc.min_max(table["label"]).as_py()
-    if low_high["min"] < 0 or low_high["max"] >= num_classes or pc.min(pc.binary_length(table["image"])).as_py() == 0:
+    if (
+        low_high["min"] < 0
+        or low_high["max"] >= num_classes
+        or pc.min(pc.binary_length(table["image"])).as_py() == 0
+    ):
         raise _bad_line(path, num_classes, f"labels from {low_high['min']} to {low_high['max']}")
-    return table.set_column(0, "image", pc.binary_join_element_wise(f"{folder}{os.sep}", table["image"], ""))
+    return table.set_column(
+        0, "image", pc.binary_join_element_wise(f"{folder}{os.sep}", table["image"], "")
+    )
 
 
 def _bad_line(path: Path, num_classes: int, reason: str) -> ValueError:
@@ -189,16 +221,24 @@ def _bad_line(path: Path, num_classes: int, reason: str) -> ValueError:
             if not line.strip():
                 continue
             if not name or not label.removeprefix("-").isdecimal():
-                return ValueError(f"{path}, line {number}: {line.strip()!r}, expected `<path> <label>`.")
+                return ValueError(
+                    f"{path}, line {number}: {line.strip()!r}, expected `<path> <label>`."
+                )
             if not 0 <= int(label) < num_classes:
-                return ValueError(f"{path}, line {number}: label {label}; {num_classes} classes go from 0.")
-    return ValueError(f"{path}: {'no line in it' if not number else reason}; expected lines `<path> <label>`.")
+                return ValueError(
+                    f"{path}, line {number}: label {label}; {num_classes} classes go from 0."
+                )
+    return ValueError(
+        f"{path}: {'no line in it' if not number else reason}; expected lines `<path> <label>`."
+    )
 
 
 def _read_imagenet(root: Path, synsets: str | os.PathLike | None) -> tuple[list[str], pa.Table]:
     """ILSVRC's validation folders -> class names, table of path and label."""
     root = root / "val" if (root / "val").is_dir() else root
-    folders = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
+    folders = (
+        sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
+    )
     indexed = bool(folders) and all(name.isdecimal() for name in folders)
     if not indexed:
         folders = [name for name in folders if name[0] == "n" and name[1:].isdecimal()]
@@ -225,4 +265,6 @@ def _read_imagenet(root: Path, synsets: str | os.PathLike | None) -> tuple[list[
         files = sorted(e.path for e in os.scandir(root / name) if e.name.lower().endswith(SUFFIXES))
         paths += files
         labels += [label] * len(files)
-    return names, pa.table({"image": pa.array(paths, pa.string()), "label": pa.array(labels, pa.int64())})
+    return names, pa.table(
+        {"image": pa.array(paths, pa.string()), "label": pa.array(labels, pa.int64())}
+    )

@@ -11,7 +11,16 @@ from .masked import Selected
 from .mutual import SMKD, Confident, Everything, Mutual, Nothing, Selector
 from .online import DML, KDCL, MKD
 from .online_features import AFD, FFL, PCL
-from .refined import CE, BootHard, BootSoft, ConfidencePenalty, LabelSmoothing, MyLC, ProSelfLC, Refined
+from .refined import (
+    CE,
+    BootHard,
+    BootSoft,
+    ConfidencePenalty,
+    LabelSmoothing,
+    MyLC,
+    ProSelfLC,
+    Refined,
+)
 from .registry import create_loss, list_losses, loss_class, register_loss
 from .robust import APL, DMI, GCE, MAE, NCE, NFL, RCE, SCE, TruncatedGCE
 from .sample_memory import Joint, SoftLabels

@@ -13,7 +13,12 @@ from torch.utils._pytree import tree_map
 from .functional import as_probs, full_dtype
 from .state import KeepsPrecision, Progress
 
-EXTRAS = ("teacher", "features", "teacher_features", "index")  # what a loss may read beside logits and target
+EXTRAS = (
+    "teacher",
+    "features",
+    "teacher_features",
+    "index",
+)  # what a loss may read beside logits and target
 
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -46,7 +51,9 @@ class Loss(KeepsPrecision):
         names = list(inspect.signature(cls.per_sample).parameters)[3:]
         if "extra" not in names:
             if unknown := set(names) - set(EXTRAS):
-                raise TypeError(f"{cls.__name__}.per_sample asks for {sorted(unknown)}: a loss can read only {EXTRAS}")
+                raise TypeError(
+                    f"{cls.__name__}.per_sample asks for {sorted(unknown)}: a loss can read only {EXTRAS}"
+                )
             cls.reads = frozenset(names)
 
     def __init__(self, *, num_classes: int | None = None, reduction: str = "mean") -> None:
@@ -63,7 +70,9 @@ class Loss(KeepsPrecision):
 
     def forward(self, logits: Tensor | Sequence[Tensor], target: Tensor, **extra: Any) -> Tensor:
         first = self._check(logits, target, extra)
-        with torch.autocast(first.device.type, enabled=False):  # CPU autocast would leave log_softmax in bfloat16
+        with torch.autocast(
+            first.device.type, enabled=False
+        ):  # CPU autocast would leave log_softmax in bfloat16
             if target.dim() == 2 or not self.indices:
                 target = as_probs(target, first.shape[-1], full_dtype(first))
             full: Any = logits  # what takes indices makes no copy of them
@@ -73,7 +82,9 @@ class Loss(KeepsPrecision):
             self.stats = {}  # whoever calls per_sample empties them: torch.compile would guard on what they held before
             losses = self.per_sample(full, target, **extra)
             if losses.device.type == "cpu" and not torch.compiler.is_compiling():
-                _refuse_nan(losses, self)  # on an accelerator this would wait for it; the Trainer looks there
+                _refuse_nan(
+                    losses, self
+                )  # on an accelerator this would wait for it; the Trainer looks there
             if self.reduction == "none" or losses.dim() == 0:
                 return losses
             return losses.mean() if self.reduction == "mean" else losses.sum()
@@ -81,7 +92,9 @@ class Loss(KeepsPrecision):
     def set_progress(self, progress: float) -> None:
         """Tell this loss, and every part of it, how far training is: t/Γ in [0, 1]."""
         if not 0.0 <= progress <= 1.0:
-            raise ValueError(f"progress={progress}: expected step / total_steps in [0, 1]; schedules end at 1")
+            raise ValueError(
+                f"progress={progress}: expected step / total_steps in [0, 1]; schedules end at 1"
+            )
         for module in self.modules():
             if isinstance(module, Progress):
                 module.set(progress)
@@ -103,7 +116,9 @@ class Loss(KeepsPrecision):
                     f"{name} teaches peers: expected a tuple of at least two logits [B, C], got {_what(logits)}"
                 )
             if len({tuple(z.shape) for z in logits}) > 1:
-                raise ValueError(f"{name}: all peers must have logits of one shape [B, C], got {_what(logits)}")
+                raise ValueError(
+                    f"{name}: all peers must have logits of one shape [B, C], got {_what(logits)}"
+                )
         elif not isinstance(logits, Tensor):
             hint = (
                 f"; Mutual({name}(), Nothing()) trains several networks side by side"
@@ -120,20 +135,30 @@ class Loss(KeepsPrecision):
                     f"{name} expects floating-point logits, got {peer.dtype}: logits, not predicted classes"
                 )
         if z.shape[0] == 0:
-            raise ValueError(f"{name}: the batch is empty, its mean would be NaN; got logits {_what(z)}")
+            raise ValueError(
+                f"{name}: the batch is empty, its mean would be NaN; got logits {_what(z)}"
+            )
         if self.num_classes not in (None, z.shape[1]):
-            raise ValueError(f"{name} was made for num_classes={self.num_classes}, got logits {_what(z)}")
+            raise ValueError(
+                f"{name} was made for num_classes={self.num_classes}, got logits {_what(z)}"
+            )
         if target.shape not in ((z.shape[0],), z.shape):
-            raise ValueError(f"{name}: target must be class indices [{z.shape[0]}] or distributions "
-                             f"{list(z.shape)}, got {list(target.shape)}")  # fmt: skip
+            raise ValueError(
+                f"{name}: target must be class indices [{z.shape[0]}] or distributions "
+                f"{list(z.shape)}, got {list(target.shape)}"
+            )
         if target.dim() == 1:
             if target.is_floating_point():
                 raise TypeError(f"{name}: class indices must be integers, got {target.dtype}")
-            if target.device.type == "cpu" and not torch.compiler.is_compiling():  # an accelerator asserts by itself
+            if (
+                target.device.type == "cpu" and not torch.compiler.is_compiling()
+            ):  # an accelerator asserts by itself
                 wrong = (target < 0) | (target >= z.shape[1])
                 if wrong.any():
-                    raise ValueError(f"{name}: label {target[wrong][0].item()} at position {wrong.nonzero()[0].item()} is "
-                                     f"outside the {z.shape[1]} classes 0 to {z.shape[1] - 1}")  # fmt: skip
+                    raise ValueError(
+                        f"{name}: label {target[wrong][0].item()} at position {wrong.nonzero()[0].item()} is "
+                        f"outside the {z.shape[1]} classes 0 to {z.shape[1] - 1}"
+                    )
         if missing := self.reads - {k for k, v in extra.items() if v is not None}:
             raise TypeError(f"{name} reads {sorted(self.reads)}: missing {sorted(missing)}")
         if unknown := set(extra) - self.reads:
@@ -142,7 +167,9 @@ class Loss(KeepsPrecision):
             )
         teacher, index = extra.get("teacher"), extra.get("index")
         if teacher is not None and (teacher.dim() not in (2, 3) or teacher.shape[-2:] != z.shape):
-            raise ValueError(f"{name}: teacher must be logits [T, B, C] or [B, C] for {_what(z)}, got {_what(teacher)}")
+            raise ValueError(
+                f"{name}: teacher must be logits [T, B, C] or [B, C] for {_what(z)}, got {_what(teacher)}"
+            )
         if index is not None and index.shape != z.shape[:1]:
             raise ValueError(f"{name}: index must be positions [{z.shape[0]}], got {_what(index)}")
         return z
@@ -152,14 +179,18 @@ class Loss(KeepsPrecision):
         names = list(inspect.signature(type(self).__init__).parameters)
         names += ["reduction"] if self.reduction != "mean" else []
         return ", ".join(
-            f"{n}={getattr(self, n)}" for n in names if isinstance(getattr(self, n, None), int | float | str)
+            f"{n}={getattr(self, n)}"
+            for n in names
+            if isinstance(getattr(self, n, None), int | float | str)
         )
 
 
 class Sum(Loss):
     """Σ_i w_i L_i: what ``0.1 * CE() + 0.9 * KD(temperature=4)`` makes. Each term is handed what it reads."""
 
-    def __init__(self, terms: Sequence[tuple[float, Loss]], *, reduction: str | None = None) -> None:
+    def __init__(
+        self, terms: Sequence[tuple[float, Loss]], *, reduction: str | None = None
+    ) -> None:
         reductions = {reduction} if reduction else {term.reduction for _, term in terms}
         sizes = {term.num_classes for _, term in terms} - {None}
         if len(reductions) > 1 or len(sizes) > 1:
@@ -168,8 +199,10 @@ class Sum(Loss):
             )
         super().__init__(num_classes=next(iter(sizes), None), reduction=reductions.pop())
         if len({term.peers for _, term in terms}) > 1:
-            raise TypeError("a loss for several networks and a loss for one cannot be added: "
-                            + " + ".join(type(t).__name__ for _, t in terms))  # fmt: skip
+            raise TypeError(
+                "a loss for several networks and a loss for one cannot be added: "
+                + " + ".join(type(t).__name__ for _, t in terms)
+            )
         self.weights = [float(w) for w, _ in terms]
         self.terms: Any = nn.ModuleList(term for _, term in terms)
         self.reads = frozenset(name for _, term in terms for name in term.reads)
@@ -180,9 +213,13 @@ class Sum(Loss):
         total: Tensor | float = 0.0
         for i, (weight, term) in enumerate(zip(self.weights, self.terms, strict=True)):
             term.stats = {}
-            loss = term.per_sample(logits, target, **{k: v for k, v in extra.items() if k in term.reads})
+            loss = term.per_sample(
+                logits, target, **{k: v for k, v in extra.items() if k in term.reads}
+            )
             name = f"{type(term).__name__.lower()}_{i}"
-            self.stats |= {name: loss.detach().mean()} | {f"{name}_{k}": v for k, v in term.stats.items()}
+            self.stats |= {name: loss.detach().mean()} | {
+                f"{name}_{k}": v for k, v in term.stats.items()
+            }
             total = total + weight * loss
         return total  # type: ignore[return-value]
 
@@ -191,7 +228,9 @@ class Sum(Loss):
 
 
 def _terms(loss: Loss) -> list[tuple[float, Loss]]:
-    return list(zip(loss.weights, loss.terms, strict=True)) if isinstance(loss, Sum) else [(1.0, loss)]  # type: ignore[arg-type]
+    return (
+        list(zip(loss.weights, loss.terms, strict=True)) if isinstance(loss, Sum) else [(1.0, loss)]
+    )  # type: ignore[arg-type]
 
 
 def _full(z: Tensor) -> Tensor:
@@ -209,9 +248,15 @@ def _prepare(name: str, value: Any, loss: Loss) -> Any:
 
 def _refuse_nan(losses: Tensor, loss: Loss) -> None:
     if torch.isnan(losses).any():
-        where = torch.isnan(losses).nonzero().flatten().tolist()[:5] if losses.dim() else "the whole batch"
-        raise ValueError(f"{type(loss).__name__} is NaN for samples {where}: NaN stands in the logits or in the target, "
-                         "and one step on it would make every weight NaN; look at the learning rate and the input")  # fmt: skip
+        where = (
+            torch.isnan(losses).nonzero().flatten().tolist()[:5]
+            if losses.dim()
+            else "the whole batch"
+        )
+        raise ValueError(
+            f"{type(loss).__name__} is NaN for samples {where}: NaN stands in the logits or in the target, "
+            "and one step on it would make every weight NaN; look at the learning rate and the input"
+        )
 
 
 def at_layer(features: Any, layer: int) -> Tensor:

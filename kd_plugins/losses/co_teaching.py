@@ -48,17 +48,28 @@ class SmallLoss(Selector):
     ) -> None:
         super().__init__()
         if not 0.0 <= forget < 1.0:
-            raise ValueError(f"forget={forget}: expected a share in [0, 1); at 1 no sample is left to learn from")
+            raise ValueError(
+                f"forget={forget}: expected a share in [0, 1); at 1 no sample is left to learn from"
+            )
         if not 0.0 <= ramp <= 1.0:
             raise ValueError(
                 f"ramp={ramp}: expected progress in [0, 1], not epochs; the rest of the ramp would not come"
             )
         if not 0.0 < exponent < math.inf:
-            raise ValueError(f"exponent={exponent}: expected a positive number; R(t) would not rise from 0 to forget")
+            raise ValueError(
+                f"exponent={exponent}: expected a positive number; R(t) would not rise from 0 to forget"
+            )
         if keep is not None and (forget, ramp, exponent) != (0.2, 0.05, 1.0):
-            raise ValueError(f"keep={keep} takes the place of the schedule that forget={forget}, ramp={ramp} and "
-                             f"exponent={exponent} describe: they would be ignored; give one or the other")  # fmt: skip
-        self.forget, self.ramp, self.exponent, self.keep = float(forget), float(ramp), float(exponent), keep
+            raise ValueError(
+                f"keep={keep} takes the place of the schedule that forget={forget}, ramp={ramp} and "
+                f"exponent={exponent} describe: they would be ignored; give one or the other"
+            )
+        self.forget, self.ramp, self.exponent, self.keep = (
+            float(forget),
+            float(ramp),
+            float(exponent),
+            keep,
+        )
         self.progress = Progress() if keep is not None or (forget and ramp) else None
 
     def forward(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
@@ -73,7 +84,11 @@ class SmallLoss(Selector):
         elif self.keep is not None:
             share = self.keep(self.progress.get(self))
         else:
-            share = 1.0 - self.forget * (self.progress.get(self) / self.ramp).clamp(max=1.0) ** self.exponent
+            share = (
+                1.0
+                - self.forget
+                * (self.progress.get(self) / self.ramp).clamp(max=1.0) ** self.exponent
+            )
         self.stats = {"keep": share}
         return ((share + 1e-6) * (len(losses) if n is None else n)).floor()
 
@@ -111,9 +126,16 @@ class CoTeaching(Mutual):
     """
 
     def __init__(
-        self, forget: float = 0.2, ramp: float = 0.05, exponent: float = 1.0, num_peers: int = 2, **base: Any
+        self,
+        forget: float = 0.2,
+        ramp: float = 0.05,
+        exponent: float = 1.0,
+        num_peers: int = 2,
+        **base: Any,
     ) -> None:
-        super().__init__(CE(), SmallLoss(forget, ramp, exponent), own=0.0, num_peers=num_peers, **base)
+        super().__init__(
+            CE(), SmallLoss(forget, ramp, exponent), own=0.0, num_peers=num_peers, **base
+        )
 
 
 @register_loss("co_teaching_plus")
@@ -137,11 +159,18 @@ class CoTeachingPlus(Mutual):
     select: SmallLoss
 
     def __init__(
-        self, forget: float = 0.2, ramp: float = 0.05, exponent: float = 1.0, start: float = 0.025, **base: Any
+        self,
+        forget: float = 0.2,
+        ramp: float = 0.05,
+        exponent: float = 1.0,
+        start: float = 0.025,
+        **base: Any,
     ) -> None:
         super().__init__(CE(), SmallLoss(forget, ramp, exponent), own=0.0, **base)
         if not 0.0 <= start <= 1.0:
-            raise ValueError(f"start={start}: expected progress in [0, 1], not epochs; it would never start")
+            raise ValueError(
+                f"start={start}: expected progress in [0, 1], not epochs; it would never start"
+            )
         self.start = float(start)
         self.progress = Progress() if start else None
 
@@ -162,8 +191,13 @@ class CoTeachingPlus(Mutual):
         total = torch.zeros_like(losses[0])
         for peer, loss, own, others in zip("ab", losses, chosen, reversed(chosen), strict=True):
             weight = others.to(loss.dtype)
-            taught = weight * (weight.shape[0] / weight.sum().clamp_min(1.0)) * loss  # the batch mean divides by B
-            self.stats |= {f"own_{peer}": loss.detach().mean(), f"taught_{peer}": taught.detach().mean()}
+            taught = (
+                weight * (weight.shape[0] / weight.sum().clamp_min(1.0)) * loss
+            )  # the batch mean divides by B
+            self.stats |= {
+                f"own_{peer}": loss.detach().mean(),
+                f"taught_{peer}": taught.detach().mean(),
+            }
             self.stats[f"selected_{peer}"] = own.float().mean()
             total = total + taught
         self.stats |= {"disagree": disagree.float().mean(), **self.select.stats}
@@ -195,7 +229,8 @@ class S2ESchedule(KeepsPrecision):
     def __init__(
         self,
         alpha: Sequence[float] = (0.25, 0.25, 0.25, 0.25),
-        beta: Sequence[Sequence[float]] = ((0.1, 0.17, 0.05, 1.0),) * 2 + ((0.06, 1.0, 0.07, 1.0),) * 2,
+        beta: Sequence[Sequence[float]] = ((0.1, 0.17, 0.05, 1.0),) * 2
+        + ((0.06, 1.0, 0.07, 1.0),) * 2,
         horizon: float = 200.0,
     ) -> None:
         super().__init__()
@@ -203,9 +238,13 @@ class S2ESchedule(KeepsPrecision):
             raise ValueError(
                 f"alpha={alpha}: expected four weights, not negative, with sum 1; the schedule is their mean"
             )
-        if len(beta) != 4 or any(len(b) != 4 or not all(0 <= x < math.inf for x in b) for b in beta):
-            raise ValueError(f"beta={beta}: expected for each of the four functions (b1, b2, b3, b4), none negative; it would "
-                             "not be a decay plus a growth")  # fmt: skip
+        if len(beta) != 4 or any(
+            len(b) != 4 or not all(0 <= x < math.inf for x in b) for b in beta
+        ):
+            raise ValueError(
+                f"beta={beta}: expected for each of the four functions (b1, b2, b3, b4), none negative; it would "
+                "not be a decay plus a growth"
+            )
         if not 0 < horizon < math.inf:
             raise ValueError(f"horizon={horizon}: expected the number of epochs that t runs over")
         self.alpha = tuple(map(float, alpha))
@@ -216,7 +255,9 @@ class S2ESchedule(KeepsPrecision):
         share, t = torch.zeros_like(progress), progress * self.horizon
         for i, (alpha, (b1, b2, b3, b4)) in enumerate(zip(self.alpha, self.beta, strict=True)):
             decay = torch.exp(-b2 * t**b1) if i < 2 else (1.0 + b2 * t) ** -b1
-            growth = progress**b4 if i % 2 == 0 else torch.log1p(t**b4) / math.log1p(self.horizon**b4)
+            growth = (
+                progress**b4 if i % 2 == 0 else torch.log1p(t**b4) / math.log1p(self.horizon**b4)
+            )
             share = share + alpha * (decay + b3 * growth)
         return share.clamp(0.0, 1.0)
 
@@ -239,5 +280,9 @@ class S2E(Mutual):
         num_peers: how many networks; two in the paper.
     """
 
-    def __init__(self, keep: Callable[[Tensor], Tensor] | None = None, num_peers: int = 2, **base: Any) -> None:
-        super().__init__(CE(), SmallLoss(keep=keep or S2ESchedule()), own=0.0, num_peers=num_peers, **base)
+    def __init__(
+        self, keep: Callable[[Tensor], Tensor] | None = None, num_peers: int = 2, **base: Any
+    ) -> None:
+        super().__init__(
+            CE(), SmallLoss(keep=keep or S2ESchedule()), own=0.0, num_peers=num_peers, **base
+        )

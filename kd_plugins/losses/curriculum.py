@@ -59,12 +59,23 @@ class MentorNet(Loss):
         if curriculum not in CURRICULA:
             raise ValueError(f"curriculum={curriculum!r}: expected one of {CURRICULA}")
         if not 0.0 <= percentile <= 1.0:
-            raise ValueError(f"percentile={percentile}: expected a share in [0, 1], 0.75 for the 75th percentile")
+            raise ValueError(
+                f"percentile={percentile}: expected a share in [0, 1], 0.75 for the 75th percentile"
+            )
         if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay={decay}: expected a number in [0, 1); at 1 the percentile would stay at 0")
+            raise ValueError(
+                f"decay={decay}: expected a number in [0, 1); at 1 the percentile would stay at 0"
+            )
         if not gamma > 0:
-            raise ValueError(f"gamma={gamma}: expected a number above 0; the excess of loss is divided by it")
-        self.curriculum, self.percentile, self.decay, self.gamma = curriculum, percentile, decay, gamma
+            raise ValueError(
+                f"gamma={gamma}: expected a number above 0; the excess of loss is divided by it"
+            )
+        self.curriculum, self.percentile, self.decay, self.gamma = (
+            curriculum,
+            percentile,
+            decay,
+            gamma,
+        )
         self.register_buffer("moving_percentile", torch.zeros(()))
         self.progress = Progress() if curriculum == "predefined" else None
 
@@ -83,7 +94,9 @@ class MentorNet(Loss):
         with torch.no_grad():
             m = self.moving_percentile
             if self.training:
-                batch = torch.quantile(gather_over_ranks(losses.detach()), self.percentile, interpolation="nearest")
+                batch = torch.quantile(
+                    gather_over_ranks(losses.detach()), self.percentile, interpolation="nearest"
+                )
                 moved = self.decay * m + (1.0 - self.decay) * batch.to(m.dtype)
                 m.copy_(torch.where(moved.isfinite(), moved, m))
             v = self.weights(losses)

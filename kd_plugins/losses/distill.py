@@ -32,7 +32,9 @@ def _softened(logits: Tensor, temperature: float) -> Tensor:
 
 def _temperature(value: float) -> float:
     if not 0.0 < value < math.inf:
-        raise ValueError(f"temperature={value}: expected a finite number above 0; logits are divided by it")
+        raise ValueError(
+            f"temperature={value}: expected a finite number above 0; logits are divided by it"
+        )
     return float(value)
 
 
@@ -82,7 +84,11 @@ class KD(Loss):
         divergence = self.temperature**2 * kl(taught, student)  # [T, B]
         with torch.no_grad():
             one = len(teacher) == 1  # the published weights of one teacher are 0 / 0
-            weight = torch.ones_like(divergence) if one else self.weights(student, target, teacher, taught)
+            weight = (
+                torch.ones_like(divergence)
+                if one
+                else self.weights(student, target, teacher, taught)
+            )
         self.stats |= {f"weight_{k}": w.mean() for k, w in enumerate(weight)}
         return self.factor(len(teacher)) * (weight * divergence).sum(0)
 
@@ -135,7 +141,9 @@ class EBKD(_Doubting):
     def doubt(self, target: Tensor, teacher: Tensor) -> Tensor:
         doubt = entropy(torch.log_softmax(teacher, dim=-1))
         total = doubt.sum(0)
-        return torch.where(total > 0, doubt / torch.where(total > 0, total, 1.0), 1.0 / len(teacher))
+        return torch.where(
+            total > 0, doubt / torch.where(total > 0, total, 1.0), 1.0 / len(teacher)
+        )
 
     def factor(self, num_teachers: int) -> float:
         return 1.0 - 1.0 / num_teachers if self.scale == "code" and num_teachers > 1 else 1.0
@@ -192,11 +200,15 @@ class AEKD(KD):
     def __init__(self, temperature: float = 4.0, cap: float = 0.6, **base: Any) -> None:
         super().__init__(temperature, **base)
         if not 0.0 < cap <= 1.0:
-            raise ValueError(f"cap={cap}: expected the largest weight of a teacher, in (0, 1]; 1 is no bound")
+            raise ValueError(
+                f"cap={cap}: expected the largest weight of a teacher, in (0, 1]; 1 is no bound"
+            )
         self.cap = float(cap)
 
     def weights(self, student: Tensor, target: Tensor, teacher: Tensor, taught: Tensor) -> Tensor:
-        d = (student.exp() - taught.exp()).mean(1).double()  # [T, C], without the factor T; double: no TF32 below
+        d = (
+            (student.exp() - taught.exp()).mean(1).double()
+        )  # [T, C], without the factor T; double: no TF32 below
         weight = simplex_qp(d @ d.T, max(self.cap, 1.0 / len(taught))).to(taught.dtype)
         return weight[:, None].expand(taught.shape[:2])
 
@@ -241,12 +253,18 @@ class LabelRevision(Loss):
     ) -> None:
         term = KD(4.0 if temperature is None else temperature) if term is None else term
         if not isinstance(term, KD):
-            raise TypeError(f"term={term!r}: expected KD, AVER, EBKD, AEKD or CAMKD; put other losses beside this one")
+            raise TypeError(
+                f"term={term!r}: expected KD, AVER, EBKD, AEKD or CAMKD; put other losses beside this one"
+            )
         super().__init__(**{"num_classes": term.num_classes, "reduction": term.reduction} | base)
         if temperature not in (None, term.temperature):
-            raise ValueError(f"temperature={temperature}: {term!r} has its own, and this one would be ignored")
+            raise ValueError(
+                f"temperature={temperature}: {term!r} has its own, and this one would be ignored"
+            )
         if not 0.0 < eta < 1.0:
-            raise ValueError(f"eta={eta}: expected a number in (0, 1); at 1 the label's class no longer leads")
+            raise ValueError(
+                f"eta={eta}: expected a number in (0, 1); at 1 the label's class no longer leads"
+            )
         if apply_to not in APPLY_TO:
             raise ValueError(f"apply_to={apply_to!r}: expected one of {APPLY_TO}")
         self.term, self.eta, self.apply_to = term, float(eta), apply_to
@@ -258,7 +276,9 @@ class LabelRevision(Loss):
         revised = (b * p + (1.0 - b) * target).log()
         wrong = p.argmax(-1) != target.argmax(-1)  # [T, B]
         self.stats["revised"] = wrong.to(p.dtype).mean()
-        return revised if self.apply_to == "all" else torch.where(wrong.unsqueeze(-1), revised, log_p)
+        return (
+            revised if self.apply_to == "all" else torch.where(wrong.unsqueeze(-1), revised, log_p)
+        )
 
     def per_sample(self, logits: Tensor, target: Tensor, teacher: Tensor) -> Tensor:
         self.term.stats = {}
@@ -271,7 +291,9 @@ class LabelRevision(Loss):
 class _TeacherFree(Loss):
     """L = (1 - alpha) H(q, p) + alpha · multiplier · KL, the KL divided by C with ``kl_reduction="mean"``."""
 
-    def __init__(self, alpha: float, temperature: float, multiplier: float, kl_reduction: str, **base: Any) -> None:
+    def __init__(
+        self, alpha: float, temperature: float, multiplier: float, kl_reduction: str, **base: Any
+    ) -> None:
         super().__init__(**base)
         if kl_reduction not in KL_REDUCTION:
             raise ValueError(f"kl_reduction={kl_reduction!r}: expected one of {KL_REDUCTION}")
@@ -282,7 +304,9 @@ class _TeacherFree(Loss):
         if self.kl_reduction == "mean":
             divergence = divergence / log_p.shape[-1]
         self.stats["kl"] = divergence.detach().mean()
-        return (1.0 - self.alpha) * cross_entropy(log_p, target) + self.alpha * self.multiplier * divergence
+        return (1.0 - self.alpha) * cross_entropy(
+            log_p, target
+        ) + self.alpha * self.multiplier * divergence
 
 
 @register_loss("tf_kd_reg")
@@ -324,14 +348,18 @@ class TfKDReg(_TeacherFree):
     ) -> None:
         super().__init__(alpha, temperature, multiplier, kl_reduction, **base)
         if not 0.0 < correct <= 1.0:
-            raise ValueError(f"correct={correct}: expected the teacher's probability of the label, in (0, 1]")
+            raise ValueError(
+                f"correct={correct}: expected the teacher's probability of the label, in (0, 1]"
+            )
         if virtual not in VIRTUAL:
             raise ValueError(f"virtual={virtual!r}: expected one of {VIRTUAL}")
         self.correct, self.virtual = float(correct), virtual
 
     def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
         log_p = student = Prediction.of(logits).log_p
-        teacher = self.correct * target + (1.0 - self.correct) / (logits.shape[-1] - 1) * (1.0 - target)  # p_d
+        teacher = self.correct * target + (1.0 - self.correct) / (logits.shape[-1] - 1) * (
+            1.0 - target
+        )  # p_d
         if self.virtual == "direct":
             teacher, student = teacher.log(), _softened(logits, self.temperature)
         return self._mix(log_p, target, kl(_softened(teacher, self.temperature), student))

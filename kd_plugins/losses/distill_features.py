@@ -27,24 +27,36 @@ SCALES = ("code", "paper")
 class _Taught(Loss):
     """One student map and one map of each teacher, of known channels, from one layer."""
 
-    def __init__(self, student_dim: int, teacher_dims: int | Sequence[int], layer: int, **base: Any) -> None:
+    def __init__(
+        self, student_dim: int, teacher_dims: int | Sequence[int], layer: int, **base: Any
+    ) -> None:
         super().__init__(**base)
         dims = (teacher_dims,) if isinstance(teacher_dims, int) else tuple(teacher_dims)
         if not dims or min(student_dim, *dims) < 1:
-            raise ValueError(f"student_dim={student_dim}, teacher_dims={dims}: expected the channels of the student's map and of "
-                             "each teacher's (timm: model.num_features for the last)")  # fmt: skip
+            raise ValueError(
+                f"student_dim={student_dim}, teacher_dims={dims}: expected the channels of the student's map and of "
+                "each teacher's (timm: model.num_features for the last)"
+            )
         self.student_dim, self.teacher_dims, self.layer = student_dim, dims, layer
 
-    def maps(self, logits: Tensor, features: Any, teacher_features: Sequence[Any]) -> tuple[Tensor, list[Tensor]]:
+    def maps(
+        self, logits: Tensor, features: Any, teacher_features: Sequence[Any]
+    ) -> tuple[Tensor, list[Tensor]]:
         """F_S and the F_k, once they fit."""
-        student, *teachers = (_map(self, logits, f, self.layer) for f in (features, *teacher_features))
+        student, *teachers = (
+            _map(self, logits, f, self.layer) for f in (features, *teacher_features)
+        )
         found = student.shape[1], tuple(f.shape[1] for f in teachers)
         if found != (self.student_dim, self.teacher_dims):
-            raise ValueError(f"{type(self).__name__} was made for student_dim={self.student_dim} and teacher_dims="
-                             f"{self.teacher_dims}, got maps with {found[0]} and {found[1]} channels")  # fmt: skip
+            raise ValueError(
+                f"{type(self).__name__} was made for student_dim={self.student_dim} and teacher_dims="
+                f"{self.teacher_dims}, got maps with {found[0]} and {found[1]} channels"
+            )
         return student, teachers
 
-    def pairs(self, logits: Tensor, features: Any, teacher_features: Sequence[Any]) -> list[list[Tensor]]:
+    def pairs(
+        self, logits: Tensor, features: Any, teacher_features: Sequence[Any]
+    ) -> list[list[Tensor]]:
         """[F_S, F_k] for each teacher k, the larger pooled to the smaller; always from the maps as they came."""
         student, teachers = self.maps(logits, features, teacher_features)
         return [_same_size([student, teacher]) for teacher in teachers]
@@ -53,11 +65,15 @@ class _Taught(Loss):
 def _map(owner: Loss, logits: Tensor, features: Any, layer: int) -> Tensor:
     """The map of a layer, once it is one of this batch."""
     if not isinstance(features, Tensor) and not -len(features) <= layer < len(features):
-        raise ValueError(f"{type(owner).__name__} reads layer {layer}, got the maps of {len(features)} layers")
+        raise ValueError(
+            f"{type(owner).__name__} reads layer {layer}, got the maps of {len(features)} layers"
+        )
     found = at_layer(features, layer)
     if found.dim() != 4 or len(found) != len(logits):
-        raise ValueError(f"{type(owner).__name__}: expected a map [{len(logits)}, D, h, w] at layer {layer}, got "
-                         f"{list(found.shape)}")  # fmt: skip
+        raise ValueError(
+            f"{type(owner).__name__}: expected a map [{len(logits)}, D, h, w] at layer {layer}, got "
+            f"{list(found.shape)}"
+        )
     return found
 
 
@@ -83,13 +99,22 @@ class FitNet(_Taught):
         layer: which map; the last but one by default, where there are several.
     """
 
-    def __init__(self, student_dim: int, teacher_dims: int | Sequence[int], layer: int = -2, **base: Any) -> None:
+    def __init__(
+        self, student_dim: int, teacher_dims: int | Sequence[int], layer: int = -2, **base: Any
+    ) -> None:
         super().__init__(student_dim, teacher_dims, layer, **base)
-        self.regressors: Any = nn.ModuleList(nn.Conv2d(student_dim, d, 1) for d in self.teacher_dims)
+        self.regressors: Any = nn.ModuleList(
+            nn.Conv2d(student_dim, d, 1) for d in self.teacher_dims
+        )
 
-    def per_sample(self, logits: Tensor, target: Tensor, features: Any, teacher_features: Sequence[Any]) -> Tensor:
+    def per_sample(
+        self, logits: Tensor, target: Tensor, features: Any, teacher_features: Sequence[Any]
+    ) -> Tensor:
         pairs = self.pairs(logits, features, teacher_features)
-        hints = [_per_sample_mean((r(s) - t) ** 2) for r, (s, t) in zip(self.regressors, pairs, strict=True)]
+        hints = [
+            _per_sample_mean((r(s) - t) ** 2)
+            for r, (s, t) in zip(self.regressors, pairs, strict=True)
+        ]
         self.stats |= {f"teacher_{k}": hint.detach().mean() for k, hint in enumerate(hints)}
         return torch.stack(hints).mean(0)
 
@@ -116,17 +141,26 @@ class AT(Loss):
     def __init__(self, layers: Sequence[int] = (-3, -2, -1), **base: Any) -> None:
         super().__init__(**base)
         if len(layers) < 1:
-            raise ValueError(f"layers={layers}: expected at least one layer; the loss would be a constant zero")
+            raise ValueError(
+                f"layers={layers}: expected at least one layer; the loss would be a constant zero"
+            )
         self.layers = tuple(layers)
 
-    def per_sample(self, logits: Tensor, target: Tensor, features: Any, teacher_features: Sequence[Any]) -> Tensor:
+    def per_sample(
+        self, logits: Tensor, target: Tensor, features: Any, teacher_features: Sequence[Any]
+    ) -> Tensor:
         if not teacher_features:
-            raise ValueError("AT: teacher_features is empty: expected the maps of at least one teacher")
+            raise ValueError(
+                "AT: teacher_features is empty: expected the maps of at least one teacher"
+            )
         alone = any(isinstance(f, Tensor) for f in (features, *teacher_features))
         total = torch.zeros_like(logits[:, 0])
         for layer in self.layers[-1:] if alone else self.layers:
             for taught in teacher_features:
-                s, t = (_attention(f) for f in _same_size([_map(self, logits, f, layer) for f in (features, taught)]))
+                s, t = (
+                    _attention(f)
+                    for f in _same_size([_map(self, logits, f, layer) for f in (features, taught)])
+                )
                 total = total + ((s - t) ** 2).mean(1)
         return total / len(teacher_features)
 
@@ -168,18 +202,28 @@ class VID(_Taught):
     ) -> None:
         super().__init__(student_dim, teacher_dims, layer, **base)
         if not variance > self.floor:
-            raise ValueError(f"variance={variance}: expected the initial variance, above {self.floor}")
+            raise ValueError(
+                f"variance={variance}: expected the initial variance, above {self.floor}"
+            )
         self.variance = variance
         self.means: Any = nn.ModuleList(_regressor(student_dim, d) for d in self.teacher_dims)
         start = variance - self.floor
         alpha = start + math.log(-math.expm1(-start))  # the inverse of softplus
         self.alphas: Any = nn.ParameterList(torch.full((d,), alpha) for d in self.teacher_dims)
 
-    def per_sample(self, logits: Tensor, target: Tensor, features: Any, teacher_features: Sequence[Any]) -> Tensor:
+    def per_sample(
+        self, logits: Tensor, target: Tensor, features: Any, teacher_features: Sequence[Any]
+    ) -> Tensor:
         total: Any = 0.0
         for k, (student, teacher) in enumerate(self.pairs(logits, features, teacher_features)):
             variance = (F.softplus(self.alphas[k]) + self.floor)[:, None, None]
-            total = total + _per_sample_mean((self.means[k](student) - teacher) ** 2 / variance + variance.log()) / 2
+            total = (
+                total
+                + _per_sample_mean(
+                    (self.means[k](student) - teacher) ** 2 / variance + variance.log()
+                )
+                / 2
+            )
             self.stats[f"variance_{k}"] = variance.detach().mean()
         return total / len(self.teacher_dims)
 
@@ -209,23 +253,36 @@ class _Contrast(KeepsPrecision):
         self.banks: Any = nn.ModuleList(SampleTable(num_samples, feat_dim) for _ in dims)
         bank: Any
         for bank in self.banks:
-            bank.rows.uniform_(-math.sqrt(3 / feat_dim), math.sqrt(3 / feat_dim), generator=start)  # E ‖m‖² = 1
+            bank.rows.uniform_(
+                -math.sqrt(3 / feat_dim), math.sqrt(3 / feat_dim), generator=start
+            )  # E ‖m‖² = 1
         self.register_buffer("z", torch.zeros(2))  # 0: not known yet
 
     def forward(self, maps: Sequence[Tensor], index: Tensor, negatives: Tensor) -> Tensor:
-        anchors = [F.normalize(e(_pooled(f)), dim=1) for e, f in zip(self.embeds, maps, strict=True)]
+        anchors = [
+            F.normalize(e(_pooled(f)), dim=1) for e, f in zip(self.embeds, maps, strict=True)
+        ]
         rows, scores = torch.cat([index, negatives]), []
-        for v, bank in zip(anchors, (self.banks[1], self.banks[0]), strict=True):  # each against the other's bank
+        for v, bank in zip(
+            anchors, (self.banks[1], self.banks[0]), strict=True
+        ):  # each against the other's bank
             # positives too by a matrix product: what only feeds elementwise products, torch.compile reads anew in the
             # backward, from banks that have changed by then (pytorch/pytorch#197039)
             found = v @ bank.read(rows).to(v.dtype).T / self.tau  # [B, B + K]
-            scores.append(torch.cat([found[:, : len(index)].diagonal()[:, None], found[:, len(index) :]], dim=1))
+            scores.append(
+                torch.cat(
+                    [found[:, : len(index)].diagonal()[:, None], found[:, len(index) :]], dim=1
+                )
+            )
         score = torch.stack(scores)  # [2, B, 1 + K]
         share = len(negatives) / self.banks[0].num_samples  # K P_n
         log_odds = score - (share * self._normalizer(score.detach())).log()[:, None, None]
         if self.training:
             for v, bank in zip(anchors, self.banks, strict=True):
-                mixed = self.momentum * bank.read(index).to(v.dtype) + (1.0 - self.momentum) * v.detach()
+                mixed = (
+                    self.momentum * bank.read(index).to(v.dtype)
+                    + (1.0 - self.momentum) * v.detach()
+                )
                 bank.write(index, F.normalize(mixed, dim=1))
         return (F.softplus(-log_odds[..., 0]) + F.softplus(log_odds[..., 1:]).sum(-1)).sum(0)
 
@@ -282,25 +339,47 @@ class CRD(_Taught):
     ) -> None:
         super().__init__(student_dim, teacher_dims, -1, **base)
         if num_samples < 2 or negatives < 1:
-            raise ValueError(f"num_samples={num_samples}, negatives={negatives}: expected two samples or more and a negative or "
-                             "more; without one there is nothing to tell apart")  # fmt: skip
+            raise ValueError(
+                f"num_samples={num_samples}, negatives={negatives}: expected two samples or more and a negative or "
+                "more; without one there is nothing to tell apart"
+            )
         if not tau >= 0.02:
-            raise ValueError(f"tau={tau}: expected at least 0.02; below, e^(s / tau) exceeds float32")
+            raise ValueError(
+                f"tau={tau}: expected at least 0.02; below, e^(s / tau) exceeds float32"
+            )
         if not 0.0 <= momentum < 1.0:
-            raise ValueError(f"momentum={momentum}: expected a share in [0, 1); at 1 the banks would stay random")
-        self.num_samples, self.feat_dim, self.tau, self.momentum = num_samples, feat_dim, tau, momentum
+            raise ValueError(
+                f"momentum={momentum}: expected a share in [0, 1); at 1 the banks would stay random"
+            )
+        self.num_samples, self.feat_dim, self.tau, self.momentum = (
+            num_samples,
+            feat_dim,
+            tau,
+            momentum,
+        )
         self.negatives = min(negatives, num_samples - 1)
-        start = torch.Generator().manual_seed(0)  # DDP does not send tables: all processes have to begin with the same
+        start = torch.Generator().manual_seed(
+            0
+        )  # DDP does not send tables: all processes have to begin with the same
         self.contrasts: Any = nn.ModuleList(
-            _Contrast(num_samples, (student_dim, d), feat_dim, tau, momentum, start) for d in self.teacher_dims
+            _Contrast(num_samples, (student_dim, d), feat_dim, tau, momentum, start)
+            for d in self.teacher_dims
         )
 
     def per_sample(
-        self, logits: Tensor, target: Tensor, features: Any, teacher_features: Sequence[Any], index: Tensor
+        self,
+        logits: Tensor,
+        target: Tensor,
+        features: Any,
+        teacher_features: Sequence[Any],
+        index: Tensor,
     ) -> Tensor:
         student, teachers = self.maps(logits, features, teacher_features)
         negatives = torch.randint(self.num_samples, (self.negatives,), device=index.device)
-        losses = [c((student, teacher), index, negatives) for c, teacher in zip(self.contrasts, teachers, strict=True)]
+        losses = [
+            c((student, teacher), index, negatives)
+            for c, teacher in zip(self.contrasts, teachers, strict=True)
+        ]
         return torch.stack(losses).mean(0)
 
 
@@ -315,10 +394,14 @@ class _Head(KeepsPrecision):
         linear = isinstance(head, nn.Linear)
         for name in ("weight", "bias"):
             own = getattr(head, name) if linear else None
-            self.register_buffer(name, None if own is None else own.detach().clone(), persistent=False)
+            self.register_buffer(
+                name, None if own is None else own.detach().clone(), persistent=False
+            )
         if isinstance(head, nn.Module):
             head = copy.deepcopy(head).requires_grad_(False).eval()
-        self.hidden = [] if linear else [head]  # a list: no module of ours, so not in the state dict
+        self.hidden = (
+            [] if linear else [head]
+        )  # a list: no module of ours, so not in the state dict
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for head in self.hidden:
@@ -329,7 +412,11 @@ class _Head(KeepsPrecision):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return self.hidden[0](x)
-        return F.linear(_pooled(x), self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(
+            _pooled(x),
+            self.weight.to(x.dtype),
+            None if self.bias is None else self.bias.to(x.dtype),
+        )
 
 
 @register_loss("camkd_features")
@@ -378,7 +465,10 @@ class CAMKDFeatures(_Taught):
                 f"teacher_dims={self.teacher_dims} and {len(heads)} heads: expected one classifier per teacher"
             )
         for head, dim in zip(heads, self.teacher_dims, strict=True):
-            if isinstance(head, nn.Linear) and (head.in_features, head.out_features) != (dim, self.num_classes):
+            if isinstance(head, nn.Linear) and (head.in_features, head.out_features) != (
+                dim,
+                self.num_classes,
+            ):
                 raise ValueError(
                     f"heads: expected a classifier from {dim} features to {self.num_classes} classes, got {head}"
                 )
@@ -386,12 +476,16 @@ class CAMKDFeatures(_Taught):
         self.heads: Any = nn.ModuleList(_Head(head) for head in heads)
         self.embeds: Any = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(student_dim, d, 1, bias=False), nn.BatchNorm2d(d, track_running_stats=False), nn.ReLU()
+                nn.Conv2d(student_dim, d, 1, bias=False),
+                nn.BatchNorm2d(d, track_running_stats=False),
+                nn.ReLU(),
             )
             for d in self.teacher_dims
         )
 
-    def per_sample(self, logits: Tensor, target: Tensor, features: Any, teacher_features: Sequence[Any]) -> Tensor:
+    def per_sample(
+        self, logits: Tensor, target: Tensor, features: Any, teacher_features: Sequence[Any]
+    ) -> Tensor:
         losses, distances, count = [], [], len(self.teacher_dims)
         pairs = self.pairs(logits, features, teacher_features)
         for head, embed, (student, teacher) in zip(self.heads, self.embeds, pairs, strict=True):
@@ -400,7 +494,11 @@ class CAMKDFeatures(_Taught):
             square = ((teacher - student) ** 2).flatten(1)
             distances.append(square.mean(1) / count if self.scale == "code" else square.sum(1))
         weights = (
-            (1.0 - torch.stack(losses).softmax(0)) / (count - 1) if count > 1 else torch.ones_like(losses[0])[None]
+            (1.0 - torch.stack(losses).softmax(0)) / (count - 1)
+            if count > 1
+            else torch.ones_like(losses[0])[None]
         )
         self.stats |= {f"weight_{k}": w.detach().mean() for k, w in enumerate(weights)}
-        return ((weights.detach() if self.detach_weights else weights) * torch.stack(distances)).sum(0)
+        return (
+            (weights.detach() if self.detach_weights else weights) * torch.stack(distances)
+        ).sum(0)

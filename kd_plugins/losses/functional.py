@@ -89,13 +89,19 @@ def simplex_qp(gram: Tensor, cap: float = 1.0) -> Tensor:
     if gram.shape != (size, size):
         raise ValueError(f"simplex_qp: expected a matrix [K, K], got {list(gram.shape)}")
     if not cap * size >= 1.0 - 1e-9:
-        raise ValueError(f"cap={cap}: {size} weights of at most {cap} cannot sum to 1; expected at least 1/{size}")
+        raise ValueError(
+            f"cap={cap}: {size} weights of at most {cap} cannot sum to 1; expected at least 1/{size}"
+        )
     g = gram.double()
     scale = g.diagonal().abs().amax()
     eye = torch.eye(size, dtype=g.dtype, device=g.device)
     g = g / torch.where(scale > 0, scale, 1.0) + 1e-8 * eye
 
-    at = torch.arange(3**size, device=g.device)[:, None] // 3 ** torch.arange(size, device=g.device) % 3  # [S, K]
+    at = (
+        torch.arange(3**size, device=g.device)[:, None]
+        // 3 ** torch.arange(size, device=g.device)
+        % 3
+    )  # [S, K]
     free = (at == 1).double()
     # for a free weight (G a)_k + m = 0, with the multiplier m of the sum; for the others a_k = 0 or cap; and Σ a_k = 1
     rows = torch.cat([free[:, :, None] * g + (1.0 - free)[:, :, None] * eye, free[:, :, None]], -1)
@@ -147,7 +153,11 @@ class Prediction:
             # entr takes a logarithm again, but its gradient is finite at p = 0; nansum would hide a NaN, which softmax
             # spreads over its row
             constant = not self.log_p.requires_grad
-            h = 0.0 * self.p[:, 0] - (self.p * self.log_p).nansum(-1) if constant else entropy(self.log_p)
+            h = (
+                0.0 * self.p[:, 0] - (self.p * self.log_p).nansum(-1)
+                if constant
+                else entropy(self.log_p)
+            )
             self._entropy = h.clamp_min(0.0)
         return self._entropy
 
@@ -181,7 +191,9 @@ class Predictions:
     @property
     def entropy(self) -> Tensor:  # [K, B], nats
         if self._entropy is None:
-            h = torch.stack([(p * log_p).nansum(-1) for p, log_p in zip(self.p, self.log_p, strict=True)])
+            h = torch.stack(
+                [(p * log_p).nansum(-1) for p, log_p in zip(self.p, self.log_p, strict=True)]
+            )
             self._entropy = (self.nan - h).clamp_(min=0.0)
         return self._entropy
 
@@ -258,11 +270,17 @@ def mixed_cross_entropy(
     with torch.no_grad():
         if target.dim() == 1:
             target = target.unsqueeze(1)
-            label = -torch.cat([log_p.gather(1, target) for log_p in preds.log_p], 1).t()  # H(q, p_k), [K, B]
+            label = -torch.cat(
+                [log_p.gather(1, target) for log_p in preds.log_p], 1
+            ).t()  # H(q, p_k), [K, B]
             size = None
         else:
             size = target.sum(-1)  # of q, which need not be 1
-            label = 0.0 * size + preds.nan - torch.stack([(target * log_p).nansum(-1) for log_p in preds.log_p])
+            label = (
+                0.0 * size
+                + preds.nan
+                - torch.stack([(target * log_p).nansum(-1) for log_p in preds.log_p])
+            )
         owns = a * label if b is None else torch.addcmul(a * label, b, preds.entropy)
         lessons = taught = torch.zeros_like(a)
         mixed = None
@@ -271,7 +289,9 @@ def mixed_cross_entropy(
             lessons = taught * label
             if b is not None:
                 mixed = weights * b
-                lessons = lessons + torch.stack([_crossed(preds, mixed, k) for k in range(len(logits))])
+                lessons = lessons + torch.stack(
+                    [_crossed(preds, mixed, k) for k in range(len(logits))]
+                )
         costs, named = torch.add(lessons, owns, alpha=own), torch.add(taught, a, alpha=own)
         mass = named if size is None else named * size
         if mixed is not None:
@@ -284,7 +304,9 @@ def _others(x: Tensor) -> Tensor:
     """Σ_{j≠k} x_j: [K, B] -> [K, B]."""
     if len(x) == 2:
         return x.flip(0)
-    return torch.stack([torch.cat([x[:k], x[k + 1 :]]).sum(0) for k in range(len(x))])  # x.sum(0) - x would round
+    return torch.stack(
+        [torch.cat([x[:k], x[k + 1 :]]).sum(0) for k in range(len(x))]
+    )  # x.sum(0) - x would round
 
 
 def _crossed(preds: Predictions, weights: Tensor, k: int) -> Tensor:

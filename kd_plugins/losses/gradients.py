@@ -48,7 +48,9 @@ def mask_noncritical_(parameters: Iterable[Tensor], noise_rate: float) -> None:
     count = max(int(round((1.0 - noise_rate) * n, 6)), 1)  # int((1 - 0.9) * 10) alone is 0
     threshold = pooled.topk(count, sorted=False).values.amin()
     for (_, g), s in zip(pairs, scores, strict=True):
-        g.mul_((s >= threshold) * (1.0 - noise_rate))  # not torch.where: an inf has to reach the GradScaler
+        g.mul_(
+            (s >= threshold) * (1.0 - noise_rate)
+        )  # not torch.where: an inf has to reach the GradScaler
 
 
 def _full(t: Tensor) -> Tensor:

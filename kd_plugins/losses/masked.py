@@ -38,13 +38,19 @@ class Selected(Loss):
     (tensor(0.3466), tensor(0.5000))
     """
 
-    def __init__(self, mask: Tensor | Sequence[bool], term: Loss, *, normalize: str = "batch", **base: Any) -> None:
+    def __init__(
+        self, mask: Tensor | Sequence[bool], term: Loss, *, normalize: str = "batch", **base: Any
+    ) -> None:
         if not isinstance(term, Loss):
-            raise TypeError(f"term: expected a loss for the kept samples, got {type(term).__name__}")
+            raise TypeError(
+                f"term: expected a loss for the kept samples, got {type(term).__name__}"
+            )
         mask = torch.as_tensor(mask)
         if mask.dim() != 1 or mask.dtype != torch.bool:
-            raise ValueError(f"mask: expected a boolean for each training sample, [N], got {mask.dtype} {list(mask.shape)}; "
-                             "numbers would be taken for weights, or for positions")  # fmt: skip
+            raise ValueError(
+                f"mask: expected a boolean for each training sample, [N], got {mask.dtype} {list(mask.shape)}; "
+                "numbers would be taken for weights, or for positions"
+            )
         if normalize not in NORMALIZE:
             raise ValueError(f"normalize={normalize!r}: expected one of {NORMALIZE}")
         super().__init__(**{"num_classes": term.num_classes, "reduction": term.reduction} | base)
@@ -55,7 +61,9 @@ class Selected(Loss):
 
     def per_sample(self, logits: Any, target: Tensor, **extra: Any) -> Tensor:
         self.term.stats = {}
-        losses = self.term.per_sample(logits, target, **{k: v for k, v in extra.items() if k in self.term.reads})
+        losses = self.term.per_sample(
+            logits, target, **{k: v for k, v in extra.items() if k in self.term.reads}
+        )
         if losses.dim() == 0:
             raise TypeError(
                 f"{type(self.term).__name__} is a loss on the whole batch: it has no value for the kept samples alone"

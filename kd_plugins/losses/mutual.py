@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from .base import Loss, peer_name
-from .functional import Prediction, Predictions, as_probs, cross_entropy, logistic, mixed_cross_entropy
+from .functional import (
+    Prediction,
+    Predictions,
+    as_probs,
+    cross_entropy,
+    logistic,
+    mixed_cross_entropy,
+)
 from .refined import MyLC, Refined
 from .registry import register_loss
 from .state import KeepsPrecision, Progress
@@ -79,7 +86,9 @@ class Confident(Selector):
     def __init__(self, eta: float = 2.0, b2: float = -6.0) -> None:
         super().__init__()
         if eta == 0 or math.isnan(eta):
-            raise ValueError(f"eta={eta}: the threshold is ln C / eta; expected a number other than 0")
+            raise ValueError(
+                f"eta={eta}: the threshold is ln C / eta; expected a number other than 0"
+            )
         self.eta, self.b2 = float(eta), float(b2)
         self.progress = Progress() if b2 else None
 
@@ -139,18 +148,31 @@ class Mutual(Loss):
         if not isinstance(refine, Loss) or refine.peers:
             raise TypeError(f"refine must be a loss for one network, got {refine!r}")
         if num_peers < 2:
-            raise ValueError(f"num_peers={num_peers}: mutual learning takes at least two; one network needs no Mutual")
-        self.refine: Any = nn.ModuleList([refine, *(copy.deepcopy(refine) for _ in range(num_peers - 1))])
+            raise ValueError(
+                f"num_peers={num_peers}: mutual learning takes at least two; one network needs no Mutual"
+            )
+        self.refine: Any = nn.ModuleList(
+            [refine, *(copy.deepcopy(refine) for _ in range(num_peers - 1))]
+        )
         self.select, self.own, self.normalize, self.num_peers = select, own, normalize, num_peers
         self.reads = refine.reads
         # labels that are mixtures of q and p are never written down
-        self.indices = isinstance(refine, Refined) and refine.indices and refine.detach and not select.reads_target
+        self.indices = (
+            isinstance(refine, Refined)
+            and refine.indices
+            and refine.detach
+            and not select.reads_target
+        )
         self.watch = False  # keep the last selection, for whoever wants to look at it
-        self.selection: list[tuple[Tensor, Tensor]] = []  # per peer: mask [B], class that its target names [B]
+        self.selection: list[
+            tuple[Tensor, Tensor]
+        ] = []  # per peer: mask [B], class that its target names [B]
 
     def per_sample(self, logits: Sequence[Tensor], target: Tensor, **extra: Any) -> Tensor:  # type: ignore[override]
         if len(logits) != self.num_peers:
-            raise ValueError(f"{type(self).__name__} was made for num_peers={self.num_peers}, got {len(logits)} logits")
+            raise ValueError(
+                f"{type(self).__name__} was made for num_peers={self.num_peers}, got {len(logits)} logits"
+            )
         self.stats, self.selection = {}, []
         if self.indices:
             return self._mixed(logits, target)
@@ -158,14 +180,19 @@ class Mutual(Loss):
         consts = [pred.detach() for pred in preds]
 
         total = torch.zeros_like(preds[0].log_p[:, 0])
-        taught, owns = [], []  # per teacher: its targets [B, C] and their weights [B]; per peer: its own loss [B]
+        taught, owns = (
+            [],
+            [],
+        )  # per teacher: its targets [B, C] and their weights [B]; per peer: its own loss [B]
         for k, (refine, pred, const) in enumerate(zip(self.refine, preds, consts, strict=True)):
             refine.stats = {}
             if isinstance(refine, Refined):
                 q = refine.refine(const if refine.detach else pred, target)
                 own = cross_entropy(pred.log_p, q)
             else:
-                own_extra = {name: value[k] if name == "features" else value for name, value in extra.items()}
+                own_extra = {
+                    name: value[k] if name == "features" else value for name, value in extra.items()
+                }
                 q, own = target, refine.per_sample(pred.log_p, target, **own_extra)
                 if own.dim() == 0 and not isinstance(self.select, Nothing):
                     raise TypeError(
@@ -226,8 +253,12 @@ class Mutual(Loss):
     def prime(self, models: Sequence[nn.Module], loader: Iterable[Any]) -> list[Tensor]:
         """Set the r of each peer's MyLC from one pass over ``loader``: see :meth:`MyLC.prime`."""
         if not isinstance(self.refine[0], MyLC):
-            raise TypeError(f"prime sets MyLC's r; these peers use {type(self.refine[0]).__name__}, which has none")
-        return [refine.prime(model, loader) for refine, model in zip(self.refine, models, strict=True)]  # type: ignore[operator]
+            raise TypeError(
+                f"prime sets MyLC's r; these peers use {type(self.refine[0]).__name__}, which has none"
+            )
+        return [
+            refine.prime(model, loader) for refine, model in zip(self.refine, models, strict=True)
+        ]  # type: ignore[operator]
 
 
 @register_loss("smkd")

@@ -25,7 +25,9 @@ class _Peers(Loss):
     def __init__(self, num_peers: int = 2, **base: Any) -> None:
         super().__init__(**base)
         if num_peers < 2:
-            raise ValueError(f"num_peers={num_peers}: expected at least two; one network has nobody to learn from")
+            raise ValueError(
+                f"num_peers={num_peers}: expected at least two; one network has nobody to learn from"
+            )
         self.num_peers = num_peers
 
     def per_sample(self, logits: Sequence[Tensor], target: Tensor) -> Tensor:
@@ -34,21 +36,28 @@ class _Peers(Loss):
         total = torch.zeros_like(log_ps[0][:, 0])
         for k, (log_p, taught) in enumerate(zip(log_ps, self.lessons(log_ps, target), strict=True)):
             own, peer = cross_entropy(log_p, target), peer_name(k)
-            self.stats |= {f"own_{peer}": own.detach().mean(), f"taught_{peer}": taught.detach().mean()}
+            self.stats |= {
+                f"own_{peer}": own.detach().mean(),
+                f"taught_{peer}": taught.detach().mean(),
+            }
             total = total + self.own * own + self.taught * taught
         return total
 
     def lessons(self, log_ps: list[Tensor], target: Tensor) -> list[Tensor]:
         """For each peer [B]: mean_{j≠k} KL(p_j ‖ p_k), p_j a constant."""
         return [
-            torch.stack([kl(other.detach(), log_p) for j, other in enumerate(log_ps) if j != k]).mean(0)
+            torch.stack(
+                [kl(other.detach(), log_p) for j, other in enumerate(log_ps) if j != k]
+            ).mean(0)
             for k, log_p in enumerate(log_ps)
         ]
 
 
 def _refuse_count(loss: Any, logits: Sequence[Tensor]) -> None:
     if len(logits) != loss.num_peers:
-        raise ValueError(f"{type(loss).__name__} was made for num_peers={loss.num_peers}, got {len(logits)} logits")
+        raise ValueError(
+            f"{type(loss).__name__} was made for num_peers={loss.num_peers}, got {len(logits)} logits"
+        )
 
 
 @register_loss("mkd")
@@ -123,13 +132,20 @@ class KDCL(_Peers):
     weights: Tensor
 
     def __init__(
-        self, rule: str = "naive", temperature: float = 2.0, alpha: float = 1.0, num_peers: int = 2, **base: Any
+        self,
+        rule: str = "naive",
+        temperature: float = 2.0,
+        alpha: float = 1.0,
+        num_peers: int = 2,
+        **base: Any,
     ) -> None:
         super().__init__(num_peers, **base)
         if rule not in RULES:
             raise ValueError(f"rule={rule!r}: expected one of {RULES}; each builds another teacher")
         if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: expected a positive number; logits are divided by it")
+            raise ValueError(
+                f"temperature={temperature}: expected a positive number; logits are divided by it"
+            )
         self.rule, self.temperature, self.alpha = rule, float(temperature), alpha
         self.taught = alpha
         if rule == "general":
@@ -169,8 +185,10 @@ class KDCL(_Peers):
             raise ValueError(f"fit sets the weights of rule='general'; rule={self.rule!r} has none")
         z = torch.stack(list(logits)).double()
         if z.dim() != 3 or len(z) != self.num_peers or len(target) != z.shape[1] or not len(target):
-            raise ValueError(f"fit: expected logits [{self.num_peers}, N, C] and N > 0 targets, got {list(z.shape)} and "
-                             f"{list(target.shape)}")  # fmt: skip
+            raise ValueError(
+                f"fit: expected logits [{self.num_peers}, N, C] and N > 0 targets, got {list(z.shape)} and "
+                f"{list(target.shape)}"
+            )
         error = (z.softmax(-1) - as_probs(target, z.shape[-1], z.dtype)).flatten(1)  # [K, N C]
         self.weights.copy_(simplex_qp(error @ error.T / len(target)))
         return self.weights.clone()
@@ -190,12 +208,17 @@ def _best_mixture(z: Tensor, target: Tensor) -> Tensor:
         step = both * (z[i] - z[j])
         rest = both * z[j] + sum(w[k] * z[k] for k in range(len(z)) if k not in (i, j))
         low, high = torch.zeros_like(both), torch.ones_like(both)
-        at_low, at_high = _slope(rest, step, low, target) >= 0, _slope(rest, step, high, target) <= 0
+        at_low, at_high = (
+            _slope(rest, step, low, target) >= 0,
+            _slope(rest, step, high, target) <= 0,
+        )
         for _ in range(halvings):
             half = (low + high) / 2
             down = _slope(rest, step, half, target) < 0
             low, high = torch.where(down, half, low), torch.where(down, high, half)
-        a = torch.where(at_low, 0.0, torch.where(at_high, 1.0, (low + high) / 2))  # exact where an end is the best
+        a = torch.where(
+            at_low, 0.0, torch.where(at_high, 1.0, (low + high) / 2)
+        )  # exact where an end is the best
         w[i], w[j] = a * both, (1 - a) * both
     return sum(weight * peer for weight, peer in zip(w, z, strict=True))  # type: ignore[return-value]
 

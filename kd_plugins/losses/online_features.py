@@ -27,10 +27,14 @@ class _Featured(Loss):
     def __init__(self, feature_dims: Sequence[int], temperature: float, **base: Any) -> None:
         super().__init__(**base)
         if len(feature_dims) < 2:
-            raise ValueError(f"feature_dims={tuple(feature_dims)}: expected the channels of each peer's last map, two or "
-                             "more (timm: model.num_features)")  # fmt: skip
+            raise ValueError(
+                f"feature_dims={tuple(feature_dims)}: expected the channels of each peer's last map, two or "
+                "more (timm: model.num_features)"
+            )
         if not temperature > 0.0:
-            raise ValueError(f"temperature={temperature}: logits are divided by it; expected a positive number")
+            raise ValueError(
+                f"temperature={temperature}: logits are divided by it; expected a positive number"
+            )
         self.feature_dims, self.temperature = tuple(feature_dims), temperature
         self.num_peers = len(self.feature_dims)
 
@@ -51,14 +55,18 @@ class _Featured(Loss):
             )
         maps = [at_layer(f, -1) for f in features]
         if (dims := tuple(f.shape[1] for f in maps)) != self.feature_dims:
-            raise ValueError(f"{name} was made for feature_dims={self.feature_dims}, got features with {dims} channels")
+            raise ValueError(
+                f"{name} was made for feature_dims={self.feature_dims}, got features with {dims} channels"
+            )
         return maps
 
 
 class _Ramped(_Featured):
     """A weight on what is taught that rises as w(t) = exp(-5 (1 - t / ramp)²) and stays 1 after ``ramp``."""
 
-    def __init__(self, feature_dims: Sequence[int], temperature: float, ramp: float, **base: Any) -> None:
+    def __init__(
+        self, feature_dims: Sequence[int], temperature: float, ramp: float, **base: Any
+    ) -> None:
         super().__init__(feature_dims, temperature, **base)
         if not 0.0 <= ramp <= 1.0:
             raise ValueError(f"ramp={ramp}: expected a share of the training in [0, 1]")
@@ -68,7 +76,11 @@ class _Ramped(_Featured):
     def weight(self) -> Tensor:
         """w(t), 0-d."""
         t = self.progress.get(self)
-        return torch.exp(-5.0 * (1.0 - (t / self.ramp).clamp(max=1.0)) ** 2) if self.ramp else torch.ones_like(t)
+        return (
+            torch.exp(-5.0 * (1.0 - (t / self.ramp).clamp(max=1.0)) ** 2)
+            if self.ramp
+            else torch.ones_like(t)
+        )
 
 
 def _pooled(features: Tensor) -> Tensor:
@@ -112,13 +124,17 @@ class FFL(_Ramped):
         wide, width = sum(self.feature_dims), max(self.feature_dims)
         self.fuse = nn.Sequential(
             nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False),
-            nn.BatchNorm2d(wide, track_running_stats=False),  # one NaN batch would stay in its statistics
+            nn.BatchNorm2d(
+                wide, track_running_stats=False
+            ),  # one NaN batch would stay in its statistics
             nn.Conv2d(wide, width, 1, bias=False),
             nn.BatchNorm2d(width, track_running_stats=False),
         )
         self.head = nn.Linear(width, num_classes)
 
-    def per_sample(self, logits: Sequence[Tensor], target: Tensor, features: Sequence[Tensor]) -> Tensor:
+    def per_sample(
+        self, logits: Sequence[Tensor], target: Tensor, features: Sequence[Tensor]
+    ) -> Tensor:
         features = self.last_maps(logits, features)
         fused = self.head(_pooled(self.fuse(torch.cat(_same_size(features), dim=1))))
         mean = torch.stack([z.detach() for z in logits]).mean(0)
@@ -128,7 +144,10 @@ class FFL(_Ramped):
         self.stats |= {"own_fused": own.detach().mean(), "ramp": weight}
         for k, z in enumerate(logits):
             own, lesson = cross_entropy(Prediction.of(z).log_p, target), self.taught(fused, z)
-            self.stats |= {f"own_{peer_name(k)}": own.detach().mean(), f"taught_{peer_name(k)}": lesson.detach().mean()}
+            self.stats |= {
+                f"own_{peer_name(k)}": own.detach().mean(),
+                f"taught_{peer_name(k)}": lesson.detach().mean(),
+            }
             total = total + own + weight * lesson
         return total
 
@@ -165,7 +184,9 @@ class PCL(_Ramped):
     ) -> None:
         super().__init__(feature_dims, temperature, ramp, num_classes=num_classes, **base)
         if not 0.0 <= ema < 1.0:
-            raise ValueError(f"ema={ema}: expected the decay of the averages in [0, 1); at 1 they would never move")
+            raise ValueError(
+                f"ema={ema}: expected the decay of the averages in [0, 1); at 1 they would never move"
+            )
         self.ema = ema
         self.head = nn.Linear(sum(self.feature_dims), num_classes)
 
@@ -174,8 +195,10 @@ class PCL(_Ramped):
     ) -> Tensor:
         features = self.last_maps(logits, features)
         if teacher.shape[0] != self.num_peers:
-            raise ValueError(f"PCL: expected as teacher the logits of the {self.num_peers} averaged peers [K, B, C], got "
-                             f"{list(teacher.shape)}")  # fmt: skip
+            raise ValueError(
+                f"PCL: expected as teacher the logits of the {self.num_peers} averaged peers [K, B, C], got "
+                f"{list(teacher.shape)}"
+            )
         ensemble = self.head(torch.cat([_pooled(f) for f in features], dim=1))
         weight = self.weight()
         own = cross_entropy(Prediction.of(ensemble).log_p, target)
@@ -185,7 +208,10 @@ class PCL(_Ramped):
             own = cross_entropy(Prediction.of(z).log_p, target)
             others = [self.taught(teacher[j], z) for j in range(self.num_peers) if j != k]
             lesson = self.taught(ensemble, z) + torch.stack(others).mean(0)
-            self.stats |= {f"own_{peer_name(k)}": own.detach().mean(), f"taught_{peer_name(k)}": lesson.detach().mean()}
+            self.stats |= {
+                f"own_{peer_name(k)}": own.detach().mean(),
+                f"taught_{peer_name(k)}": lesson.detach().mean(),
+            }
             total = total + own + weight * lesson
         return total
 
@@ -199,7 +225,9 @@ class _Adversary(nn.Module):
         self.last = nn.Linear(max(dim // 2, 4), 1)
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        w, b, v, c = (p.detach() if frozen else p for p in (*self.first.parameters(), *self.last.parameters()))
+        w, b, v, c = (
+            p.detach() if frozen else p for p in (*self.first.parameters(), *self.last.parameters())
+        )
         return F.linear(_pooled(F.leaky_relu(F.conv2d(x, w, b, padding=1), 0.2)), v, c).squeeze(1)
 
 
@@ -223,25 +251,40 @@ class AFD(_Featured):
     """
 
     def __init__(
-        self, feature_dims: Sequence[int], temperature: float = 3.0, adversarial: float = 0.01, **base: Any
+        self,
+        feature_dims: Sequence[int],
+        temperature: float = 3.0,
+        adversarial: float = 0.01,
+        **base: Any,
     ) -> None:
         super().__init__(feature_dims, temperature, **base)
         self.adversarial = adversarial
         following = [*self.feature_dims[1:], self.feature_dims[0]]
-        self.transfer = nn.ModuleList(nn.Conv2d(a, b, 1) for a, b in zip(self.feature_dims, following, strict=True))
+        self.transfer = nn.ModuleList(
+            nn.Conv2d(a, b, 1) for a, b in zip(self.feature_dims, following, strict=True)
+        )
         self.adversaries = nn.ModuleList(_Adversary(b) for b in following)
 
-    def per_sample(self, logits: Sequence[Tensor], target: Tensor, features: Sequence[Tensor]) -> Tensor:
+    def per_sample(
+        self, logits: Sequence[Tensor], target: Tensor, features: Sequence[Tensor]
+    ) -> Tensor:
         features = self.last_maps(logits, features)
         total = torch.zeros_like(logits[0][:, 0])
-        for k, (z, transfer, adversary) in enumerate(zip(logits, self.transfer, self.adversaries, strict=True)):
+        for k, (z, transfer, adversary) in enumerate(
+            zip(logits, self.transfer, self.adversaries, strict=True)
+        ):
             own = cross_entropy(Prediction.of(z).log_p, target)
             others = [self.taught(y, z) for j, y in enumerate(logits) if j != k]
             lesson = torch.stack(others).mean(0)
-            real, fake = _same_size([features[(k + 1) % self.num_peers].detach(), transfer(features[k])])
+            real, fake = _same_size(
+                [features[(k + 1) % self.num_peers].detach(), transfer(features[k])]
+            )
             fool = (1.0 - adversary(fake, frozen=True)) ** 2
             tell = (1.0 - adversary(real)) ** 2 + adversary(fake.detach()) ** 2
-            self.stats |= {f"own_{peer_name(k)}": own.detach().mean(), f"taught_{peer_name(k)}": lesson.detach().mean()}
+            self.stats |= {
+                f"own_{peer_name(k)}": own.detach().mean(),
+                f"taught_{peer_name(k)}": lesson.detach().mean(),
+            }
             self.stats |= {f"adversary_{peer_name(k)}": tell.detach().mean()}
             total = total + own + lesson + self.adversarial * fool + tell
         return total

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from .base import Loss
-from .functional import Prediction, Predictions, as_probs, cross_entropy, logistic, mixed_cross_entropy
+from .functional import (
+    Prediction,
+    Predictions,
+    as_probs,
+    cross_entropy,
+    logistic,
+    mixed_cross_entropy,
+)
 from .registry import register_loss
 from .state import Progress, RunningMean, in_eval, sum_over_ranks
 
@@ -41,7 +48,9 @@ class Refined(Loss):
             return mixed_cross_entropy([logits], preds, target, *self.shares([self], preds))[0]
         pred = Prediction.of(logits)
         target = as_probs(target, pred.num_classes, pred.log_p.dtype)
-        return cross_entropy(pred.log_p, self.refine(pred.detach() if self.detach else pred, target))
+        return cross_entropy(
+            pred.log_p, self.refine(pred.detach() if self.detach else pred, target)
+        )
 
 
 def _mix(target: Tensor, other: Tensor | float, eps: Tensor | float) -> Tensor:
@@ -213,14 +222,18 @@ class ProSelfLC(_SelfTrust):
         detach: take q~ as a constant.
     """
 
-    def __init__(self, b1: float = 10.0, shift: float = 0.5, detach: bool = True, **base: Any) -> None:
+    def __init__(
+        self, b1: float = 10.0, shift: float = 0.5, detach: bool = True, **base: Any
+    ) -> None:
         super().__init__(detach, **base)
         self.b1, self.shift = b1, shift
         self.progress = Progress()
 
     @staticmethod
     def trust(peers: Sequence[ProSelfLC], certainty: Tensor) -> Tensor:
-        return logistic(peers[0].progress.get(peers[0]) - peers[0].shift, peers[0].b1)  # the peers' clock is one
+        return logistic(
+            peers[0].progress.get(peers[0]) - peers[0].shift, peers[0].b1
+        )  # the peers' clock is one
 
 
 @register_loss("mylc")
@@ -247,7 +260,12 @@ class MyLC(_SelfTrust):
     """
 
     def __init__(
-        self, b1: float = 10.0, rho: float = 0.5, window: int = 10_000, detach: bool = True, **base: Any
+        self,
+        b1: float = 10.0,
+        rho: float = 0.5,
+        window: int = 10_000,
+        detach: bool = True,
+        **base: Any,
     ) -> None:
         super().__init__(detach, **base)
         self.b1, self.rho, self.window = b1, _share("rho", rho), window

@@ -20,7 +20,9 @@ def register_loss(name: str) -> Callable[[L], L]:
     def register(cls: L) -> L:
         known = _REGISTRY.get(name, cls)  # the same class again is a notebook cell that runs twice
         if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"the loss name {name!r} is taken by {_REGISTRY[name].__name__}; choose another")
+            raise ValueError(
+                f"the loss name {name!r} is taken by {_REGISTRY[name].__name__}; choose another"
+            )
         _REGISTRY[name] = cls
         return cls
 
@@ -42,8 +44,11 @@ def loss_class(name: str) -> type[Loss]:
         import difflib
 
         close = difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.4)
-        raise ValueError(f"unknown loss {name!r}" + (f": did you mean {' or '.join(close)}?" if close else "")
-                         + f" Known are: {', '.join(list_losses())}")  # fmt: skip
+        raise ValueError(
+            f"unknown loss {name!r}"
+            + (f": did you mean {' or '.join(close)}?" if close else "")
+            + f" Known are: {', '.join(list_losses())}"
+        )
     return _REGISTRY[name]
 
 

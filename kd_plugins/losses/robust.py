@@ -22,7 +22,9 @@ from .state import Progress, SampleTable
 
 def _weight(name: str, value: float) -> float:
     if not 0.0 <= value < math.inf:
-        raise ValueError(f"{name}={value}: expected the weight of a term, 0 or more; a negative one would maximise it")
+        raise ValueError(
+            f"{name}={value}: expected the weight of a term, 0 or more; a negative one would maximise it"
+        )
     return value
 
 
@@ -119,13 +121,17 @@ class TruncatedGCE(GCE):
     ) -> None:
         super().__init__(q, **base)
         if not 0.0 <= k < 1.0:
-            raise ValueError(f"k={k}: expected a probability in [0, 1); at 1 every sample would be pruned")
+            raise ValueError(
+                f"k={k}: expected a probability in [0, 1); at 1 every sample would be pruned"
+            )
         if not 0.0 <= start <= 1.0:
             raise ValueError(
                 f"start={start}: expected a training progress in [0, 1], not an epoch; above 1 pruning would never begin"
             )
         if refresh < 1:
-            raise ValueError(f"refresh={refresh}: expected at least 1 visit from one decision on a sample to the next")
+            raise ValueError(
+                f"refresh={refresh}: expected at least 1 visit from one decision on a sample to the next"
+            )
         self.num_samples, self.k, self.start, self.refresh = num_samples, k, start, refresh
         self.limit = -math.expm1(q * math.log(k)) / q if k else 1.0 / q  # L_q(k)
         self.progress = Progress()
@@ -141,7 +147,9 @@ class TruncatedGCE(GCE):
         return w * losses + (1.0 - w) * self.limit
 
     def _decide(self, losses: Tensor, index: Tensor) -> None:
-        counts = (self.progress.get(self) >= self.start) & torch.isfinite(losses)  # a NaN is no visit
+        counts = (self.progress.get(self) >= self.start) & torch.isfinite(
+            losses
+        )  # a NaN is no visit
         visits = self.visits.read(index)
         keep = (losses < self.limit) | (self.k == 0)  # p_y that underflows to 0 is not below k = 0
         due = counts & (visits % self.refresh == 0)
@@ -189,9 +197,15 @@ class SCE(Loss):
     tensor(3.)
     """
 
-    def __init__(self, alpha: float = 6.0, beta: float = 0.1, log_zero: float = -4.0, **base: Any) -> None:
+    def __init__(
+        self, alpha: float = 6.0, beta: float = 0.1, log_zero: float = -4.0, **base: Any
+    ) -> None:
         super().__init__(**base)
-        self.alpha, self.beta, self.log_zero = _weight("alpha", alpha), _weight("beta", beta), _log_zero(log_zero)
+        self.alpha, self.beta, self.log_zero = (
+            _weight("alpha", alpha),
+            _weight("beta", beta),
+            _log_zero(log_zero),
+        )
 
     def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
         log_p = F.log_softmax(logits, dim=-1)
@@ -242,7 +256,9 @@ class NFL(Loss):
     def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
         log_p = F.log_softmax(logits, dim=-1)
         focal = (-torch.expm1(log_p.detach())) ** self.gamma * log_p
-        return (target * focal).sum(-1) / focal.sum(-1)  # below -2^-gamma ln 2, for some p_k <= 1/2: needs no guard
+        return (target * focal).sum(-1) / focal.sum(
+            -1
+        )  # below -2^-gamma ln 2, for some p_k <= 1/2: needs no guard
 
 
 @register_loss("apl")
@@ -279,9 +295,13 @@ class APL(Sum):
         for name, term in zip(("active", "passive"), terms, strict=True):
             if not isinstance(term, Loss):
                 raise TypeError(f"{name} must be the name of a loss or a loss, got {term!r}")
-        super().__init__([(_weight("alpha", alpha), terms[0]), (_weight("beta", beta), terms[1])], **base)
+        super().__init__(
+            [(_weight("alpha", alpha), terms[0]), (_weight("beta", beta), terms[1])], **base
+        )
         if self.num_classes not in (None, num_classes or self.num_classes):
-            raise ValueError(f"num_classes={num_classes}, but a term was made for num_classes={self.num_classes}")
+            raise ValueError(
+                f"num_classes={num_classes}, but a term was made for num_classes={self.num_classes}"
+            )
         self.num_classes = num_classes or self.num_classes
 
 
@@ -318,14 +338,19 @@ class DMI(Loss):
         b, c = logits.shape
         if not torch.compiler.is_compiling() and not self._warned and b < c:
             self._warned = True
-            warnings.warn(f"DMI on a batch of {b} samples: they cannot hold all {c} classes, so the determinant and with it "
-                          "the gradient is exactly zero; take batches well above the number of classes", stacklevel=5)  # fmt: skip
+            warnings.warn(
+                f"DMI on a batch of {b} samples: they cannot hold all {c} classes, so the determinant and with it "
+                "the gradient is exactly zero; take batches well above the number of classes",
+                stacklevel=5,
+            )
         joint = target.double().T @ logits.double().softmax(-1)  # [C, C]
         singular = _is_singular(joint.detach())
         # the gradient of a determinant holds an inverse: a matrix that has none must not come near it
         safe = torch.where(singular, torch.eye(c, dtype=joint.dtype, device=joint.device), joint)
         log_det = torch.linalg.slogdet(safe).logabsdet
-        value = torch.logaddexp(log_det, torch.full_like(log_det, math.log(self.eps) if self.eps else -math.inf))
+        value = torch.logaddexp(
+            log_det, torch.full_like(log_det, math.log(self.eps) if self.eps else -math.inf)
+        )
         nothing = math.log(max(self.eps, torch.finfo(joint.dtype).tiny))
         return -torch.where(singular, nothing, value).to(logits.dtype)
 

@@ -54,20 +54,26 @@ class Joint(Loss):
     ) -> None:
         super().__init__(num_classes=num_classes, **base)
         if not 0.0 <= begin <= 1.0:
-            raise ValueError(f"begin={begin}: expected the share of training after which labels change, in [0, 1]; 70 epochs "
-                             "of 200 are 0.35")  # fmt: skip
+            raise ValueError(
+                f"begin={begin}: expected the share of training after which labels change, in [0, 1]; 70 epochs "
+                "of 200 are 0.35"
+            )
         if epochs < 1:
             raise ValueError(
                 f"epochs={epochs}: expected at least 1 epoch; a label that is a mean over none is undefined"
             )
         self.num_samples, self.epochs = int(num_samples), int(epochs)
         self.alpha, self.beta, self.begin, self.hard = alpha, beta, begin, hard
-        self.outputs = SampleTable(num_samples, self.epochs, num_classes)  # a ring: visit v stands in slot v % epochs
+        self.outputs = SampleTable(
+            num_samples, self.epochs, num_classes
+        )  # a ring: visit v stands in slot v % epochs
         self.visits = SampleTable(num_samples, dtype=torch.int64)
         self.progress = Progress()
 
     def _labels(self, outputs: Tensor, visits: Tensor) -> Tensor:  # [B, epochs, C], [B] -> [B, C]
-        mean = outputs.sum(1) / visits.clamp(1, self.epochs).unsqueeze(-1)  # what was not visited holds 0
+        mean = outputs.sum(1) / visits.clamp(1, self.epochs).unsqueeze(
+            -1
+        )  # what was not visited holds 0
         return as_probs(mean.argmax(-1), mean.shape[-1], mean.dtype) if self.hard else mean
 
     def soft_labels(self) -> Tensor:
@@ -77,8 +83,10 @@ class Joint(Loss):
             ValueError: some samples were never seen in training.
         """
         if unseen := int((self.visits.rows == 0).sum()):
-            raise ValueError(f"{unseen} of {self.num_samples} samples were never seen in training and have no label: train an "
-                             "epoch over all of them, with drop_last=False, or give the num_samples that there are")  # fmt: skip
+            raise ValueError(
+                f"{unseen} of {self.num_samples} samples were never seen in training and have no label: train an "
+                "epoch over all of them, with drop_last=False, or give the num_samples that there are"
+            )
         return self._labels(self.outputs.rows, self.visits.rows)
 
     def per_sample(self, logits: Tensor, target: Tensor, index: Tensor) -> Tensor:
@@ -88,16 +96,27 @@ class Joint(Loss):
             visits = self.visits.read(index)
             outputs = self.outputs.read(index)
             changed = (self.progress.get(self) >= self.begin) & (visits > 0)
-            label = torch.where(changed[:, None], self._labels(outputs, visits).to(target.dtype), target)
+            label = torch.where(
+                changed[:, None], self._labels(outputs, visits).to(target.dtype), target
+            )
             if self.training:
-                now = torch.arange(self.epochs, device=index.device) == (visits % self.epochs)[:, None]  # [B, epochs]
-                self.outputs.write(index, torch.where(now[:, :, None], p[:, None].to(outputs.dtype), outputs))
-                self.visits.write(index, visits + p.isfinite().all(-1))  # a NaN is not stored, so it is no visit
+                now = (
+                    torch.arange(self.epochs, device=index.device)
+                    == (visits % self.epochs)[:, None]
+                )  # [B, epochs]
+                self.outputs.write(
+                    index, torch.where(now[:, :, None], p[:, None].to(outputs.dtype), outputs)
+                )
+                self.visits.write(
+                    index, visits + p.isfinite().all(-1)
+                )  # a NaN is not stored, so it is no visit
 
         # ln mean_j p_jc in logs: finite, with its gradient, also where the mean itself is 0 in floats
         log_mean = pred.log_p.logsumexp(0) - math.log(len(logits))  # [C]
         balance = -math.log(pred.num_classes) - log_mean.mean()
-        entropy = cross_entropy(pred.log_p, p)  # not functional.entropy, whose gradient is infinite at p = 0
+        entropy = cross_entropy(
+            pred.log_p, p
+        )  # not functional.entropy, whose gradient is infinite at p = 0
         self.stats |= {"balance": balance.detach(), "entropy": entropy.detach().mean()}
         self.stats["changed"] = (label.argmax(-1) != target.argmax(-1)).to(logits.dtype).mean()
         return cross_entropy(pred.log_p, label) + self.alpha * balance + self.beta * entropy
@@ -128,9 +147,11 @@ class SoftLabels(Loss):
         wrong = ~((labels >= 0).all(1) & ((labels.sum(1) - 1).abs() <= 1e-3))
         if wrong.any():
             row = int(wrong.nonzero()[0])
-            raise ValueError(f"labels, row {row}: expected a distribution, no negative number and a sum of 1, got a minimum of "
-                             f"{labels[row].min():.4g} and a sum of {labels[row].sum():.4g}; {int(wrong.sum())} of {len(labels)} "
-                             "rows are none")  # fmt: skip
+            raise ValueError(
+                f"labels, row {row}: expected a distribution, no negative number and a sum of 1, got a minimum of "
+                f"{labels[row].min():.4g} and a sum of {labels[row].sum():.4g}; {int(wrong.sum())} of {len(labels)} "
+                "rows are none"
+            )
         super().__init__(**{"num_classes": labels.shape[1]} | base)
         self.labels = SampleTable(*labels.shape)
         self.labels.rows.copy_(labels)

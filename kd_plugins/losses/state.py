@@ -78,7 +78,9 @@ class RunningMean(KeepsPrecision):
     def __init__(self, window: int) -> None:
         super().__init__()
         if window < 1:
-            raise ValueError(f"window={window}: expected at least 1 sample; a mean over none is undefined")
+            raise ValueError(
+                f"window={window}: expected at least 1 sample; a mean over none is undefined"
+            )
         self.window = int(window)
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("count", torch.zeros(()))  # never above window
@@ -92,7 +94,9 @@ class RunningMean(KeepsPrecision):
         """Row k of values [K, B] goes to means[k]; one message between processes for all."""
         # a NaN would stay in the mean for ever, also where the GradScaler skips the step
         known = torch.isfinite(values)
-        sums = torch.stack([torch.where(known, values, 0.0), known]).sum(-1, dtype=means[0].mean.dtype)
+        sums = torch.stack([torch.where(known, values, 0.0), known]).sum(
+            -1, dtype=means[0].mean.dtype
+        )
         for self, total, n in zip(means, *sum_over_ranks(sums), strict=True):
             self.count.add_(n).clamp_(max=self.window)
             change = torch.addcmul(total, n, self.mean, value=-1.0)
@@ -114,10 +118,14 @@ class SampleTable(KeepsPrecision):
 
     rows: Tensor
 
-    def __init__(self, num_samples: int, *shape: int, fill: float = 0.0, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, num_samples: int, *shape: int, fill: float = 0.0, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples}: expected the number of rows of the training data")
+            raise ValueError(
+                f"num_samples={num_samples}: expected the number of rows of the training data"
+            )
         self.num_samples = int(num_samples)
         self.register_buffer("rows", torch.full((self.num_samples, *shape), fill, dtype=dtype))
 
@@ -128,20 +136,34 @@ class SampleTable(KeepsPrecision):
     @torch.no_grad()
     def write(self, index: Tensor, values: Tensor) -> None:  # [B], [B, *shape]
         self._check(index)
-        index, values = gather_over_ranks(index), gather_over_ranks(values.detach().to(self.rows.dtype))
+        index, values = (
+            gather_over_ranks(index),
+            gather_over_ranks(values.detach().to(self.rows.dtype)),
+        )
         order = torch.arange(len(index), device=index.device)
-        values = values[torch.where(index[:, None] == index, order, -1).amax(1)]  # the last of equals, on every rank
+        values = values[
+            torch.where(index[:, None] == index, order, -1).amax(1)
+        ]  # the last of equals, on every rank
         if values.is_floating_point():
-            known = torch.isfinite(values).reshape(len(values), -1).all(1).view(-1, *[1] * (values.dim() - 1))
+            known = (
+                torch.isfinite(values)
+                .reshape(len(values), -1)
+                .all(1)
+                .view(-1, *[1] * (values.dim() - 1))
+            )
             values = torch.where(known, values, self.rows[index])
         self.rows[index] = values
 
     def _check(self, index: Tensor) -> None:
-        if index.device.type == "cpu" and not torch.compiler.is_compiling():  # an accelerator asserts by itself
+        if (
+            index.device.type == "cpu" and not torch.compiler.is_compiling()
+        ):  # an accelerator asserts by itself
             wrong = (index < 0) | (index >= self.num_samples)
             if wrong.any():
-                raise ValueError(f"index {index[wrong][0].item()} is outside the table of num_samples={self.num_samples}: "
-                                 "give the loss the number of rows of the training data")  # fmt: skip
+                raise ValueError(
+                    f"index {index[wrong][0].item()} is outside the table of num_samples={self.num_samples}: "
+                    "give the loss the number of rows of the training data"
+                )
 
 
 class Progress(KeepsPrecision):

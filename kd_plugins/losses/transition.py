@@ -25,7 +25,9 @@ LARGEST_CONDITION = 1e6  # above it, float32 has no digit left of T T^-1 = I
 UNDERFLOW = 1e-30  # below it, sums of probabilities in float32 lose terms
 
 
-LEAST = 1e-12  # of a denominator; dividing by less, the gradient of dT would overflow Adam's squares
+LEAST = (
+    1e-12  # of a denominator; dividing by less, the gradient of dT would overflow Adam's squares
+)
 
 
 class _Corrected(Loss):
@@ -38,8 +40,10 @@ class _Corrected(Loss):
         if base.get("num_classes") is None:
             base["num_classes"] = len(matrix)
         elif base["num_classes"] != len(matrix):
-            raise ValueError(f"num_classes={base['num_classes']}: transition is [{len(matrix)}, {len(matrix)}] and says how "
-                             "many classes there are; every batch would be refused")  # fmt: skip
+            raise ValueError(
+                f"num_classes={base['num_classes']}: transition is [{len(matrix)}, {len(matrix)}] and says how "
+                "many classes there are; every batch would be refused"
+            )
         super().__init__(**base)
         self.register_buffer("transition", matrix.float())
 
@@ -48,17 +52,23 @@ def _checked(transition: Any) -> Tensor:
     """T in float64 on the CPU, or a ValueError that says what is wrong with it."""
     matrix = torch.as_tensor(transition, dtype=torch.float64, device="cpu").detach()
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or len(matrix) < 2:
-        raise ValueError(f"transition: expected a matrix [C, C] with C >= 2, got {list(matrix.shape)}")
+        raise ValueError(
+            f"transition: expected a matrix [C, C] with C >= 2, got {list(matrix.shape)}"
+        )
     if not (matrix >= 0).all():  # also NaN
         i, j = (~(matrix >= 0)).nonzero()[0].tolist()
-        raise ValueError(f"transition[{i}, {j}]={matrix[i, j]:.6g}: expected a probability; its logarithm would be NaN")
+        raise ValueError(
+            f"transition[{i}, {j}]={matrix[i, j]:.6g}: expected a probability; its logarithm would be NaN"
+        )
     off = (matrix.sum(1) - 1).abs()
     if not (off <= TOLERANCE).all():
         i = int(off.argmax())
         turned = bool(((matrix.sum(0) - 1).abs() <= TOLERANCE).all())
-        raise ValueError(f"transition: row {i} sums to {matrix[i].sum():.6g}, expected 1: T[i, j] = P(noisy j | clean i); the "
-                         "loss would correct for another noise"
-                         + ("; its columns sum to 1: it is transposed, give transition.T" if turned else ""))  # fmt: skip
+        raise ValueError(
+            f"transition: row {i} sums to {matrix[i].sum():.6g}, expected 1: T[i, j] = P(noisy j | clean i); the "
+            "loss would correct for another noise"
+            + ("; its columns sum to 1: it is transposed, give transition.T" if turned else "")
+        )
     return matrix
 
 
@@ -115,9 +125,11 @@ class BackwardCorrection(_Corrected):
         matrix = _checked(transition)
         condition = float(torch.linalg.cond(matrix))
         if not condition <= LARGEST_CONDITION:
-            raise ValueError(f"transition: its condition number is {condition:.3g}, expected at most {LARGEST_CONDITION:.0g}: "
-                             "the matrix is (nearly) singular and its inverse would magnify the noise as much; "
-                             "ForwardCorrection needs no inverse")  # fmt: skip
+            raise ValueError(
+                f"transition: its condition number is {condition:.3g}, expected at most {LARGEST_CONDITION:.0g}: "
+                "the matrix is (nearly) singular and its inverse would magnify the noise as much; "
+                "ForwardCorrection needs no inverse"
+            )
         self.register_buffer("inverse", torch.linalg.inv(matrix).float())
 
     def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -158,7 +170,9 @@ class TRevision(_Corrected):
     @property
     def matrix(self) -> Tensor:
         """T' = T + dT as it is now, detached; rows need not sum to 1."""
-        return self.transition.clone() if self.delta is None else self.transition + self.delta.detach()
+        return (
+            self.transition.clone() if self.delta is None else self.transition + self.delta.detach()
+        )
 
     def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
         log_p = F.log_softmax(logits, dim=-1)

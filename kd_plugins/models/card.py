@@ -22,16 +22,27 @@ def model_card(trainer: Any, k: int, repo: str | None = None, **metadata: Any) -
         repo: id of the repository that it is for; none for a folder.
         **metadata: fields of ``huggingface_hub.ModelCardData``, such as ``license`` and ``datasets``, which nobody here knows.
     """
-    peers, args, state, data = trainer.model.peers, trainer.args, trainer.state, trainer.train_dataset
+    peers, args, state, data = (
+        trainer.model.peers,
+        trainer.args,
+        trainer.state,
+        trainer.train_dataset,
+    )
     peer, name = peers[k], peer_name(k)
     library = library_of(peer)
     beside = ", ".join(_architecture(other) for other in peers if other is not peer)
     loss = "\n".join(f"    {line}" for line in repr(trainer.model.criterion).splitlines())
     figures: dict[str, float] = {}
     for log in state.log_history:  # the last of each kind
-        figures |= {n: v for n, v in log.items() if n.startswith("eval_") and not n.endswith(_TIMES)}
+        figures |= {
+            n: v for n, v in log.items() if n.startswith("eval_") and not n.endswith(_TIMES)
+        }
     rows = "\n".join(
-        ["| metric | last evaluation |", "|---|---|", *(f"| {_plain(n)} | {figures[n]:.4f} |" for n in sorted(figures))]
+        [
+            "| metric | last evaluation |",
+            "|---|---|",
+            *(f"| {_plain(n)} | {figures[n]:.4f} |" for n in sorted(figures)),
+        ]
     )
     return f"""---
 {_metadata(library, metadata)}
@@ -70,7 +81,12 @@ def _metadata(library: str, given: dict[str, Any]) -> str:
     loaders = {"timm": ["timm", "transformers"], "transformers": ["transformers"]}.get(library, [])
     tags = given.get("tags") or []
     known = {"library_name": library, "pipeline_tag": "image-classification"} | given
-    known["tags"] = ["image-classification", *loaders, "kd-plugins", *([tags] if isinstance(tags, str) else tags)]
+    known["tags"] = [
+        "image-classification",
+        *loaders,
+        "kd-plugins",
+        *([tags] if isinstance(tags, str) else tags),
+    ]
     return ModelCardData(**known).to_yaml()
 
 
@@ -81,7 +97,11 @@ def _use(library: str, repo: str | None, architecture: str) -> str:
         return transformers
     if library == "pytorch":
         return '`safetensors.torch.load_model(network, "model.safetensors")`, into the module that was trained.'
-    first = " after `import kd_plugins.models`, which knows the architecture" if architecture.endswith("_cifar") else ""
+    first = (
+        " after `import kd_plugins.models`, which knows the architecture"
+        if architecture.endswith("_cifar")
+        else ""
+    )
     return f'`timm.create_model("{"hf-hub" if repo else "local-dir"}:{place}", pretrained=True)` or\n{transformers[:-1]}{first}.'
 
 
@@ -91,7 +111,9 @@ def _plain(text: Any) -> str:
 
 
 def _architecture(model: Any) -> str:
-    return _plain((getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__)
+    return _plain(
+        (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
+    )
 
 
 def _noise(data: Any) -> str:

@@ -49,24 +49,32 @@ default_cfgs = generate_default_cfgs({f"resnet{n}_cifar.untrained": _CIFAR for n
 
 
 def _small_picture_resnet(name: str, layers: tuple[int, ...], kwargs: dict[str, Any]) -> ResNet:
-    return build_model_with_cfg(_SmallPictureResNet, name, **{"block": BasicBlock, "layers": layers, **kwargs})
+    return build_model_with_cfg(
+        _SmallPictureResNet, name, **{"block": BasicBlock, "layers": layers, **kwargs}
+    )
 
 
 @register_model
 def resnet10_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-10 for 32 px pictures at a quarter of the usual width: what two CPU cores can train."""
     return _small_picture_resnet(
-        "resnet10_cifar", (1, 1, 1, 1), {"pretrained": pretrained, "channels": (16, 32, 64, 128), **kwargs}
+        "resnet10_cifar",
+        (1, 1, 1, 1),
+        {"pretrained": pretrained, "channels": (16, 32, 64, 128), **kwargs},
     )
 
 
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-18 for 32 px pictures."""
-    return _small_picture_resnet("resnet18_cifar", (2, 2, 2, 2), {"pretrained": pretrained, **kwargs})
+    return _small_picture_resnet(
+        "resnet18_cifar", (2, 2, 2, 2), {"pretrained": pretrained, **kwargs}
+    )
 
 
 @register_model
 def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-34 for 32 px pictures: the backbone of SMKD's tables on CIFAR-100."""
-    return _small_picture_resnet("resnet34_cifar", (3, 4, 6, 3), {"pretrained": pretrained, **kwargs})
+    return _small_picture_resnet(
+        "resnet34_cifar", (3, 4, 6, 3), {"pretrained": pretrained, **kwargs}
+    )

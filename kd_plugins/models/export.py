@@ -16,7 +16,9 @@ def library_of(model: Any) -> str:
     """What loads an exported network: ``"timm"`` (and transformers), ``"transformers"``, or for any other module ``"pytorch"``."""
     if hasattr(model, "save_pretrained"):
         return "transformers"
-    known = isinstance(getattr(model, "pretrained_cfg", None), dict) and hasattr(model, "default_cfg")
+    known = isinstance(getattr(model, "pretrained_cfg", None), dict) and hasattr(
+        model, "default_cfg"
+    )
     return "timm" if known else "pytorch"
 
 
@@ -37,8 +39,12 @@ def export(model: Any, folder: str | Path, class_names: Sequence[str] | None = N
         model.save_pretrained(folder)
     elif library == "timm":
         model_config = {"label_names": names} if names else None
-        packed = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # safetensors takes no channels_last
-        timm.models.save_for_hf(packed, str(folder), model_config=model_config, safe_serialization=True)
+        packed = copy.deepcopy(model).to(
+            memory_format=torch.contiguous_format
+        )  # safetensors takes no channels_last
+        timm.models.save_for_hf(
+            packed, str(folder), model_config=model_config, safe_serialization=True
+        )
         # transformers passes num_classes itself and fails on a second one in model_args
         path = folder / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))

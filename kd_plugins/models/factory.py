@@ -19,8 +19,10 @@ def make_model(model: str | nn.Module, num_classes: int | None) -> nn.Module:
     if isinstance(model, nn.Module):
         return model
     if num_classes is None:
-        raise ValueError(f"the model is given by name ({model!r}), but the number of classes is not known: the training data "
-                         "has no ClassLabel; pass a module with its head instead")  # fmt: skip
+        raise ValueError(
+            f"the model is given by name ({model!r}), but the number of classes is not known: the training data "
+            "has no ClassLabel; pass a module with its head instead"
+        )
     return _create(model, model, pretrained=":" in model, num_classes=num_classes)
 
 
@@ -40,8 +42,10 @@ def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn
     if Path(name, "config.json").is_file():
         name = f"local-dir:{name}"
     elif Path(name).exists():
-        raise ValueError(f"teacher {name!r}: expected a folder with config.json, as export() writes; for a file of weights name "
-                         f"its architecture: 'resnet18={name}'")  # fmt: skip
+        raise ValueError(
+            f"teacher {name!r}: expected a folder with config.json, as export() writes; for a file of weights name "
+            f"its architecture: 'resnet18={name}'"
+        )
     return _create(name, name, pretrained=True)
 
 
@@ -52,8 +56,10 @@ def _create(name: str, source: str, **kwargs: Any) -> nn.Module:
     except (SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "weights_only" not in str(error):
             raise
-        raise ValueError(f"the weights of {source} are not read: expected safetensors, or a pickle of tensors (weights_only); "
-                         "any other may run code of whoever made it. Convert it where you trust it") from error  # fmt: skip
+        raise ValueError(
+            f"the weights of {source} are not read: expected safetensors, or a pickle of tensors (weights_only); "
+            "any other may run code of whoever made it. Convert it where you trust it"
+        ) from error
 
 
 def class_count(model: nn.Module) -> int | None:
@@ -64,8 +70,14 @@ def class_count(model: nn.Module) -> int | None:
 
 def logits_of(output: Any) -> Tensor:
     """The logits [B, C] in what a network returned: a tensor, a Hugging Face output, or a tuple that begins with them."""
-    output = output.get("logits", output) if isinstance(output, dict) else getattr(output, "logits", output)
+    output = (
+        output.get("logits", output)
+        if isinstance(output, dict)
+        else getattr(output, "logits", output)
+    )
     output = output[0] if isinstance(output, tuple) else output
     if not isinstance(output, Tensor):
-        raise TypeError(f"a network must return logits, or an output with .logits; got {type(output).__name__}")
+        raise TypeError(
+            f"a network must return logits, or an output with .logits; got {type(output).__name__}"
+        )
     return output

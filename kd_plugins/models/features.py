@@ -13,7 +13,9 @@ def has_features(model: nn.Module) -> bool:
     return hasattr(body, "forward_features") and hasattr(body, "forward_head")
 
 
-def with_features(model: nn.Module, pixels: Tensor, deep: bool = False) -> tuple[Tensor, list[Tensor]]:
+def with_features(
+    model: nn.Module, pixels: Tensor, deep: bool = False
+) -> tuple[Tensor, list[Tensor]]:
     """Logits [B, C] and maps [B, D, h, w] of a timm network, shallow to deep, in one pass; logits equal ``model(pixels)``.
 
     Only the last map, what ``forward_features`` returns, or with ``deep`` those of the earlier stages (of a transformer: blocks)
@@ -36,6 +38,8 @@ def feature_dims(model: nn.Module) -> list[int]:
 def _as_map(body: Any, last: Tensor) -> Tensor:
     if last.dim() == 3:  # tokens [B, N, D], class and register tokens first
         tokens = last[:, getattr(body, "num_prefix_tokens", 0) :]
-        height, width = getattr(body.patch_embed, "grid_size", None) or (int(tokens.shape[1] ** 0.5),) * 2
+        height, width = (
+            getattr(body.patch_embed, "grid_size", None) or (int(tokens.shape[1] ** 0.5),) * 2
+        )
         return tokens.transpose(1, 2).unflatten(2, (height, width))
     return last.permute(0, 3, 1, 2) if getattr(body, "output_fmt", "NCHW") == "NHWC" else last

@@ -28,25 +28,35 @@ class Hosted(nn.Module):
     With ``watch`` on, ``seen`` holds what the last training batch looked like to each peer, sample by sample.
     """
 
-    _keys_to_ignore_on_save = None  # what the Trainer asks of a module that is not a PreTrainedModel
+    _keys_to_ignore_on_save = (
+        None  # what the Trainer asks of a module that is not a PreTrainedModel
+    )
     accepts_loss_kwargs = False
     main_input_name = "pixel_values"
 
-    def __init__(self, peers: Sequence[nn.Module], criterion: Loss, teachers: Sequence[nn.Module] = ()) -> None:
+    def __init__(
+        self, peers: Sequence[nn.Module], criterion: Loss, teachers: Sequence[nn.Module] = ()
+    ) -> None:
         super().__init__()
         self.peers: Any = nn.ModuleList(peers)
         self.criterion = criterion
         self.inputs = nn.ModuleList(_Input(model, peers[0]) for model in [*peers, *teachers])
-        self.teachers = [teacher.requires_grad_(False).eval() for teacher in teachers]  # a list: not in the state dict
+        self.teachers = [
+            teacher.requires_grad_(False).eval() for teacher in teachers
+        ]  # a list: not in the state dict
         self.deep = any(layer != -1 for layer in layers_of(criterion))
         self.stats: dict[str, Tensor] = {}
         self.watch = False  # see DynamicsCallback
         self.seen: dict[str, Tensor] = {}
         ema = averages_of(criterion)
-        self.averages: Any = nn.ModuleList(_average(peer, ema) for peer in peers) if ema is not None else None
+        self.averages: Any = (
+            nn.ModuleList(_average(peer, ema) for peer in peers) if ema is not None else None
+        )
         # all ranks write the same rows into their tables: DDP need not send them at every step
         self._ddp_params_and_buffers_to_ignore = [
-            f"criterion.{name}.rows" for name, module in criterion.named_modules() if isinstance(module, SampleTable)
+            f"criterion.{name}.rows"
+            for name, module in criterion.named_modules()
+            if isinstance(module, SampleTable)
         ]
 
     def average(self) -> None:
@@ -59,11 +69,15 @@ class Hosted(nn.Module):
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    def _run(self, model: nn.Module, k: int, pixels: Tensor, features: bool = False) -> tuple[Tensor, list[Tensor]]:
+    def _run(
+        self, model: nn.Module, k: int, pixels: Tensor, features: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
         """Logits of a network that takes input k, and its maps where they are wanted."""
         dtype = next(model.parameters(), pixels).dtype  # bf16_full_eval casts the weights only
         pixels = self.inputs[k](pixels).to(dtype)
-        return with_features(model, pixels, self.deep) if features else (logits_of(model(pixels)), [])
+        return (
+            with_features(model, pixels, self.deep) if features else (logits_of(model(pixels)), [])
+        )
 
     def forward(
         self,
@@ -74,7 +88,10 @@ class Hosted(nn.Module):
         teacher: Tensor | None = None,
     ) -> dict[str, Tensor]:
         wants = self.criterion.reads if self.training and labels is not None else frozenset()
-        runs = [self._run(model, k, pixel_values, "features" in wants) for k, model in enumerate(self.peers)]
+        runs = [
+            self._run(model, k, pixel_values, "features" in wants)
+            for k, model in enumerate(self.peers)
+        ]
         logits = [z for z, _ in runs]
         if not self.training or labels is None:
             output = {"logits": torch.stack([z.float() for z in logits], dim=1)}  # [B, K, C]
@@ -83,7 +100,9 @@ class Hosted(nn.Module):
             if labels is not None:
                 log_p = output["logits"].log_softmax(-1)
                 output = {
-                    "loss": -log_p.gather(-1, labels.view(-1, 1, 1).expand(-1, log_p.shape[1], 1)).mean()
+                    "loss": -log_p.gather(
+                        -1, labels.view(-1, 1, 1).expand(-1, log_p.shape[1], 1)
+                    ).mean()
                 } | output
             return output
 
@@ -92,11 +111,18 @@ class Hosted(nn.Module):
             extra = {"teacher": teacher.transpose(0, 1)}
         elif wants & {"teacher", "teacher_features"}:
             masters = self.teachers if self.averages is None else self.averages
-            first = len(self.peers) if self.averages is None else 0  # an average takes the input of its peer
+            first = (
+                len(self.peers) if self.averages is None else 0
+            )  # an average takes the input of its peer
             with torch.no_grad():
-                taught = [self._run(model, first + t, pixel_values, "teacher_features" in wants)
-                          for t, model in enumerate(masters)]  # fmt: skip
-            extra = {"teacher": torch.stack([z.float() for z, _ in taught]), "teacher_features": [f for _, f in taught]}
+                taught = [
+                    self._run(model, first + t, pixel_values, "teacher_features" in wants)
+                    for t, model in enumerate(masters)
+                ]
+            extra = {
+                "teacher": torch.stack([z.float() for z, _ in taught]),
+                "teacher_features": [f for _, f in taught],
+            }
         if "features" in wants:
             features = [maps for _, maps in runs]
             extra["features"] = features if self.criterion.peers else features[0]
@@ -112,28 +138,45 @@ class Hosted(nn.Module):
         return {"loss": loss}
 
     @torch.no_grad()
-    def _figures(self, logits: list[Tensor], labels: Tensor, index: Tensor | None) -> dict[str, Tensor]:
+    def _figures(
+        self, logits: list[Tensor], labels: Tensor, index: Tensor | None
+    ) -> dict[str, Tensor]:
         """Index and label [B]; predicted class, its probability and the label's [B, K]; selected [B, K] where the loss selects."""
         if index is None:
-            raise ValueError("training dynamics are kept by sample, and the batches have no index: expected rows with index, the "
-                             "position in the data set, as ImageView hands out; else nobody knows whose they are")  # fmt: skip
+            raise ValueError(
+                "training dynamics are kept by sample, and the batches have no index: expected rows with index, the "
+                "position in the data set, as ImageView hands out; else nobody knows whose they are"
+            )
         label = labels if labels.dim() == 1 else labels.argmax(-1)
         p = torch.stack([z.detach().float() for z in logits], dim=1).softmax(-1)  # [B, K, C]
         conf, pred = p.max(-1)
         p_label = p.gather(-1, label.view(-1, 1, 1).expand(-1, p.shape[1], 1)).squeeze(-1)
         small = torch.int16 if p.shape[-1] <= 2**15 else torch.int32
-        seen = {"index": index, "label": label.to(small), "pred": pred.to(small), "conf": conf, "p_label": p_label}
-        masks = [torch.stack([mask for mask, _ in module.selection], dim=1) for module in self.criterion.modules()
-                 if isinstance(module, Mutual) and module.selection]  # fmt: skip
+        seen = {
+            "index": index,
+            "label": label.to(small),
+            "pred": pred.to(small),
+            "conf": conf,
+            "p_label": p_label,
+        }
+        masks = [
+            torch.stack([mask for mask, _ in module.selection], dim=1)
+            for module in self.criterion.modules()
+            if isinstance(module, Mutual) and module.selection
+        ]
         return seen | {"selected": torch.stack(masks).any(0)} if masks else seen
 
     def _purity(self, clean_labels: Tensor) -> dict[str, Tensor]:
         """Share of the batch that was selected, and of it with the true class taught, per peer (also of a term of a sum)."""
         shares = {}
         for module in self.criterion.modules():
-            for k, (mask, taught) in enumerate(module.selection if isinstance(module, Mutual) else ()):
+            for k, (mask, taught) in enumerate(
+                module.selection if isinstance(module, Mutual) else ()
+            ):
                 shares[f"selected_{peer_name(k)}"] = mask.float().mean()
-                shares[f"selected_right_{peer_name(k)}"] = (mask & (taught == clean_labels)).float().mean()
+                shares[f"selected_right_{peer_name(k)}"] = (
+                    (mask & (taught == clean_labels)).float().mean()
+                )
         return shares
 
     def train(self, mode: bool = True) -> Hosted:
@@ -158,7 +201,11 @@ class Hosted(nn.Module):
 def layers_of(loss: Loss) -> set[int]:
     """The layers that a loss (or a term of a sum) reads features of: its ``layer`` or ``layers``."""
     modules = [module for module in loss.modules() if isinstance(module, Loss)]
-    return {n for m in modules for n in (*getattr(m, "layers", ()), *([m.layer] if hasattr(m, "layer") else ()))}
+    return {
+        n
+        for m in modules
+        for n in (*getattr(m, "layers", ()), *([m.layer] if hasattr(m, "layer") else ()))
+    }
 
 
 def averages_of(loss: Loss) -> float | None:

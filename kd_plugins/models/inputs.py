@@ -30,26 +30,38 @@ class _Input(nn.Module):
         """((x / unit · std_ref + mean_ref) - mean) / std as (scale, shift), x · scale + shift; nothing where one is not known."""
         both = None
         if own and ref:
-            (mean, std), (ref_mean, ref_std) = (torch.tensor(pair, dtype=torch.float64) for pair in (own, ref))
-            both = torch.stack([ref_std / std / unit, (ref_mean - mean) / std]).float()[:, :, None, None]
+            (mean, std), (ref_mean, ref_std) = (
+                torch.tensor(pair, dtype=torch.float64) for pair in (own, ref)
+            )
+            both = torch.stack([ref_std / std / unit, (ref_mean - mean) / std]).float()[
+                :, :, None, None
+            ]
         self.register_buffer(name, both, persistent=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
         of_bytes = pixels.dtype == torch.uint8
         known = self.of_bytes if of_bytes else self.of_floats
         if known is not None and known.shape[1] in (1, pixels.shape[1]):
-            pixels = pixels.to(known.dtype, copy=not of_bytes).mul_(known[0]).add_(known[1])  # one new batch, not two
+            pixels = (
+                pixels.to(known.dtype, copy=not of_bytes).mul_(known[0]).add_(known[1])
+            )  # one new batch, not two
         elif of_bytes:
-            raise ValueError(f"bytes of {pixels.shape[1]} channels, {list(pixels.shape)}, and the network's mean and std have "
-                             "another number: hand over normalised floats")  # fmt: skip
+            raise ValueError(
+                f"bytes of {pixels.shape[1]} channels, {list(pixels.shape)}, and the network's mean and std have "
+                "another number: hand over normalised floats"
+            )
         if self.size and tuple(pixels.shape[-2:]) != self.size:
-            pixels = F.interpolate(pixels, self.size, mode="bilinear", antialias=True, align_corners=False)
+            pixels = F.interpolate(
+                pixels, self.size, mode="bilinear", antialias=True, align_corners=False
+            )
         return pixels
 
 
 def _normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     cfg = (
-        getattr(model, "pretrained_cfg", None) or getattr(getattr(model, "config", None), "pretrained_cfg", None) or {}
+        getattr(model, "pretrained_cfg", None)
+        or getattr(getattr(model, "config", None), "pretrained_cfg", None)
+        or {}
     )
     if cfg.get("mean") is None or cfg.get("std") is None:
         return None
@@ -61,6 +73,8 @@ def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
     model = getattr(model, "timm_model", model)  # as transformers wraps it
     embed = getattr(model, "patch_embed", None)
     size = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", True) else None
-    if size is None and hasattr(model, "config"):  # not config.image_size: convolutional networks name one and take any
+    if size is None and hasattr(
+        model, "config"
+    ):  # not config.image_size: convolutional networks name one and take any
         size = next((m.image_size for m in model.modules() if getattr(m, "image_size", None)), None)
     return (size, size) if isinstance(size, int) else tuple(size) if size else None  # type: ignore[return-value]

@@ -34,9 +34,13 @@ class MutualTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = "constant_with_warmup"
     milestones: list[float] = field(
         default_factory=lambda: [0.3, 0.6, 0.8],
-        metadata={"help": "Shares of the training after which the learning rate is multiplied by lr_decay."},
+        metadata={
+            "help": "Shares of the training after which the learning rate is multiplied by lr_decay."
+        },
     )
-    lr_decay: float = field(default=0.2, metadata={"help": "Factor on the learning rate at each milestone."})
+    lr_decay: float = field(
+        default=0.2, metadata={"help": "Factor on the learning rate at each milestone."}
+    )
     num_train_epochs: float = 100
     per_device_train_batch_size: int = 128
     per_device_eval_batch_size: int = 256
@@ -54,9 +58,19 @@ class MutualTrainingArguments(TrainingArguments):
             logger.warning(
                 "fp16=True: on a CPU accelerate trains in float32 all the same; bf16=True is mixed precision there"
             )
-        if any(not 0 < m < 1 for m in self.milestones) or sorted(self.milestones) != list(self.milestones):
-            raise ValueError(f"milestones={self.milestones}: expected rising shares of the training, each in (0, 1)")
-        if self.use_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        if any(not 0 < m < 1 for m in self.milestones) or sorted(self.milestones) != list(
+            self.milestones
+        ):
+            raise ValueError(
+                f"milestones={self.milestones}: expected rising shares of the training, each in (0, 1)"
+            )
+        if (
+            self.use_cpu
+            and int(os.environ.get("WORLD_SIZE", "1")) > 1
+            and not dist.is_initialized()
+        ):
             # transformers does it too, but forgets ddp_timeout on CPUs: a process cut off from others would wait for half an hour
-            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
+            PartialState(
+                cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout)
+            )
         super().__post_init__()

@@ -31,13 +31,17 @@ class ProgressCallback(TrainerCallback):
             return
         path = _checkpoint(args, state) / "loss.safetensors"
         if not path.exists():
-            raise FileNotFoundError(f"{path} is missing: the loss would start with empty state; resume from a checkpoint in "
-                                    f"{args.output_dir} that has it")  # fmt: skip
+            raise FileNotFoundError(
+                f"{path} is missing: the loss would start with empty state; resume from a checkpoint in "
+                f"{args.output_dir} that has it"
+            )
         self.loss.load_state_dict(load_file(path))
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         dataset: Any = getattr(train_dataloader, "dataset", None)
-        if hasattr(dataset, "set_epoch"):  # accelerate sets the sampler's epoch or the data set's, never both
+        if hasattr(
+            dataset, "set_epoch"
+        ):  # accelerate sets the sampler's epoch or the data set's, never both
             dataset.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -79,8 +83,16 @@ class CDRCallback(TrainerCallback):
 class _ShortBar(TrainerBar):
     """The Trainer's bar; of thirty figures it prints the few that fit a line. The log keeps them all."""
 
-    shown = re.compile(r"loss|learning_rate|chi|selected_.|right_.|epoch|train_(loss|runtime)|"
-                       r"(eval_)(.*_)?(loss|accuracy|accuracy_ensemble|memorised)")  # fmt: skip
+    shown = re.compile(
+        r"loss|learning_rate|chi|selected_.|right_.|epoch|train_(loss|runtime)|"
+        r"(eval_)(.*_)?(loss|accuracy|accuracy_ensemble|memorised)"
+    )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        super().on_log(args, state, control, logs={k: v for k, v in logs.items() if self.shown.fullmatch(k)}, **kwargs)
+        super().on_log(
+            args,
+            state,
+            control,
+            logs={k: v for k, v in logs.items() if self.shown.fullmatch(k)},
+            **kwargs,
+        )

@@ -25,31 +25,45 @@ def refuse_arguments(args: TrainingArguments) -> None:
             "over each other's files. Without a GPU pass use_cpu=True (MutualTrainingArguments does)"
         )
     if args.n_gpu > 1:
-        raise RuntimeError(f"{args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel and lose the state of "
-                           "the loss: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0")  # fmt: skip
+        raise RuntimeError(
+            f"{args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel and lose the state of "
+            "the loss: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
+        )
     if args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor} would replace the loss: use LabelSmoothing(eps)"
         )
     if (args.bf16_full_eval or args.fp16_full_eval) and args.eval_strategy != "no":
-        raise ValueError("bf16_full_eval and fp16_full_eval leave the weights in half precision after the first evaluation, "
-                         f"and eval_strategy={args.eval_strategy!r} evaluates while training: use bf16 or fp16 alone")  # fmt: skip
+        raise ValueError(
+            "bf16_full_eval and fp16_full_eval leave the weights in half precision after the first evaluation, "
+            f"and eval_strategy={args.eval_strategy!r} evaluates while training: use bf16 or fp16 alone"
+        )
     if args.push_to_hub:
-        raise ValueError("push_to_hub=True would upload the pair as one file that nothing loads: leave it out and call "
-                         "trainer.push_to_hub() after training, which gives each network its repository (and takes hub_model_id, "
-                         "hub_token, hub_revision and hub_private_repo from these arguments)")  # fmt: skip
+        raise ValueError(
+            "push_to_hub=True would upload the pair as one file that nothing loads: leave it out and call "
+            "trainer.push_to_hub() after training, which gives each network its repository (and takes hub_model_id, "
+            "hub_token, hub_revision and hub_private_repo from these arguments)"
+        )
 
 
-def refuse_pairing(peers: list[nn.Module], teachers: list[nn.Module], loss: Loss, cached: Any = None) -> None:
+def refuse_pairing(
+    peers: list[nn.Module], teachers: list[nn.Module], loss: Loss, cached: Any = None
+) -> None:
     """``cached``: what teachers said of the training data [N, T, C], where these bring it."""
     name = type(loss).__name__
     if not isinstance(loss, Loss):
-        raise TypeError(f"loss must be a kd_plugins loss, got {name}; create_loss('ce') is plain cross-entropy")
+        raise TypeError(
+            f"loss must be a kd_plugins loss, got {name}; create_loss('ce') is plain cross-entropy"
+        )
     if loss.peers and len(peers) < 2:
-        raise ValueError(f"{name} teaches peers and there is one network: pass at least two, or a loss for one")
+        raise ValueError(
+            f"{name} teaches peers and there is one network: pass at least two, or a loss for one"
+        )
     if not loss.peers and len(peers) > 1:
-        raise ValueError(f"{name} is a loss for one network and there are {len(peers)}: Mutual({name}(), Nothing()) trains them "
-                         "side by side, SMKD(...) lets them teach each other")  # fmt: skip
+        raise ValueError(
+            f"{name} is a loss for one network and there are {len(peers)}: Mutual({name}(), Nothing()) trains them "
+            "side by side, SMKD(...) lets them teach each other"
+        )
     for module in loss.modules():
         if getattr(module, "num_peers", len(peers)) != len(peers):
             raise ValueError(
@@ -57,20 +71,35 @@ def refuse_pairing(peers: list[nn.Module], teachers: list[nn.Module], loss: Loss
             )
     averaged = averages_of(loss) is not None
     if averaged and (teachers or cached is not None):
-        given = f"the {len(teachers)} teachers given" if teachers else "the teachers' logits in the training data"
+        given = (
+            f"the {len(teachers)} teachers given"
+            if teachers
+            else "the teachers' logits in the training data"
+        )
         raise ValueError(f"{name} learns from its peers' averages over time, not from {given}")
     taught = loss.reads & {"teacher", "teacher_features"}
     if cached is not None and teachers:
-        raise ValueError(f"the training data bring logits of {cached.shape[1]} teachers, and {len(teachers)} teachers are given "
-                         "that would not be asked: pass teachers=[...] or the data of cache_teachers, not both")  # fmt: skip
+        raise ValueError(
+            f"the training data bring logits of {cached.shape[1]} teachers, and {len(teachers)} teachers are given "
+            "that would not be asked: pass teachers=[...] or the data of cache_teachers, not both"
+        )
     if cached is not None and "teacher_features" in taught:
-        raise ValueError(f"{name} reads teacher_features, and the training data bring logits only: pass teachers=[...], and the "
-                         "view without the cache")  # fmt: skip
+        raise ValueError(
+            f"{name} reads teacher_features, and the training data bring logits only: pass teachers=[...], and the "
+            "view without the cache"
+        )
     if taught and not teachers and not averaged and cached is None:
-        raise ValueError(f"{name} reads {', '.join(sorted(taught))}, and there are no teachers: pass teachers=[...]")
+        raise ValueError(
+            f"{name} reads {', '.join(sorted(taught))}, and there are no teachers: pass teachers=[...]"
+        )
     if teachers and not taught:
-        raise ValueError(f"{name} does not read teacher: the {len(teachers)} teachers would run for nothing")
-    read = [*(peers if "features" in loss.reads else ()), *(teachers if "teacher_features" in loss.reads else ())]
+        raise ValueError(
+            f"{name} does not read teacher: the {len(teachers)} teachers would run for nothing"
+        )
+    read = [
+        *(peers if "features" in loss.reads else ()),
+        *(teachers if "teacher_features" in loss.reads else ()),
+    ]
     if blind := [type(p).__name__ for p in read if not has_features(p)]:
         raise TypeError(
             f"{name} reads features, which are taken from timm networks (forward_features); not from {blind}"
@@ -83,7 +112,9 @@ def refuse_pairing(peers: list[nn.Module], teachers: list[nn.Module], loss: Loss
     counts |= {f"teacher {k}": n for k, p in enumerate(teachers) if (n := class_count(p))}
     counts |= {} if cached is None else {"cached teachers": cached.shape[2]}
     if len(set(counts.values())) > 1:
-        raise ValueError(f"the networks have different numbers of classes: {counts}; they cannot teach each other")
+        raise ValueError(
+            f"the networks have different numbers of classes: {counts}; they cannot teach each other"
+        )
 
 
 def refuse_tables(loss: Loss, view: Any) -> None:
@@ -91,8 +122,10 @@ def refuse_tables(loss: Loss, view: Any) -> None:
     rows = len(view) if hasattr(view, "__len__") else None
     for name, module in loss.named_modules():
         if isinstance(module, SampleTable) and rows not in (None, module.num_samples):
-            raise ValueError(f"{name} of {type(loss).__name__} has num_samples={module.num_samples} rows, the training data "
-                             f"{rows}: samples would share rows, or have none")  # fmt: skip
+            raise ValueError(
+                f"{name} of {type(loss).__name__} has num_samples={module.num_samples} rows, the training data "
+                f"{rows}: samples would share rows, or have none"
+            )
 
 
 def refuse_labels(view: Any, peers: list[nn.Module], name: str) -> None:

@@ -50,15 +50,19 @@ class DynamicsCallback(TrainerCallback):
         self._clear()
 
     def _clear(self) -> None:
-        self._waiting: list[tuple[int, dict[str, Tensor]]] = []  # (step, figures on the device) of the last batches
+        self._waiting: list[
+            tuple[int, dict[str, Tensor]]
+        ] = []  # (step, figures on the device) of the last batches
         self._parts: list[dict[str, np.ndarray]] = []  # what has come to the host
         self._rows = 0
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         hosted = extract_model_from_parallel(model)
         if not isinstance(hosted, Hosted):
-            raise TypeError(f"DynamicsCallback reads the networks of MutualDistillationTrainer, not {type(hosted).__name__}; one "
-                            "network and its loss train there too")  # fmt: skip
+            raise TypeError(
+                f"DynamicsCallback reads the networks of MutualDistillationTrainer, not {type(hosted).__name__}; one "
+                "network and its loss train there too"
+            )
         hosted.watch = True
         for module in hosted.modules():
             if isinstance(module, Mutual):
@@ -67,7 +71,9 @@ class DynamicsCallback(TrainerCallback):
         self.path = Path(self.folder or Path(args.output_dir) / "dynamics")
         self.rank = args.process_index
         self.path.mkdir(parents=True, exist_ok=True)
-        if args.local_process_index == 0:  # the others write after the first step, and cannot finish it alone
+        if (
+            args.local_process_index == 0
+        ):  # the others write after the first step, and cannot finish it alone
             _drop_after(self.path, state.global_step)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -99,7 +105,9 @@ class DynamicsCallback(TrainerCallback):
     def _collect(self, model: Any, step: int) -> None:
         """Copies of the figures of the last batch, on its device: nothing waits for them. CUDA graphs write over the originals."""
         seen = extract_model_from_parallel(model).seen  # type: ignore[attr-defined]
-        seen = {name: value.to(SMALL.get(name, value.dtype), copy=True) for name, value in seen.items()}
+        seen = {
+            name: value.to(SMALL.get(name, value.dtype), copy=True) for name, value in seen.items()
+        }
         self._waiting.append((step, seen))
         self._rows += len(seen["index"])
         if len(self._waiting) >= 100:
@@ -110,8 +118,12 @@ class DynamicsCallback(TrainerCallback):
         if not self._waiting:
             return
         steps, batches = zip(*self._waiting, strict=True)
-        part = {name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]}
-        part["step"] = np.repeat(np.array(steps, np.int32), [len(batch["index"]) for batch in batches])
+        part = {
+            name: torch.cat([batch[name] for batch in batches]).cpu().numpy() for name in batches[0]
+        }
+        part["step"] = np.repeat(
+            np.array(steps, np.int32), [len(batch["index"]) for batch in batches]
+        )
         self._parts.append(part)
         self._waiting = []
 
@@ -120,12 +132,20 @@ class DynamicsCallback(TrainerCallback):
         self._fetch()
         if not self._parts:
             return
-        whole = {name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]}
+        whole = {
+            name: np.concatenate([part[name] for part in self._parts]) for name in self._parts[0]
+        }
         columns = {"epoch": np.full(self._rows, self._epoch, np.int16)}
         columns |= {name: whole[name] for name in ("step", "index", "label")}
         for k in range(whole["pred"].shape[1]):
-            columns |= {f"{name}_{peer_name(k)}": values[:, k] for name, values in whole.items() if values.ndim == 2}
-        _write(pa.table(columns), self.path / f"step-{whole['step'][-1]:08d}-rank-{self.rank}.parquet")
+            columns |= {
+                f"{name}_{peer_name(k)}": values[:, k]
+                for name, values in whole.items()
+                if values.ndim == 2
+            }
+        _write(
+            pa.table(columns), self.path / f"step-{whole['step'][-1]:08d}-rank-{self.rank}.parquet"
+        )
         self._clear()
 
 
@@ -146,8 +166,15 @@ def _drop_after(folder: Path, step: int) -> None:
         with contextlib.suppress(FileNotFoundError):  # another host was quicker
             kept = pq.read_table(path, filters=pc.field("step") <= step)
             if len(kept):
-                _write(kept, path.with_name(f"step-{pc.max(kept['step']).as_py():08d}-{path.name.split('-', 2)[2]}"))
+                _write(
+                    kept,
+                    path.with_name(
+                        f"step-{pc.max(kept['step']).as_py():08d}-{path.name.split('-', 2)[2]}"
+                    ),
+                )
             path.unlink()
     if late:
-        logger.warning(f"{folder}: the {len(late)} segments of training dynamics with steps after {step} are removed, since these "
-                       "steps are trained again; for a run of its own choose another output_dir or folder")  # fmt: skip
+        logger.warning(
+            f"{folder}: the {len(late)} segments of training dynamics with steps after {step} are removed, since these "
+            "steps are trained again; for a run of its own choose another output_dir or folder"
+        )

@@ -35,15 +35,21 @@ def refuse_other_data(path: Path, view: Any) -> None:
     then, now = json.loads(path.read_text(encoding="utf-8")), identity(view)
     if then != now:
         what = (
-            f"{then['rows']} rows, now {now['rows']}" if then["rows"] != now["rows"] else "other labels in as many rows"
+            f"{then['rows']} rows, now {now['rows']}"
+            if then["rows"] != now["rows"]
+            else "other labels in as many rows"
         )
-        raise ValueError(f"{path.parent} was trained on other data: {what}; tables by sample and the order of the samples would "
-                         "no longer fit. Give it the same data, or train anew into another output_dir")  # fmt: skip
+        raise ValueError(
+            f"{path.parent} was trained on other data: {what}; tables by sample and the order of the samples would "
+            "no longer fit. Give it the same data, or train anew into another output_dir"
+        )
 
 
 def last_checkpoint(output_dir: str | Path | None) -> str | None:
     """The newest checkpoint in a folder that was written to its end; None if there is none."""
-    paths = [p for p in Path(output_dir or ".").glob("checkpoint-*") if p.name.split("-")[-1].isdecimal()]
+    paths = [
+        p for p in Path(output_dir or ".").glob("checkpoint-*") if p.name.split("-")[-1].isdecimal()
+    ]
     for path in sorted(paths, key=lambda p: -int(p.name.split("-")[-1])):
         with contextlib.suppress(OSError, ValueError):  # the Trainer writes its state last
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
@@ -57,16 +63,27 @@ def claim_folder(args: TrainingArguments, **settings: Any) -> None:
     The first call writes ``settings.json``; a later one with other settings, seed, length, batch or optimizer raises.
     """
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    settings |= {"seed": args.seed, "epochs": args.num_train_epochs, "max_steps": args.max_steps, "batch": batch}
-    settings |= {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay, "optim": args.optim}
+    settings |= {
+        "seed": args.seed,
+        "epochs": args.num_train_epochs,
+        "max_steps": args.max_steps,
+        "batch": batch,
+    }
+    settings |= {
+        "learning_rate": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "optim": args.optim,
+    }
     asked = json.loads(json.dumps(settings, default=str))
     path = Path(str(args.output_dir), "settings.json")
     if path.exists():
         made = json.loads(path.read_text(encoding="utf-8"))
         if other := [k for k in sorted({*made, *asked}) if made.get(k) != asked.get(k)]:
-            raise ValueError(f"{path.parent} holds a run with {({k: made.get(k) for k in other})}, asked for is "
-                             f"{({k: asked.get(k) for k in other})}; its checkpoints would be taken for this run's. Choose "
-                             "another --output_dir, or delete it")  # fmt: skip
+            raise ValueError(
+                f"{path.parent} holds a run with { ({k: made.get(k) for k in other}) }, asked for is "
+                f"{ ({k: asked.get(k) for k in other}) }; its checkpoints would be taken for this run's. Choose "
+                "another --output_dir, or delete it"
+            )
     elif args.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")

@@ -24,8 +24,10 @@ try:
     from timm.task import ClassificationTask
     from timm.task import resume_task_checkpoint as _with_task_state  # noqa: F401  # as old as get_task_state, which it reads
 except ImportError as error:
-    raise ImportError(f"kd_plugins.train.timm needs timm >= 1.0.31, whose tasks keep state of their own in the checkpoint; found "
-                      f"timm {timm.__version__}") from error  # fmt: skip
+    raise ImportError(
+        f"kd_plugins.train.timm needs timm >= 1.0.31, whose tasks keep state of their own in the checkpoint; found "
+        f"timm {timm.__version__}"
+    ) from error
 
 
 class StatefulClassificationTask(ClassificationTask):
@@ -68,8 +70,10 @@ class StatefulClassificationTask(ClassificationTask):
         masters = [make_teacher(teacher, num_classes) for teacher in teachers]
         refuse_pairing(peers, masters, criterion)
         if "index" in criterion.reads:
-            raise ValueError(f"{type(criterion).__name__} reads index, the position of a sample in the data set, which timm's "
-                             "loaders do not hand over: train it with MutualDistillationTrainer")  # fmt: skip
+            raise ValueError(
+                f"{type(criterion).__name__} reads index, the position of a sample in the data set, which timm's "
+                "loaders do not hand over: train it with MutualDistillationTrainer"
+            )
         for network in (*peers, *masters):
             network.to(device=device, dtype=dtype)
         hosted = _Trained(peers, criterion, masters).to(device=device)
@@ -109,15 +113,27 @@ class StatefulClassificationTask(ClassificationTask):
             self.trainable_module_ema.update(unwrap_model(self.eval_model), step=step)
 
     def setup_ema(
-        self, decay: float = 0.9999, use_warmup: bool = False, device: torch.device | None = None, **kwargs: Any
+        self,
+        decay: float = 0.9999,
+        use_warmup: bool = False,
+        device: torch.device | None = None,
+        **kwargs: Any,
     ) -> nn.Module:
         network = unwrap_model(self.eval_model)
-        self.trainable_module_ema = ModelEmaV3(network, decay=decay, use_warmup=use_warmup, device=device, **kwargs)
+        self.trainable_module_ema = ModelEmaV3(
+            network, decay=decay, use_warmup=use_warmup, device=device, **kwargs
+        )
         return self.trainable_module_ema
 
-    def compile(self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any) -> Any:
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        self.eval_model = torch.compile(self.eval_model, backend=backend, mode=mode, **compile_kwargs)
+    def compile(
+        self, backend: str = "inductor", mode: str | None = None, **compile_kwargs: Any
+    ) -> Any:
+        self.trainable_module = torch.compile(
+            self.trainable_module, backend=backend, mode=mode, **compile_kwargs
+        )
+        self.eval_model = torch.compile(
+            self.eval_model, backend=backend, mode=mode, **compile_kwargs
+        )
         return self.eval_model
 
     def get_clip_parameters(self, exclude_head: bool = False) -> list[nn.Parameter]:
@@ -129,7 +145,10 @@ class StatefulClassificationTask(ClassificationTask):
         if ema:
             return {}
         state = unwrap_model(self.trainable_module).state_dict()
-        return {"loss": {k: v for k, v in state.items() if not k.startswith("peers.")}, "updates": self.updates}
+        return {
+            "loss": {k: v for k, v in state.items() if not k.startswith("peers.")},
+            "updates": self.updates,
+        }
 
     def load_task_state(
         self,
@@ -142,9 +161,11 @@ class StatefulClassificationTask(ClassificationTask):
             return
         own, given = self.get_task_state()["loss"], (state or {}).get("loss", {})
         if strict and own.keys() != given.keys():
-            raise ValueError(f"the checkpoint holds no state of this loss, {type(self.criterion).__name__}: of its "
-                             f"{sorted(own)} it has {sorted(given)}; the loss would start with empty state. Resume a run "
-                             "of the same task and loss, or begin with --initial-checkpoint")  # fmt: skip
+            raise ValueError(
+                f"the checkpoint holds no state of this loss, {type(self.criterion).__name__}: of its "
+                f"{sorted(own)} it has {sorted(given)}; the loss would start with empty state. Resume a run "
+                "of the same task and loss, or begin with --initial-checkpoint"
+            )
         unwrap_model(self.trainable_module).load_state_dict(given, strict=False)
         self._tell((state or {}).get("updates", 0))
 
@@ -177,7 +198,9 @@ class Ensemble(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         dtypes = [next(peer.parameters(), input).dtype for peer in self.peers]
         runs = zip(self.peers, self.inputs, dtypes, strict=True)
-        return _mean_log_probs([logits_of(peer(adapt(input).to(dtype))) for peer, adapt, dtype in runs])
+        return _mean_log_probs(
+            [logits_of(peer(adapt(input).to(dtype))) for peer, adapt, dtype in runs]
+        )
 
 
 class _Trained(Hosted):
@@ -192,10 +215,17 @@ class _Trained(Hosted):
         layers: list[dict[str, int]] = []
         for peer in self.peers:
             known = hasattr(peer, "group_matcher")
-            layers.append(group_parameters(peer, peer.group_matcher(coarse=coarse), reverse=True) if known else {})
+            layers.append(
+                group_parameters(peer, peer.group_matcher(coarse=coarse), reverse=True)
+                if known
+                else {}
+            )
         tops = [max(own.values(), default=0) for own in layers]
-        level = {f"peers.{k}.{name}": layer + max(tops) - top
-                 for k, (own, top) in enumerate(zip(layers, tops, strict=True)) for name, layer in own.items()}  # fmt: skip
+        level = {
+            f"peers.{k}.{name}": layer + max(tops) - top
+            for k, (own, top) in enumerate(zip(layers, tops, strict=True))
+            for name, layer in own.items()
+        }
         return lambda name: level.get(name, max(tops))
 
 

@@ -37,14 +37,20 @@ def as_compute_loss_func(loss: Loss) -> Callable[..., Tensor]:
     >>> Trainer(vit, args, compute_loss_func=as_compute_loss_func(loss), callbacks=[ProgressCallback(loss)])  # doctest: +SKIP
     """
 
-    def compute_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def compute_loss(
+        outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         logits = logits_of(outputs)
-        loss.train(torch.is_grad_enabled())  # the Trainer does not toggle it: evaluation must not touch its state
+        loss.train(
+            torch.is_grad_enabled()
+        )  # the Trainer does not toggle it: evaluation must not touch its state
         if any(t.device != logits.device for t in (*loss.buffers(), *loss.parameters())):
             loss.to(logits.device)
         value = loss(logits, labels)
         # the Trainer sums what it gets over accumulation steps and processes
-        return value if num_items_in_batch is None else value * (labels.shape[0] / num_items_in_batch)
+        return (
+            value if num_items_in_batch is None else value * (labels.shape[0] / num_items_in_batch)
+        )
 
     return compute_loss
 
@@ -93,7 +99,9 @@ class MutualDistillationTrainer(Trainer):
     ) -> None:
         args = args if args is not None else MutualTrainingArguments()
         refuse_arguments(args)
-        set_seed(args.seed)  # models made from names are then the same in every run, and differ from each other
+        set_seed(
+            args.seed
+        )  # models made from names are then the same in every run, and differ from each other
         data = train_dataset if train_dataset is not None else eval_dataset
         num_classes = getattr(data, "num_classes", None)
         models = [models] if isinstance(models, str | nn.Module) else list(models)
@@ -115,7 +123,9 @@ class MutualDistillationTrainer(Trainer):
                 module.watch = watch
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
-        hf.setdefault("preprocess_logits_for_metrics", _ranked)  # class ids, not logits: 20k x 1000 x 2 takes 300 MB
+        hf.setdefault(
+            "preprocess_logits_for_metrics", _ranked
+        )  # class ids, not logits: 20k x 1000 x 2 takes 300 MB
         hf.setdefault("compute_metrics", self._metrics)
         hosted = Hosted(peers, loss, masters)
         super().__init__(hosted, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **hf)
@@ -143,12 +153,18 @@ class MutualDistillationTrainer(Trainer):
             if learned := [p for p in hosted.criterion.parameters() if p.requires_grad]:
                 groups.append({"params": learned, "weight_decay": self.args.weight_decay})
             self.optimizer = cls(groups, **kwargs)
-            if unknown := {k for own in self.optim_per_peer for k in own} - set(self.optimizer.defaults):
-                raise ValueError(f"optim_per_peer: {cls.__name__} has no setting {sorted(unknown)} and would ignore it; "
-                                 f"it has {sorted(self.optimizer.defaults)}")  # fmt: skip
+            if unknown := {k for own in self.optim_per_peer for k in own} - set(
+                self.optimizer.defaults
+            ):
+                raise ValueError(
+                    f"optim_per_peer: {cls.__name__} has no setting {sorted(unknown)} and would ignore it; "
+                    f"it has {sorted(self.optimizer.defaults)}"
+                )
         return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
         """Warm-up, then steps at the milestones; what ``lr_scheduler_type`` says if that is not a constant."""
         args: Any = self.args
         milestones: Any = getattr(args, "milestones", None)
@@ -161,7 +177,9 @@ class MutualDistillationTrainer(Trainer):
             decay = args.lr_decay ** bisect_right(milestones, step / max(num_training_steps, 1))
             return decay * min(1.0, (step + 1) / (warmup + 1))
 
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.create_optimizer(), factor)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+            optimizer or self.create_optimizer(), factor
+        )
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -174,7 +192,9 @@ class MutualDistillationTrainer(Trainer):
 
     # -------------------------------------------------------------------------------------------------- steps and logs
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
+    ) -> Any:
         outputs = model(**inputs)
         if self.model.training:
             for name, value in self.model.stats.items():  # on the device: nothing waits for it
@@ -203,11 +223,15 @@ class MutualDistillationTrainer(Trainer):
         if self._steps:
             self._refuse_nan({name: value.item() for name, value in self._sums.items()})
         # the gradient of the last step may be NaN where its loss was not
-        if bad := [name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()]:
+        if bad := [
+            name for name, p in self.model.named_parameters() if not torch.isfinite(p).all()
+        ]:
             self._refuse_nan({"loss": math.nan, **dict.fromkeys(bad, math.nan)})
         super().save_model(output_dir, _internal_call)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         state_dict = self.model.state_dict() if state_dict is None else state_dict
         # networks in channels_last are strided, and safetensors takes packed tensors only
         super()._save(output_dir, {name: value.contiguous() for name, value in state_dict.items()})
@@ -224,7 +248,9 @@ class MutualDistillationTrainer(Trainer):
                 "clip (max_grad_norm) or warm up, and resume"
             )
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
         """As the Trainer's. ``resume_from_checkpoint=True`` goes on from the last complete checkpoint, if there is one."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
@@ -235,8 +261,10 @@ class MutualDistillationTrainer(Trainer):
         except Exception as error:
             ours = type(error) is ValueError  # which says it all
             if resume_from_checkpoint and not self._sums and not ours:
-                error.add_note(f"while resuming from {resume_from_checkpoint}, before the first step: where a file there is "
-                               "damaged, or not of this trainer, resume from another checkpoint")  # fmt: skip
+                error.add_note(
+                    f"while resuming from {resume_from_checkpoint}, before the first step: where a file there is "
+                    "damaged, or not of this trainer, resume from another checkpoint"
+                )
             raise
         for name, view in _named({"train": self.train_dataset}, self.eval_dataset):
             broken = sorted(set(gather_object(view.broken()))) if hasattr(view, "broken") else []
@@ -301,7 +329,9 @@ class MutualDistillationTrainer(Trainer):
         name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
         names = [f"{name}-{peer_name(k)}" if len(peers) > 1 else name for k in peers]
         folders = self.export(**card)
-        repos = [api.create_repo(n, token=token, private=private, exist_ok=True).repo_id for n in names]
+        repos = [
+            api.create_repo(n, token=token, private=private, exist_ok=True).repo_id for n in names
+        ]
         commits = []
         for k, repo, folder in zip(peers, repos, folders, strict=True):
             (folder / "README.md").write_text(model_card(self, k, repo, **card), encoding="utf-8")
@@ -313,7 +343,12 @@ class MutualDistillationTrainer(Trainer):
                     token=token,
                     revision=args.hub_revision if revision is None else revision,
                     run_as_future=not blocking,
-                    allow_patterns=["config.json", "model*.safetensors", "model*.json", "README.md"],
+                    allow_patterns=[
+                        "config.json",
+                        "model*.safetensors",
+                        "model*.json",
+                        "README.md",
+                    ],
                 )
             )
         return commits

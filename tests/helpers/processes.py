@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 
 TESTS = Path(__file__).parents[1]
-PYTHONPATH = os.pathsep.join([str(TESTS.parent), str(TESTS)])  # for a process that is started: package and helpers
+PYTHONPATH = os.pathsep.join(
+    [str(TESTS.parent), str(TESTS)]
+)  # for a process that is started: package and helpers
 
 RANK = """
 import json, sys, torch, torch.distributed as dist
@@ -29,10 +31,20 @@ def mine(parts):
 def on_ranks(work, steps, folder):
     """What ``work`` leaves in ``seen`` on each of two processes, and on one alone; it finds ``steps``, ``rank``, ``mine``."""
     torch.save(steps, folder / "steps")
-    code = f"{RANK}{work}\nprint(json.dumps(seen))\nif world > 1:\n    dist.destroy_process_group()\n"
+    code = (
+        f"{RANK}{work}\nprint(json.dumps(seen))\nif world > 1:\n    dist.destroy_process_group()\n"
+    )
 
     def start(rank, world):
-        args = [sys.executable, "-c", code, str(rank), str(world), str(folder / "store"), str(folder / "steps")]
+        args = [
+            sys.executable,
+            "-c",
+            code,
+            str(rank),
+            str(world),
+            str(folder / "store"),
+            str(folder / "steps"),
+        ]
         return subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     running, results = [start(0, 2), start(1, 2), start(0, 1)], []
@@ -62,7 +74,9 @@ def launch(script, folder, world=2):
         "--master_port",
         str(port),
     ]
-    done = subprocess.run([*command, script, str(folder)], env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, script, str(folder)], env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done
 

@@ -48,8 +48,20 @@ def slope(f, zs, h=1e-5):
     """Central differences of f(zs) for nested lists zs [K][B][C]: the gradient in the same nesting."""
 
     def at(k, i, c, step):
-        return f([[[z + step * ((k, i, c) == (a, b, d)) for d, z in enumerate(row)] for b, row in enumerate(rows)]
-                  for a, rows in enumerate(zs)])  # fmt: skip
+        return f(
+            [
+                [
+                    [z + step * ((k, i, c) == (a, b, d)) for d, z in enumerate(row)]
+                    for b, row in enumerate(rows)
+                ]
+                for a, rows in enumerate(zs)
+            ]
+        )
 
-    return [[[(at(k, i, c, h) - at(k, i, c, -h)) / (2 * h) for c in range(len(row))] for i, row in enumerate(rows)]
-            for k, rows in enumerate(zs)]  # fmt: skip
+    return [
+        [
+            [(at(k, i, c, h) - at(k, i, c, -h)) / (2 * h) for c in range(len(row))]
+            for i, row in enumerate(rows)
+        ]
+        for k, rows in enumerate(zs)
+    ]

@@ -8,7 +8,13 @@ import sys
 import numpy as np
 import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from kd_plugins import SMKD, MyLC
 from kd_plugins.data import ImageView
@@ -36,7 +42,9 @@ class Net(nn.Module):
         self.fc = nn.Linear(6 * 4, classes)
         torch.random.set_rng_state(state)
         with torch.no_grad():
-            self.fc.weight *= 8 * scale  # sure of some samples from the start, so that something is selected
+            self.fc.weight *= (
+                8 * scale
+            )  # sure of some samples from the start, so that something is selected
 
     def forward(self, pixels):
         x = nn.functional.adaptive_avg_pool2d(self.norm(self.conv(pixels)).relu(), 2)
@@ -60,8 +68,10 @@ def rows(n=ROWS, classes=CLASSES, wrong=0.25, seed=0):
     noisy = np.where(rng.random(n) < wrong, (clean + 1) % classes, clean)
     pictures = rng.integers(0, 90, (n, SIZE, SIZE, 3))
     pictures[np.arange(n), :, :, clean % 3] += 120
-    return [{"image": p.astype(np.uint8), "label": int(y), "clean": int(c)}
-            for p, y, c in zip(pictures, noisy, clean, strict=True)]  # fmt: skip
+    return [
+        {"image": p.astype(np.uint8), "label": int(y), "clean": int(c)}
+        for p, y, c in zip(pictures, noisy, clean, strict=True)
+    ]
 
 
 def view(n=ROWS, *, clean=True, transform=to_tensor, **kwargs):
@@ -69,12 +79,19 @@ def view(n=ROWS, *, clean=True, transform=to_tensor, **kwargs):
 
 
 def arguments(folder, cls=MutualTrainingArguments, **kwargs):
-    settings = {"per_device_train_batch_size": 8, "num_train_epochs": 2, "learning_rate": 0.05, "save_strategy": "no"}
+    settings = {
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 2,
+        "learning_rate": 0.05,
+        "save_strategy": "no",
+    }
     if cls is MutualTrainingArguments:
         settings["milestones"] = [0.5]
     return cls(
         str(folder),
-        **settings | {"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True} | kwargs,
+        **settings
+        | {"logging_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+        | kwargs,
     )
 
 
@@ -83,14 +100,22 @@ def trainer(folder, models=None, loss=None, train=None, evaluate=None, *, hf=Non
     models = [Net(1), Net(2)] if models is None else models
     loss = SMKD(MyLC(window=ROWS), eta=1.5, b2=-4, normalize="batch") if loss is None else loss
     data = {"train_dataset": view() if train is None else train, "eval_dataset": evaluate}
-    return MutualDistillationTrainer(models, loss, arguments(folder, **kwargs), **data, **(hf or {}))
+    return MutualDistillationTrainer(
+        models, loss, arguments(folder, **kwargs), **data, **(hf or {})
+    )
 
 
 def hard(folder, callbacks=(), **kwargs):
     """A run that is hard to resume: BatchNorm, dropout, random pictures, r and momentum. 12 steps, a checkpoint every two."""
     models = [Net(1, bn=True, dropout=0.2), Net(2, dropout=0.3)]
     saving = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
-    return trainer(folder, models, train=view(transform=jitter), hf={"callbacks": list(callbacks)}, **saving | kwargs)
+    return trainer(
+        folder,
+        models,
+        train=view(transform=jitter),
+        hf={"callbacks": list(callbacks)},
+        **saving | kwargs,
+    )
 
 
 class Killed(TrainerCallback):
@@ -121,14 +146,29 @@ def logged(run, *names):
 def vit(classes=CLASSES, seed=0, **config):
     """The smallest Hugging Face image classifier."""
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    sizes |= {"image_size": SIZE, "patch_size": 4, "num_labels": classes, "hidden_dropout_prob": 0.0}
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    sizes |= {
+        "image_size": SIZE,
+        "patch_size": 4,
+        "num_labels": classes,
+        "hidden_dropout_prob": 0.0,
+    }
     return ViTForImageClassification(ViTConfig(**sizes | config))
 
 
 def plain(folder, loss, model=None, train=None, *, callbacks=None, **kwargs):
     """A stock Hugging Face Trainer with our loss."""
-    settings = {"remove_unused_columns": False, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"}
+    settings = {
+        "remove_unused_columns": False,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+    }
     settings["ddp_find_unused_parameters"] = False
     return Trainer(
         vit() if model is None else model,

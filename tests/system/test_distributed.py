@@ -37,8 +37,18 @@ BROKEN = range(1, ROWS, 6)
 def mutual(folder, world, refine=None, **kwargs):
     """SMKD-P normalised by the batch, no BatchNorm: 16 rows a step however many processes share them."""
     loss = SMKD(refine or MyLC(window=ROWS), eta=1.5, b2=-4, normalize="batch")
-    settings = {"per_device_train_batch_size": 16 // world, "per_device_eval_batch_size": 10, "num_train_epochs": 4}
-    return trainer(folder, loss=loss, train=view(transform=jitter), evaluate=view(26, seed=1), **settings | kwargs)
+    settings = {
+        "per_device_train_batch_size": 16 // world,
+        "per_device_eval_batch_size": 10,
+        "num_train_epochs": 4,
+    }
+    return trainer(
+        folder,
+        loss=loss,
+        train=view(transform=jitter),
+        evaluate=view(26, seed=1),
+        **settings | kwargs,
+    )
 
 
 def saving(folder, world, **kwargs):
@@ -49,18 +59,28 @@ def saving(folder, world, **kwargs):
 
 
 def accumulated(folder, world):
-    settings = {"per_device_train_batch_size": 8 // world, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
+    settings = {
+        "per_device_train_batch_size": 8 // world,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.5,
+    }
     return mutual(folder, world, ProSelfLC(b1=4.0), **settings)
 
 
 def stock(folder, world):
     """The stock Trainer, accumulating: where a bare loss function gives four times the gradient."""
-    settings = {"per_device_train_batch_size": 8 // world, "gradient_accumulation_steps": 2, "num_train_epochs": 1}
+    settings = {
+        "per_device_train_batch_size": 8 // world,
+        "gradient_accumulation_steps": 2,
+        "num_train_epochs": 1,
+    }
     return plain(folder, LabelSmoothing(0.2), train=view(clean=False), **settings)
 
 
 STATEFUL = {  # what each keeps: soft labels, weights over the data, a percentile, a learned correction, a selection
-    "joint": lambda: Joint(ROWS, 3, alpha=0.0, begin=0.2, epochs=2),  # alpha: the prior term is over a process's batch
+    "joint": lambda: Joint(
+        ROWS, 3, alpha=0.0, begin=0.2, epochs=2
+    ),  # alpha: the prior term is over a process's batch
     "truncated_gce": lambda: TruncatedGCE(ROWS, k=0.6, start=0.2, refresh=1),
     "mentornet": lambda: MentorNet("self_paced", percentile=0.6),
     "t_revision": lambda: TRevision(0.7 * torch.eye(3) + 0.1),
@@ -70,7 +90,11 @@ STATEFUL = {  # what each keeps: soft labels, weights over the data, a percentil
 
 def stateful(name, folder, world, **kwargs):
     """One network and a loss with state; a checkpoint after each of the three steps of an epoch."""
-    settings = {"per_device_train_batch_size": 16 // world, "num_train_epochs": 4, "learning_rate": 0.02}
+    settings = {
+        "per_device_train_batch_size": 16 // world,
+        "num_train_epochs": 4,
+        "learning_rate": 0.02,
+    }
     loss = STATEFUL[name]()
     hf = {"teachers": [Net(5), Net(6)]} if "teacher" in loss.reads else {}
     return trainer(folder, [Net(1)], loss, view(transform=jitter), hf=hf, **settings | kwargs)
@@ -108,7 +132,11 @@ def one_step(hosted, pixels, labels):
     loss.backward()
     inner = getattr(hosted, "module", hosted)
     shares = [inner.criterion.stats[f"selected_{k}"].item() for k in "ab"]
-    return {"loss": loss.item(), "grads": [p.grad.clone() for p in inner.parameters()], "selected": shares}
+    return {
+        "loss": loss.item(),
+        "grads": [p.grad.clone() for p in inner.parameters()],
+        "selected": shares,
+    }
 
 
 def uneven(folder, world, train, **kwargs):
@@ -121,12 +149,17 @@ def uneven(folder, world, train, **kwargs):
 def primed(batches):
     """r of two networks from one pass over these batches of rows, and how many were counted."""
     data, loss = view(11), SMKD(MyLC(window=100))
-    loader = [{"pixel_values": torch.stack([data[i]["pixel_values"] for i in batch])} for batch in batches]
+    loader = [
+        {"pixel_values": torch.stack([data[i]["pixel_values"] for i in batch])} for batch in batches
+    ]
     loss.prime([Net(1), Net(2)], loader)
     return [[refine.r.item(), refine.mean_certainty.count.item()] for refine in loss.refine]
 
 
-PRIMING = [([[0, 1, 2, 3], [4, 5, 6, 7], [8]], [[9, 10]]), ([[0, 1]], [])]  # rows of the batches of both ranks
+PRIMING = [
+    ([[0, 1, 2, 3], [4, 5, 6, 7], [8]], [[9, 10]]),
+    ([[0, 1]], []),
+]  # rows of the batches of both ranks
 
 
 def rank_main(folder):
@@ -171,7 +204,9 @@ def rank_main(folder):
     out["primed"] = [primed(batches[rank]) for batches in PRIMING]
 
     run, seen = uneven(folder / "uneven", WORLD, view(33)), []
-    run.model.register_forward_pre_hook(lambda *args: seen.append(args[-1]["index"].tolist()), with_kwargs=True)
+    run.model.register_forward_pre_hook(
+        lambda *args: seen.append(args[-1]["index"].tolist()), with_kwargs=True
+    )
     run.train()
     out["uneven"] = result(run) | {"seen": seen}
 
@@ -220,7 +255,17 @@ def test_two_processes_are_one(ranks, alone):
 
 
 def test_logs_are_means_over_the_ranks(ranks, alone):
-    names = ("loss", "own_a", "own_b", "taught_a", "selected_a", "selected_b", "right_b", "r_a", "chi")
+    names = (
+        "loss",
+        "own_a",
+        "own_b",
+        "taught_a",
+        "selected_a",
+        "selected_b",
+        "right_b",
+        "r_a",
+        "chi",
+    )
     logs, local = ranks[0]["mutual"]["logs"], [rank["mutual"]["local"] for rank in ranks]
     single = [log for log in alone.state.log_history if "loss" in log]
     assert len(logs) == len(single) == 12
@@ -259,7 +304,9 @@ def test_stock_trainer_on_two_processes(ranks, tmp_path):
     run.train()
     assert difference(ranks[0]["stock"]["state"], ranks[1]["stock"]["state"]) == 0
     assert difference(ranks[0]["stock"]["state"], state(run.model)) < 1e-5
-    ours, theirs = ([log["loss"] for log in logs] for logs in (ranks[0]["stock"]["logs"], result(run)["logs"]))
+    ours, theirs = (
+        [log["loss"] for log in logs] for logs in (ranks[0]["stock"]["logs"], result(run)["logs"])
+    )
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
@@ -281,8 +328,12 @@ def test_state_of_losses_on_two_processes(name, ranks, tmp_path):
     start = state(run.model.criterion)
     run.train()
     assert difference(first["state"], state(run.model)) < 1e-5
-    kept = {k: v for k, v in state(run.model.criterion).items() if k in run.model.criterion.state_dict()}
-    assert any(not torch.equal(v, start[k]) for k, v in kept.items()) != (name == "lr_ds")  # its mask stays
+    kept = {
+        k: v for k, v in state(run.model.criterion).items() if k in run.model.criterion.state_dict()
+    }
+    assert any(not torch.equal(v, start[k]) for k, v in kept.items()) != (
+        name == "lr_ds"
+    )  # its mask stays
 
 
 def test_broken_pictures_of_all_ranks_are_named_once(ranks):
@@ -322,18 +373,24 @@ def test_empty_selection_on_one_rank(name, ranks):
     gives zeros and keeps nobody waiting."""
     first, second = (rank[name] for rank in ranks)
     assert all(0 < share < 1 for share in first["selected"]) and second["selected"] == [0, 0]
-    assert np.isfinite([first["loss"], second["loss"]]).all() and (second["loss"] == 0) == (name == "taught")
+    assert np.isfinite([first["loss"], second["loss"]]).all() and (second["loss"] == 0) == (
+        name == "taught"
+    )
     nets, pixels, labels = lonely()
     how = {"own": 1.0, "normalize": "selected"} | LONELY[name]
     byhand = [slopes(nets, x, y, **how) for x, y in zip(pixels, labels, strict=True)]
-    for ours, theirs, expected in zip(first["grads"], second["grads"], np.mean(byhand, axis=0), strict=True):
+    for ours, theirs, expected in zip(
+        first["grads"], second["grads"], np.mean(byhand, axis=0), strict=True
+    ):
         assert torch.equal(ours, theirs)
         assert ours.numpy() == pytest.approx(expected, abs=1e-6)  # r is a float32
         assert np.abs(expected).max() > 0.05
 
     loss = Mutual(MyLC(window=99), Confident(eta=2, b2=0), **LONELY[name])
     alone = one_step(Hosted(nets, loss), torch.cat(pixels), torch.cat(labels))
-    apart = max((a - b).abs().max().item() for a, b in zip(alone["grads"], first["grads"], strict=True))
+    apart = max(
+        (a - b).abs().max().item() for a, b in zip(alone["grads"], first["grads"], strict=True)
+    )
     assert apart < 1e-6 if name == "batch" else apart > 1e-2  # one process has one n_j for all rows
 
 
@@ -353,7 +410,9 @@ def test_rows_that_do_not_divide_by_two_processes(ranks, tmp_path):
     first, second = (rank["uneven"] for rank in ranks)
     assert first["steps"] == second["steps"] == 3
     assert difference(first["state"], second["state"]) == 0
-    order = [i for both in zip(first["seen"], second["seen"], strict=True) for part in both for i in part]
+    order = [
+        i for both in zip(first["seen"], second["seen"], strict=True) for part in both for i in part
+    ]
     assert len(order) == 48 and set(order) == set(range(33))
     data = view(33)
     run = uneven(tmp_path, 1, [data[i] for i in order], train_sampling_strategy="sequential")

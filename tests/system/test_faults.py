@@ -20,7 +20,19 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
-from helpers.tiny import CLASSES, Net, difference, hard, plain, rows, state, to_tensor, trainer, view, vit
+from helpers.tiny import (
+    CLASSES,
+    Net,
+    difference,
+    hard,
+    plain,
+    rows,
+    state,
+    to_tensor,
+    trainer,
+    view,
+    vit,
+)
 from PIL import Image
 from safetensors.torch import load_file
 from timm.task import resume_task_checkpoint
@@ -33,7 +45,9 @@ from kd_plugins.train import last_checkpoint
 from kd_plugins.train.timm import StatefulClassificationTask
 
 STEPS = 60
-fork = multiprocessing.get_context("fork")  # what is imported stays imported: a start takes no seconds
+fork = multiprocessing.get_context(
+    "fork"
+)  # what is imported stays imported: a start takes no seconds
 
 
 def train(folder):
@@ -79,14 +93,20 @@ def test_twenty_kills_and_nothing_lost(tmp_path):
             kill % 2 == 0
         )  # as soon as the folder of the next checkpoint is there; else some time after it is whole
         deadline = time.monotonic() + 60
-        while not (often / f"checkpoint-{before + 2}").exists() if at_once else step_of(often) == before:
+        while (
+            not (often / f"checkpoint-{before + 2}").exists()
+            if at_once
+            else step_of(often) == before
+        ):
             assert process.is_alive() and time.monotonic() < deadline
             time.sleep(0.0005)
         time.sleep(0.0 if at_once else dice.uniform(0.0, 0.05))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        half_written += any(not (p / "trainer_state.json").exists() for p in often.glob("checkpoint-*"))
+        half_written += any(
+            not (p / "trainer_state.json").exists() for p in often.glob("checkpoint-*")
+        )
     assert half_written > 0  # some kills hit what they were meant to
     process = child(train, often)
     process.join()
@@ -117,7 +137,9 @@ def test_a_full_disk_loses_nothing(tmp_path):
     process = child(cramped, short, errors)
     process.join()
     assert process.exitcode == 3
-    assert "File too large" in errors.read_text() or "No space" in errors.read_text(), errors.read_text()
+    assert "File too large" in errors.read_text() or "No space" in errors.read_text(), (
+        errors.read_text()
+    )
     assert step_of(short) == 4  # the one before
     again = hard(short, max_steps=12)
     again.train(resume_from_checkpoint=True)
@@ -149,14 +171,19 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 def test_data_that_changed_under_a_resumed_run(tmp_path, change):
     """Refused with what differs; the same data go on."""
     hard(tmp_path, max_steps=4).train()
-    other = view(40) if change == "fewer rows" else ImageView(rows(wrong=0.6), to_tensor, clean="clean")
+    other = (
+        view(40) if change == "fewer rows" else ImageView(rows(wrong=0.6), to_tensor, clean="clean")
+    )
     match = "48 rows, now 40" if change == "fewer rows" else "other labels in as many rows"
     with pytest.raises(ValueError, match=rf"checkpoint-4 was trained on other data: {match}"):
         trainer(tmp_path, train=other).train(resume_from_checkpoint=True)
     run = hard(tmp_path, max_steps=6)
     run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 6
-    assert set(json.loads((tmp_path / "checkpoint-6" / "training_data.json").read_text())) == {"rows", "labels"}
+    assert set(json.loads((tmp_path / "checkpoint-6" / "training_data.json").read_text())) == {
+        "rows",
+        "labels",
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------- pickles
@@ -175,7 +202,9 @@ class Evil:
 FORMS = {  # all the ways that torch and numpy write one
     "pickle": lambda evil, path: path.write_bytes(pickle.dumps(evil, protocol=2)),
     "torch": lambda evil, path: torch.save({"state_dict": {"weight": evil}}, path),
-    "old torch": lambda evil, path: torch.save({"x": evil}, path, _use_new_zipfile_serialization=False),
+    "old torch": lambda evil, path: torch.save(
+        {"x": evil}, path, _use_new_zipfile_serialization=False
+    ),
     "objects": lambda evil, path: path.write_bytes(npy(np.array([evil], object))),
 }
 forms = pytest.mark.parametrize("form", FORMS)
@@ -220,7 +249,9 @@ def test_weights_that_would_run(tmp_path, poison, form, suffix):
     path = poison(form, tmp_path / f"teacher.{suffix}")
     name = "test_vit" if suffix == "npz" else "test_resnet"  # which alone reads numpy's archives
     expected = (
-        r"expected|did not find a supported" if suffix == "npz" else "expected safetensors, or a pickle of tensors"
+        r"expected|did not find a supported"
+        if suffix == "npz"
+        else "expected safetensors, or a pickle of tensors"
     )
     with pytest.raises(ValueError, match=expected) as raised:
         make_teacher(f"{name}={path}", CLASSES)
@@ -240,7 +271,9 @@ def test_folders_that_would_run(tmp_path, poison, form, name):
         lambda: predict_probs(folder, view(16)),
         lambda: trainer(tmp_path / "run", [f"local-dir:{folder}", Net()]),
     ):
-        with pytest.raises(ValueError, match=rf"weights of local-dir:{folder} are not read: expected safetensors"):
+        with pytest.raises(
+            ValueError, match=rf"weights of local-dir:{folder} are not read: expected safetensors"
+        ):
             read()
 
 
@@ -253,7 +286,15 @@ def test_weights_that_do_not_fit_say_so(tmp_path):
 
 @forms
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "scaler.pt"]
+    "name",
+    [
+        "model.safetensors",
+        "pytorch_model.bin",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+        "scaler.pt",
+    ],
 )
 def test_checkpoints_that_would_run(tmp_path, poison, form, name):
     hard(tmp_path, max_steps=2).train()
@@ -290,7 +331,9 @@ def test_arguments_in_a_checkpoint_are_not_read(tmp_path, poison):
 @forms
 def test_state_of_a_loss_that_would_run(tmp_path, poison, form):
     """In a stock Trainer and in timm's loop, where the loss has a file or an entry of its own."""
-    plain(tmp_path, MyLC(window=20), vit(), save_strategy="steps", save_steps=3, max_steps=3).train()
+    plain(
+        tmp_path, MyLC(window=20), vit(), save_strategy="steps", save_steps=3, max_steps=3
+    ).train()
     poison(form, tmp_path / "checkpoint-3" / "loss.safetensors")
     with pytest.raises(Exception, match="deserializing header"):
         plain(tmp_path, MyLC(window=20), vit(), max_steps=4).train(str(tmp_path / "checkpoint-3"))
@@ -326,7 +369,10 @@ def test_a_column_type_that_would_run(tmp_path, poison):
     evil = poison("pickle", tmp_path / "evil").read_bytes()
     named = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": evil}
     schema = pa.schema([pa.field("index", pa.int32(), metadata=named)])
-    pq.write_table(pa.table([pa.array([7], pa.int32())], schema=schema), tmp_path / "step-00000001-rank-0.parquet")
+    pq.write_table(
+        pa.table([pa.array([7], pa.int32())], schema=schema),
+        tmp_path / "step-00000001-rank-0.parquet",
+    )
     assert read_dynamics(tmp_path)["index"][:] == [7]
 
 
@@ -344,7 +390,10 @@ def test_data_that_would_run(tmp_path, poison):
                     tar.addfile(member, io.BytesIO(evil))
         else:
             (folder / name).write_bytes(evil)
-        with pytest.raises(Exception, match=r"No \(supported\) data files|no longer supported|[Ww]eights.only|pickle"):
+        with pytest.raises(
+            Exception,
+            match=r"No \(supported\) data files|no longer supported|[Ww]eights.only|pickle",
+        ):
             datasets.load_dataset(str(folder), cache_dir=str(tmp_path / "cache"))
     with pytest.raises(RuntimeError, match="cannot be read"):
         _ = ImageView([{"image": evil, "label": 0}] * 2, to_tensor)[0]
@@ -362,8 +411,20 @@ def test_nothing_of_ours_unpickles():
             called = node.func if isinstance(node, ast.Call) else None
             names += [ast.unparse(called)] if called is not None else []
             names += [k.arg for k in node.keywords if k.arg] if called is not None else []
-            bad = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal", "torch.load", "eval", "exec",
-                   "weights_only", "allow_pickle", "trust_remote_code"} & set(names)  # fmt: skip
+            bad = {
+                "pickle",
+                "cloudpickle",
+                "dill",
+                "joblib",
+                "shelve",
+                "marshal",
+                "torch.load",
+                "eval",
+                "exec",
+                "weights_only",
+                "allow_pickle",
+                "trust_remote_code",
+            } & set(names)
             assert not bad, f"{path.name}:{node.lineno}: {bad}"
 
 
@@ -375,8 +436,13 @@ def test_file_names_do_not_reach_the_page(tmp_path):
     name = "<script>alert(1)</script>".replace("/", "\u2215") + '"onerror=x.png'
     Image.new("RGB", (9, 9)).save(tmp_path / name)
     (tmp_path / f"broken{name}").write_bytes(b"\x89PNG broken")
-    data = [{"image": str(tmp_path / part), "label": k} for k, part in enumerate((name, f"broken{name}"))]
+    data = [
+        {"image": str(tmp_path / part), "label": k}
+        for k, part in enumerate((name, f"broken{name}"))
+    ]
     suspects = find_suspects([0, 1], np.array([[0.1, 0.9], [0.8, 0.2]]))
     text = html_page(suspects, data, tmp_path / "page.html").read_text(encoding="utf-8")
     assert text.count("data:image/") == 1 and '"rows":[[' in text
-    assert not [part for part in ("alert", "onerror", "broken", "\\u2215", tmp_path.name) if part in text]
+    assert not [
+        part for part in ("alert", "onerror", "broken", "\\u2215", tmp_path.name) if part in text
+    ]

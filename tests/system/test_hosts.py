@@ -30,7 +30,12 @@ class Slow(TrainerCallback):
 
 
 def work(folder, per_device):
-    settings = {"per_device_train_batch_size": per_device, "max_steps": 24, "save_strategy": "steps", "save_steps": 4}
+    settings = {
+        "per_device_train_batch_size": per_device,
+        "max_steps": 24,
+        "save_strategy": "steps",
+        "save_steps": 4,
+    }
     run = trainer(folder, hf={"callbacks": [Slow()]}, ddp_timeout=TIMEOUT, **settings)
     run.train(resume_from_checkpoint=True)
     run.save_model(str(Path(folder, "end")))
@@ -50,7 +55,22 @@ def hosts():
     """The names of two namespaces with a cable between them."""
     names = [f"kd{os.getpid()}{side}" for side in "ab"]
     steps = [("netns", "add", name) for name in names]
-    steps += [("link", "add", "kd0", "netns", names[0], "type", "veth", "peer", "name", "kd1", "netns", names[1])]
+    steps += [
+        (
+            "link",
+            "add",
+            "kd0",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "kd1",
+            "netns",
+            names[1],
+        )
+    ]
     for k, name in enumerate(names):
         steps += [("-n", name, "addr", "add", f"10.77.0.{k + 1}/24", "dev", f"kd{k}")]
         steps += [("-n", name, "link", "set", device, "up") for device in ("lo", f"kd{k}")]
@@ -75,7 +95,17 @@ def start(hosts, folder):
     """torchrun on both hosts; the processes, whose output goes into files."""
     processes = []
     for k, name in enumerate(hosts):
-        command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            name,
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "2",
+        ]
         command += ["--node_rank", str(k), "--master_addr", "10.77.0.1", "--master_port", "29411"]
         env = os.environ | {
             "PYTHONPATH": PYTHONPATH,
@@ -84,7 +114,9 @@ def start(hosts, folder):
         }
         with open(f"{folder}-{k}.log", "w") as log:
             processes.append(
-                subprocess.Popen([*command, __file__, str(folder)], stdout=log, stderr=subprocess.STDOUT, env=env)
+                subprocess.Popen(
+                    [*command, __file__, str(folder)], stdout=log, stderr=subprocess.STDOUT, env=env
+                )
             )
     return processes
 
@@ -111,13 +143,17 @@ def test_two_hosts_are_one_run_and_a_cut_cable_ends_it(hosts, tmp_path):
     for host, process, log in zip(hosts, processes, logs, strict=True):
         assert process.wait(timeout=cut + TIMEOUT + MARGIN - time.monotonic()) != 0
         print(f"ended {time.monotonic() - cut:.1f} s after the cut")
-        assert f"Timed out waiting {TIMEOUT}000ms" in log.read_text() or "onnection" in log.read_text()
+        assert (
+            f"Timed out waiting {TIMEOUT}000ms" in log.read_text() or "onnection" in log.read_text()
+        )
         assert not running(host)
     assert not (two / "end").exists()
 
     ip("-n", hosts[1], "link", "set", "kd1", "up")
     processes = start(hosts, two)
-    until(lambda: all(p.poll() == 0 for p in processes), ends=0)  # an agent waits five minutes for one that failed
+    until(
+        lambda: all(p.poll() == 0 for p in processes), ends=0
+    )  # an agent waits five minutes for one that failed
     assert 0 < logs[0].read_text().count("'loss'") <= 24 - 8
     ends = [load_file(folder / "end" / "model.safetensors") for folder in (one, two)]
     assert difference(*ends) < 1e-5

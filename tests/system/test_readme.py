@@ -18,7 +18,11 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def network(classes=10):
     return nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)
+        nn.Conv2d(3, 4, 3, stride=4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, classes),
     )
 
 
@@ -31,9 +35,15 @@ def names(tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
-    rows = {"image": list(rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)), "label": [i % 10 for i in range(20)]}
+    rows = {
+        "image": list(rng.integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)),
+        "label": [i % 10 for i in range(20)],
+    }
     features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=[f"class {k}" for k in range(10)])}
+        {
+            "image": datasets.Image(),
+            "label": datasets.ClassLabel(names=[f"class {k}" for k in range(10)]),
+        }
     )
     dataset = datasets.Dataset.from_dict(rows, features=features)
     transform = T.Compose([T.RandomHorizontalFlip(), T.ToTensor()])
@@ -53,15 +63,27 @@ def names(tmp_path, monkeypatch):
     torch.manual_seed(0)
     student, t1, t2 = (timm.create_model("resnet10_cifar", num_classes=10) for _ in range(3))
     return {
-        "student": student, "t1": t1, "t2": t2, "fixed_train": ImageView(dataset, T.ToTensor()),
-        "a": network(), "b": network(), "model": model, "vit": ViTForImageClassification(vit),
-        "dataset": dataset, "transform": transform, "train": train, "test": train, "held_out": train,
-        "loader": torch.utils.data.DataLoader([(torch.rand(3, 32, 32), k) for k in range(10)], batch_size=5),
+        "student": student,
+        "t1": t1,
+        "t2": t2,
+        "fixed_train": ImageView(dataset, T.ToTensor()),
+        "a": network(),
+        "b": network(),
+        "model": model,
+        "vit": ViTForImageClassification(vit),
+        "dataset": dataset,
+        "transform": transform,
+        "train": train,
+        "test": train,
+        "held_out": train,
+        "loader": torch.utils.data.DataLoader(
+            [(torch.rand(3, 32, 32), k) for k in range(10)], batch_size=5
+        ),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "human_labels": [(k + 1) % 10 for k in range(20)],
         "args": MutualTrainingArguments("pair", num_train_epochs=1, report_to="none"),
         "hf_args": TrainingArguments("plain", num_train_epochs=1, report_to="none", use_cpu=True),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))

@@ -43,7 +43,9 @@ def pictures(tmp_path):
         label = [i % 4 for i in range(n)]
         rows = {"image": list(rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)), "label": label}
         rows["coarse_label"] = [k // 2 for k in label]
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(
+            folder / f"{split}-00000-of-00001.parquet"
+        )
     return folder
 
 
@@ -74,7 +76,9 @@ def test_webvision_mini(tmp_path, monkeypatch, capsys):
     again = capsys.readouterr().out
     assert again.count("done before") == 2 and "train_runtime" not in again
     argv[argv.index("--num_train_epochs") + 1] = 2
-    with pytest.raises(ValueError, match=r"holds a run with {'epochs': 1\.0}, asked for is {'epochs': 2\.0}"):
+    with pytest.raises(
+        ValueError, match=r"holds a run with {'epochs': 1\.0}, asked for is {'epochs': 2\.0}"
+    ):
         start(monkeypatch, *argv)
 
 
@@ -103,7 +107,16 @@ def test_cifar100_noise(more, tmp_path, pictures, monkeypatch):
     """Any method by name, any noise, one network or several."""
     out = tmp_path / "out"
     models = [] if "--models" in more else ["--models", "test_resnet", "test_efficientnet"]
-    fixed = ["--data", pictures, "--output_dir", out, "--num_train_epochs", 1, "--per_device_train_batch_size", 8]
+    fixed = [
+        "--data",
+        pictures,
+        "--output_dir",
+        out,
+        "--num_train_epochs",
+        1,
+        "--per_device_train_batch_size",
+        8,
+    ]
     start(monkeypatch, "cifar100_noise.py", *fixed, *models, *more)
     figures = json.loads((out / "results.json").read_text())
     assert 0 <= figures["eval_accuracy"] <= 1 and figures["method"] == more[1]
@@ -120,17 +133,42 @@ STAGED = {
     "t_revision": ["1-ce", "2-reweighting", "3-t_revision"],
     "dmi": ["1-ce", "2-dmi"],
 }
-TAUGHT = {n for n in list_losses() if loss_class(n).reads & {"teacher", "teacher_features"}} - {"tf_kd_self", "pcl"}
-OTHERS = [n for n in [*list_losses(), "cdr"] if n not in {m[1] for m in METHODS} | {"soft_labels"} | TAUGHT]
+TAUGHT = {n for n in list_losses() if loss_class(n).reads & {"teacher", "teacher_features"}} - {
+    "tf_kd_self",
+    "pcl",
+}
+OTHERS = [
+    n
+    for n in [*list_losses(), "cdr"]
+    if n not in {m[1] for m in METHODS} | {"soft_labels"} | TAUGHT
+]
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_method_by_name(name, tmp_path, pictures, monkeypatch):
     """Also those of several stages, each of which leaves its folder, and those that want features or a table."""
     networks = ["test_resnet"] * (2 if name != "cdr" and loss_class(name).peers else 1)
-    argv = ["--data", pictures, "--output_dir", tmp_path / "out", "--num_train_epochs", 1, "--method", name]
+    argv = [
+        "--data",
+        pictures,
+        "--output_dir",
+        tmp_path / "out",
+        "--num_train_epochs",
+        1,
+        "--method",
+        name,
+    ]
     more = ["--estimator", "dual_t"] if name == "backward_correction" else []
-    start(monkeypatch, "cifar100_noise.py", *argv, "--models", *networks, "--per_device_train_batch_size", 8, *more)
+    start(
+        monkeypatch,
+        "cifar100_noise.py",
+        *argv,
+        "--models",
+        *networks,
+        "--per_device_train_batch_size",
+        8,
+        *more,
+    )
     assert 0 <= json.loads((tmp_path / "out" / "results.json").read_text())["eval_accuracy"] <= 1
     assert sorted(p.name for p in (tmp_path / "out").glob("[0-9]-*")) == STAGED.get(name, [])
     assert (tmp_path / "out" / "pictures").exists()
@@ -138,21 +176,63 @@ def test_every_method_by_name(name, tmp_path, pictures, monkeypatch):
 
 def test_what_the_recipe_fills_in_fits_the_method(tmp_path, pictures, monkeypatch):
     """Joint keeps ten epochs of each sample, not as many as there are samples; a known matrix needs no stage before."""
-    argv = ["--data", pictures, "--num_train_epochs", 1, "--models", "test_resnet", "--per_device_train_batch_size", 8]
-    start(monkeypatch, "cifar100_noise.py", *argv, "--output_dir", tmp_path / "joint", "--method", "joint")
+    argv = [
+        "--data",
+        pictures,
+        "--num_train_epochs",
+        1,
+        "--models",
+        "test_resnet",
+        "--per_device_train_batch_size",
+        8,
+    ]
+    start(
+        monkeypatch,
+        "cifar100_noise.py",
+        *argv,
+        "--output_dir",
+        tmp_path / "joint",
+        "--method",
+        "joint",
+    )
     saved = load_file(next((tmp_path / "joint" / "1-joint").glob("checkpoint-*/model.safetensors")))
     assert saved["criterion.outputs.rows"].shape == (32, 10, 4)
-    known = ["--output_dir", tmp_path / "known", "--method", "backward_correction", "--estimator", "known"]
+    known = [
+        "--output_dir",
+        tmp_path / "known",
+        "--method",
+        "backward_correction",
+        "--estimator",
+        "known",
+    ]
     start(monkeypatch, "cifar100_noise.py", *argv, *known)
     saved = load_file(next((tmp_path / "known").glob("checkpoint-*/model.safetensors")))
     assert saved["criterion.transition"].diagonal().tolist() == pytest.approx([0.6] * 4)
     with pytest.raises(SystemExit, match="--noise none has no known matrix"):
-        start(monkeypatch, "cifar100_noise.py", *argv, *known[2:], "--output_dir", tmp_path / "none", "--noise", "none")
+        start(
+            monkeypatch,
+            "cifar100_noise.py",
+            *argv,
+            *known[2:],
+            "--output_dir",
+            tmp_path / "none",
+            "--noise",
+            "none",
+        )
 
 
 def test_stages_continue_where_they_should(tmp_path, pictures, monkeypatch):
     """T-revision goes on with the network of the stage before; a stage that was done is not trained again."""
-    argv = ["--data", pictures, "--output_dir", tmp_path / "out", "--method", "t_revision", "--models", "test_resnet"]
+    argv = [
+        "--data",
+        pictures,
+        "--output_dir",
+        tmp_path / "out",
+        "--method",
+        "t_revision",
+        "--models",
+        "test_resnet",
+    ]
     argv += [
         "--stage_epochs",
         1,
@@ -175,32 +255,59 @@ def test_stages_continue_where_they_should(tmp_path, pictures, monkeypatch):
         "2-reweighting": ["checkpoint-4", "checkpoint-8"],
         "3-t_revision": ["checkpoint-4"],
     }
-    weights = [load_file(tmp_path / "out" / c / "model.safetensors")["peers.0.fc.weight"]
-               for c in ("1-ce/checkpoint-4", "2-reweighting/checkpoint-8", "3-t_revision/checkpoint-4")]  # fmt: skip
+    weights = [
+        load_file(tmp_path / "out" / c / "model.safetensors")["peers.0.fc.weight"]
+        for c in ("1-ce/checkpoint-4", "2-reweighting/checkpoint-8", "3-t_revision/checkpoint-4")
+    ]
     assert 0 < (weights[2] - weights[1]).abs().max() < 1e-4 < (weights[1] - weights[0]).abs().max()
-    correction = load_file(tmp_path / "out" / "3-t_revision" / "checkpoint-4" / "model.safetensors")["criterion.delta"]
+    correction = load_file(
+        tmp_path / "out" / "3-t_revision" / "checkpoint-4" / "model.safetensors"
+    )["criterion.delta"]
     assert 0 < correction.abs().max() < 1e-4
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/checkpoint-*/model.safetensors")}
+    before = {
+        p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/checkpoint-*/model.safetensors")
+    }
     results = (tmp_path / "out" / "results.json").read_text()
     start(monkeypatch, "cifar100_noise.py", *argv)
     assert {p: p.stat().st_mtime_ns for p in before} == before
     assert (tmp_path / "out" / "results.json").read_text() == results
 
 
-@pytest.mark.parametrize(("more", "match"), [
-    (["--method", "joint", "--models", "test_resnet", "test_resnet"], "joint takes 2 stages, for one network"),
-    (["--method", "dmi", "--models", "test_resnet", "--stage_epochs", 1], r"\[1.0\]: dmi has 2 stages, \[.ce., .dmi.\]"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (
+            ["--method", "joint", "--models", "test_resnet", "test_resnet"],
+            "joint takes 2 stages, for one network",
+        ),
+        (
+            ["--method", "dmi", "--models", "test_resnet", "--stage_epochs", 1],
+            r"\[1.0\]: dmi has 2 stages, \[.ce., .dmi.\]",
+        ),
+    ],
+)
 def test_stages_that_do_not_fit_are_refused(more, match, tmp_path, pictures, monkeypatch):
     with pytest.raises(SystemExit, match=match):
-        start(monkeypatch, "cifar100_noise.py", "--data", pictures, "--output_dir", tmp_path / "out", *more)
+        start(
+            monkeypatch,
+            "cifar100_noise.py",
+            "--data",
+            pictures,
+            "--output_dir",
+            tmp_path / "out",
+            *more,
+        )
 
 
 def test_cifar100_noise_on_part_of_the_data(tmp_path, pictures, monkeypatch):
     """The first classes; rows that a column names, with the test pictures of their classes; labels of a column; a size."""
     rows = datasets.load_dataset(str(pictures))
     given = [(k + i % 2) % 3 for i, k in enumerate(rows["train"]["label"])]
-    train = rows["train"].add_column("exact", [k < 2 for k in rows["train"]["label"]]).add_column("human", given)
+    train = (
+        rows["train"]
+        .add_column("exact", [k < 2 for k in rows["train"]["label"]])
+        .add_column("human", given)
+    )
     other = tmp_path / "other"
     other.mkdir()
     train.to_parquet(other / "train-00000-of-00001.parquet")
@@ -217,10 +324,21 @@ def test_cifar100_noise_on_part_of_the_data(tmp_path, pictures, monkeypatch):
 
     monkeypatch.setattr(MutualDistillationTrainer, "__init__", watch)
     argv = ["--data", other, "--models", "test_resnet", "--num_train_epochs", 1, "--method", "ce"]
-    parts = ["--classes", 3, "--output_dir", tmp_path / "classes", "--size", 24, "--augment", "False"]
+    parts = [
+        "--classes",
+        3,
+        "--output_dir",
+        tmp_path / "classes",
+        "--size",
+        24,
+        "--augment",
+        "False",
+    ]
     start(monkeypatch, "cifar100_noise.py", *argv, *parts)
     train, test = seen.pop()
-    assert (train.num_classes, len(train), len(test)) == (3, 24, 6) and train[0]["pixel_values"].shape == (3, 24, 24)
+    assert (train.num_classes, len(train), len(test)) == (3, 24, 6) and train[0][
+        "pixel_values"
+    ].shape == (3, 24, 24)
     train.set_epoch(1)
     before = train[0]["pixel_values"]
     train.set_epoch(2)
@@ -233,41 +351,118 @@ def test_cifar100_noise_on_part_of_the_data(tmp_path, pictures, monkeypatch):
     kept = [i for i, k in enumerate(rows["train"]["label"]) if k < 2]
     assert train.labels.tolist() == [given[i] for i in kept] and set(train.clean_labels) == {0, 1}
     with pytest.raises(SystemExit, match="--classes 5: expected 2 to 4"):
-        start(monkeypatch, "cifar100_noise.py", *argv, "--classes", 5, "--output_dir", tmp_path / "five")
+        start(
+            monkeypatch,
+            "cifar100_noise.py",
+            *argv,
+            "--classes",
+            5,
+            "--output_dir",
+            tmp_path / "five",
+        )
 
 
 def test_cifar100_noise_refuses_unknown_noise(tmp_path, pictures, monkeypatch):
     with pytest.raises(SystemExit, match="--noise salt: expected symmetric"):
-        start(monkeypatch, "cifar100_noise.py", "--data", pictures, "--noise", "salt", "--output_dir", tmp_path)
+        start(
+            monkeypatch,
+            "cifar100_noise.py",
+            "--data",
+            pictures,
+            "--noise",
+            "salt",
+            "--output_dir",
+            tmp_path,
+        )
 
 
-@pytest.mark.parametrize(("more", "error", "match"), [
-    (["--method", "cee"], SystemExit, "--method cee: unknown loss 'cee': did you mean"),
-    (["--method", "ce", "--refine", "nonsense"], SystemExit, "--refine nonsense: ce takes no refine"),
-    (["--method", "ce", "--refine_args", "b1=2"], SystemExit, "--refine mylc b1=2: ce takes no refine and would ignore it"),
-    (["--refine", "nonsense"], SystemExit, "--refine nonsense: unknown loss 'nonsense'"),
-    (["--loss_args", "etta=2", "b2=0"], SystemExit, "--loss_args etta=2: .* NAME of smkd: refine, eta, b2, normalize"),
-    (["--loss_args", "eta"], SystemExit, "--loss_args eta: expected NAME=VALUE"),
-    (["--refine_args", "eps=2"], SystemExit, "--refine_args eps=2: .* NAME of mylc: b1, rho, window"),
-    (["--method", "dmi", "--models", "test_resnet", "--loss_args", "ep=2"], SystemExit, "--loss_args ep=2: .* of dmi: eps"),
-    (["--models", "test_resnet", "resnet99"], SystemExit, "--models resnet99: expected a timm name; there is no"),
-    (["--models", RECIPES], SystemExit, "--models .*recipes: expected a timm name; there is no"),  # trained ones are not asked for
-    (["--estimator", "anker"], SystemExit, "--estimator anker: expected anchor, dual_t or known"),
-    (["--label", "fin_label"], SystemExit, "--label fin_label: expected the name of one ClassLabel column, here label"),
-    (["--noise", "salt"], SystemExit, "--noise salt: expected symmetric"),
-    (["--method", "dml", "--models", "test_resnet"], ValueError, "teaches peers and there is one network"),
-])  # fmt: skip
-def test_a_mistyped_command_does_not_take_the_folder(more, error, match, tmp_path, pictures, monkeypatch):
+@pytest.mark.parametrize(
+    ("more", "error", "match"),
+    [
+        (["--method", "cee"], SystemExit, "--method cee: unknown loss 'cee': did you mean"),
+        (
+            ["--method", "ce", "--refine", "nonsense"],
+            SystemExit,
+            "--refine nonsense: ce takes no refine",
+        ),
+        (
+            ["--method", "ce", "--refine_args", "b1=2"],
+            SystemExit,
+            "--refine mylc b1=2: ce takes no refine and would ignore it",
+        ),
+        (["--refine", "nonsense"], SystemExit, "--refine nonsense: unknown loss 'nonsense'"),
+        (
+            ["--loss_args", "etta=2", "b2=0"],
+            SystemExit,
+            "--loss_args etta=2: .* NAME of smkd: refine, eta, b2, normalize",
+        ),
+        (["--loss_args", "eta"], SystemExit, "--loss_args eta: expected NAME=VALUE"),
+        (
+            ["--refine_args", "eps=2"],
+            SystemExit,
+            "--refine_args eps=2: .* NAME of mylc: b1, rho, window",
+        ),
+        (
+            ["--method", "dmi", "--models", "test_resnet", "--loss_args", "ep=2"],
+            SystemExit,
+            "--loss_args ep=2: .* of dmi: eps",
+        ),
+        (
+            ["--models", "test_resnet", "resnet99"],
+            SystemExit,
+            "--models resnet99: expected a timm name; there is no",
+        ),
+        (
+            ["--models", RECIPES],
+            SystemExit,
+            "--models .*recipes: expected a timm name; there is no",
+        ),  # trained ones are not asked for
+        (
+            ["--estimator", "anker"],
+            SystemExit,
+            "--estimator anker: expected anchor, dual_t or known",
+        ),
+        (
+            ["--label", "fin_label"],
+            SystemExit,
+            "--label fin_label: expected the name of one ClassLabel column, here label",
+        ),
+        (["--noise", "salt"], SystemExit, "--noise salt: expected symmetric"),
+        (
+            ["--method", "dml", "--models", "test_resnet"],
+            ValueError,
+            "teaches peers and there is one network",
+        ),
+    ],
+)
+def test_a_mistyped_command_does_not_take_the_folder(
+    more, error, match, tmp_path, pictures, monkeypatch
+):
     """It is refused before the folder is claimed for it: the corrected one would be refused there."""
     models = [] if "--models" in more else ["--models", "test_resnet", "test_resnet"]
     with pytest.raises(error, match=match):
-        start(monkeypatch, "cifar100_noise.py", "--data", pictures, "--output_dir", tmp_path / "out", *models, *more)
+        start(
+            monkeypatch,
+            "cifar100_noise.py",
+            "--data",
+            pictures,
+            "--output_dir",
+            tmp_path / "out",
+            *models,
+            *more,
+        )
     assert not (tmp_path / "out" / "settings.json").exists()
 
 
-@pytest.mark.parametrize(("more", "rate"), [
-    (["--noise", "none"], 0.0), (["--noise", "none", "--rate", 0.2], 0.2), ([], 0.4), (["--rate", 0.0], 0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "rate"),
+    [
+        (["--noise", "none"], 0.0),
+        (["--noise", "none", "--rate", 0.2], 0.2),
+        ([], 0.4),
+        (["--rate", 0.0], 0.0),
+    ],
+)
 def test_what_co_teaching_forgets(more, rate, monkeypatch):
     """The share of wrong labels, where there are none nothing; a figure that is given is taken."""
     recipe = recipe_of(monkeypatch, "cifar100_noise.py", "--method", "co_teaching", *more)
@@ -277,13 +472,22 @@ def test_what_co_teaching_forgets(more, rate, monkeypatch):
 
 def hub(folder, splits=("train", "test"), **kinds):
     """A data set with the hub's columns of CIFAR-100."""
-    kinds = {"img": datasets.Image(), "fine_label": datasets.ClassLabel(names=list("wxyz")),
-             "coarse_label": datasets.ClassLabel(names=list("pq")), **kinds}  # fmt: skip
+    kinds = {
+        "img": datasets.Image(),
+        "fine_label": datasets.ClassLabel(names=list("wxyz")),
+        "coarse_label": datasets.ClassLabel(names=list("pq")),
+        **kinds,
+    }
     rng = np.random.default_rng(0)
-    values = {"img": list(rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)), "fine_label": [k % 4 for k in range(16)],
-              "coarse_label": [k % 2 for k in range(16)]}  # fmt: skip
+    values = {
+        "img": list(rng.integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)),
+        "fine_label": [k % 4 for k in range(16)],
+        "coarse_label": [k % 2 for k in range(16)],
+    }
     features = {key: kind for key, kind in kinds.items() if kind is not None}
-    rows = datasets.Dataset.from_dict({k: values[k] for k in features}, features=datasets.Features(features))
+    rows = datasets.Dataset.from_dict(
+        {k: values[k] for k in features}, features=datasets.Features(features)
+    )
     folder.mkdir()
     for split in splits:
         rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
@@ -301,13 +505,24 @@ RECIPES_ON_DATA = {
 @pytest.mark.parametrize("recipe", RECIPES_ON_DATA)
 def test_columns_of_the_hub(recipe, tmp_path, monkeypatch, two_teachers):
     """img is found; of fine_label and coarse_label one has to be named, and that is all."""
-    more = ["--data", hub(tmp_path / "data"), "--output_dir", tmp_path / "out", *RECIPES_ON_DATA[recipe]]
+    more = [
+        "--data",
+        hub(tmp_path / "data"),
+        "--output_dir",
+        tmp_path / "out",
+        *RECIPES_ON_DATA[recipe],
+    ]
     with pytest.raises(
-        SystemExit, match="--label None: expected the name of one ClassLabel column, here fine_label or coarse"
+        SystemExit,
+        match="--label None: expected the name of one ClassLabel column, here fine_label or coarse",
     ):
         start(monkeypatch, recipe, *more)
     assert not (tmp_path / "out").exists()
-    more += ["--networks", two_teachers[0]] if recipe == "find_wrong_labels.py" else ["--num_train_epochs", 1]
+    more += (
+        ["--networks", two_teachers[0]]
+        if recipe == "find_wrong_labels.py"
+        else ["--num_train_epochs", 1]
+    )
     more += ["--model", two_teachers[0], "--size", 32] if recipe == "finetune_mylc.py" else []
     start(monkeypatch, recipe, *more, "--label", "fine_label")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -317,19 +532,40 @@ def test_columns_of_the_hub(recipe, tmp_path, monkeypatch, two_teachers):
 INTEGERS = datasets.Value("int64")
 
 
-@pytest.mark.parametrize(("kinds", "asked", "expected"), [
-    ({"coarse_label": None}, {}, ("img", "fine_label")),  # the only ones
-    ({"coarse_label": INTEGERS}, {}, ("img", "fine_label")),
-    ({}, {"label": "coarse_label"}, ("img", "coarse_label")),
-    ({"fine_label": INTEGERS}, {"label": "fine_label"}, r"--label fine_label: .*here coarse_label; .*fine_label \(int64\) can"),
-    ({"fine_label": INTEGERS, "coarse_label": INTEGERS}, {}, r"here none; .*cast_column\(NAME, ClassLabel\(...\)\)"),
-    ({"img": None}, {"label": "fine_label"}, r"--image None: expected the name of one Image column, here none; fine_label"),
-    ({"splits": ("test",)}, {}, r"expected the splits train and test \(or validation\), got test"),
-    ({"splits": ("train",)}, {}, "got train$"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kinds", "asked", "expected"),
+    [
+        ({"coarse_label": None}, {}, ("img", "fine_label")),  # the only ones
+        ({"coarse_label": INTEGERS}, {}, ("img", "fine_label")),
+        ({}, {"label": "coarse_label"}, ("img", "coarse_label")),
+        (
+            {"fine_label": INTEGERS},
+            {"label": "fine_label"},
+            r"--label fine_label: .*here coarse_label; .*fine_label \(int64\) can",
+        ),
+        (
+            {"fine_label": INTEGERS, "coarse_label": INTEGERS},
+            {},
+            r"here none; .*cast_column\(NAME, ClassLabel\(...\)\)",
+        ),
+        (
+            {"img": None},
+            {"label": "fine_label"},
+            r"--image None: expected the name of one Image column, here none; fine_label",
+        ),
+        (
+            {"splits": ("test",)},
+            {},
+            r"expected the splits train and test \(or validation\), got test",
+        ),
+        ({"splits": ("train",)}, {}, "got train$"),
+    ],
+)
 def test_columns_and_splits(kinds, asked, expected, tmp_path, monkeypatch):
     pictures = recipe_of(monkeypatch, "pictures.py")
-    s = Namespace(**{"data": str(hub(tmp_path / "data", **kinds)), "image": None, "label": None, **asked})
+    s = Namespace(
+        **{"data": str(hub(tmp_path / "data", **kinds)), "image": None, "label": None, **asked}
+    )
     if isinstance(expected, tuple):
         assert len(pictures["load"](s)) == 2 and (s.image, s.label) == expected
     else:
@@ -341,34 +577,58 @@ def test_label_is_the_column_of_this_name(tmp_path, monkeypatch):
     """Where there are several; so are true and noisy labels beside each other told apart."""
     column = recipe_of(monkeypatch, "pictures.py")["column"]
     kind = datasets.ClassLabel(names=["a", "b"])
-    rows = datasets.Dataset.from_dict({"noisy_label": [0], "label": [1]},
-                                      features=datasets.Features({"noisy_label": kind, "label": kind}))  # fmt: skip
-    assert column(rows, "label") == "label" and column(rows, "label", "noisy_label") == "noisy_label"
+    rows = datasets.Dataset.from_dict(
+        {"noisy_label": [0], "label": [1]},
+        features=datasets.Features({"noisy_label": kind, "label": kind}),
+    )
+    assert (
+        column(rows, "label") == "label" and column(rows, "label", "noisy_label") == "noisy_label"
+    )
 
 
-def test_suspects_among_labels_that_are_all_right(tmp_path, pictures, two_teachers, monkeypatch, capsys):
+def test_suspects_among_labels_that_are_all_right(
+    tmp_path, pictures, two_teachers, monkeypatch, capsys
+):
     """Nothing can be measured, the rest is there; a folder that is missing is named."""
     argv = ["--data", pictures, "--clean", "label", "--output_dir", tmp_path / "out", "--networks"]
     start(monkeypatch, "find_wrong_labels.py", *argv, two_teachers[0])
     out = capsys.readouterr().out
-    assert "--clean label: 0 of 32 labels are wrong; nothing to measure" in out and "AUROC" not in out
+    assert (
+        "--clean label: 0 of 32 labels are wrong; nothing to measure" in out and "AUROC" not in out
+    )
     assert (tmp_path / "out" / "suspects.csv").exists()
-    with pytest.raises(SystemExit, match=r"--networks \S*gone: expected a folder that export\(\) wrote"):
+    with pytest.raises(
+        SystemExit, match=r"--networks \S*gone: expected a folder that export\(\) wrote"
+    ):
         start(monkeypatch, "find_wrong_labels.py", *argv, tmp_path / "gone")
 
 
-@pytest.mark.parametrize(("more", "match"), [
-    (["--seeds", 0], "--seeds 0: expected at least 1"), (["--models", "resnet99", "x"], "--models resnet99: expected a timm"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--seeds", 0], "--seeds 0: expected at least 1"),
+        (["--models", "resnet99", "x"], "--models resnet99: expected a timm"),
+    ],
+)
 def test_webvision_mini_refuses(more, match, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match=match):
         start(monkeypatch, "webvision_mini.py", "--output_dir", tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("given", [["--data_dir", "w"], ["--data_dir=w"], ["--data_di", "w"]], ids=str)
+@pytest.mark.parametrize(
+    "given", [["--data_dir", "w"], ["--data_dir=w"], ["--data_di", "w"]], ids=str
+)
 def test_webvision_mini_takes_the_papers_schedule_with_data(given, tmp_path, monkeypatch):
-    recipe = recipe_of(monkeypatch, "webvision_mini.py", "--output_dir", tmp_path, "--models", "test_resnet", *given)
+    recipe = recipe_of(
+        monkeypatch,
+        "webvision_mini.py",
+        "--output_dir",
+        tmp_path,
+        "--models",
+        "test_resnet",
+        *given,
+    )
 
     def run(s, args, root, method):
         raise RuntimeError(f"{root}, {args.num_train_epochs:g} epochs")
@@ -380,7 +640,15 @@ def test_webvision_mini_takes_the_papers_schedule_with_data(given, tmp_path, mon
 
 def test_webvision_mini_that_cannot_start_does_not_take_the_folder(tmp_path, monkeypatch):
     """One network cannot teach itself: the corrected command can have the folder."""
-    argv = ["webvision_mini.py", "--output_dir", tmp_path, "--num_train_epochs", 1, "--models", "test_resnet"]
+    argv = [
+        "webvision_mini.py",
+        "--output_dir",
+        tmp_path,
+        "--num_train_epochs",
+        1,
+        "--models",
+        "test_resnet",
+    ]
     with pytest.raises(ValueError, match="there is one network: pass at least two"):
         start(monkeypatch, *argv)
     assert not list(tmp_path.rglob("settings.json"))
@@ -388,7 +656,9 @@ def test_webvision_mini_that_cannot_start_does_not_take_the_folder(tmp_path, mon
 
 def test_rows_that_the_benchmark_has_not(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit, match=r"--rows \['lost'\]: .*import kd_plugins; noisy view"):
-        start(monkeypatch, "benchmark.py", "--rows", "import", "lost", "--output", tmp_path / "b.json")
+        start(
+            monkeypatch, "benchmark.py", "--rows", "import", "lost", "--output", tmp_path / "b.json"
+        )
     assert "import" not in capsys.readouterr().out
 
 
@@ -415,9 +685,28 @@ def test_finetune_mylc(source, tmp_path, pictures, monkeypatch, capsys):
     folder = export(model, tmp_path / "pretrained", list("wxyz") if source == "folder" else None)
     given = ["--model", folder, "--prime", "True"]
     if source == "file":
-        given = ["--model", "test_resnet", "--weights", folder / "model.safetensors", "--weights_classes", 7]
+        given = [
+            "--model",
+            "test_resnet",
+            "--weights",
+            folder / "model.safetensors",
+            "--weights_classes",
+            7,
+        ]
     out = tmp_path / "out"
-    argv = ["--data", pictures, "--rate", 0.25, "--size", 32, "--num_train_epochs", 1, "--output_dir", out, *given]
+    argv = [
+        "--data",
+        pictures,
+        "--rate",
+        0.25,
+        "--size",
+        32,
+        "--num_train_epochs",
+        1,
+        "--output_dir",
+        out,
+        *given,
+    ]
     start(monkeypatch, "finetune_mylc.py", *argv)
     assert ("before training" in capsys.readouterr().out) == (source == "folder")
     assert 0 <= json.loads((out / "results.json").read_text())["eval_accuracy"] <= 1
@@ -428,16 +717,38 @@ def test_finetune_mylc(source, tmp_path, pictures, monkeypatch, capsys):
 
 def test_another_experiment_does_not_go_on_from_these_checkpoints(tmp_path, pictures, monkeypatch):
     """The default folder is the same for every method: smkd after ce would start, and end, with ce's weights."""
-    argv = ["--data", pictures, "--models", "test_resnet", "--num_train_epochs", 1, "--output_dir", tmp_path / "out"]
+    argv = [
+        "--data",
+        pictures,
+        "--models",
+        "test_resnet",
+        "--num_train_epochs",
+        1,
+        "--output_dir",
+        tmp_path / "out",
+    ]
     start(monkeypatch, "cifar100_noise.py", *argv, "--method", "ce")
-    with pytest.raises(ValueError, match=r"holds a run with {'method': 'ce'}, asked for is {'method': 'mylc'}"):
+    with pytest.raises(
+        ValueError, match=r"holds a run with {'method': 'ce'}, asked for is {'method': 'mylc'}"
+    ):
         start(monkeypatch, "cifar100_noise.py", *argv, "--method", "mylc")
     start(monkeypatch, "cifar100_noise.py", *argv, "--method", "ce")
 
 
 def distil(monkeypatch, folder, pictures, *more):
-    argv = ["--data", pictures, "--student", "test_resnet", "--num_train_epochs", 1, "--per_device_train_batch_size", 7]
-    start(monkeypatch, "distill_teachers.py", *argv, "--holdout", 0.125, "--output_dir", folder, *more)
+    argv = [
+        "--data",
+        pictures,
+        "--student",
+        "test_resnet",
+        "--num_train_epochs",
+        1,
+        "--per_device_train_batch_size",
+        7,
+    ]
+    start(
+        monkeypatch, "distill_teachers.py", *argv, "--holdout", 0.125, "--output_dir", folder, *more
+    )
     return json.loads((folder / "results.json").read_text())
 
 
@@ -445,7 +756,10 @@ def distil(monkeypatch, folder, pictures, *more):
 def two_teachers(tmp_path_factory):
     """As export() writes them, of different kind."""
     folder = tmp_path_factory.mktemp("teachers")
-    return [export(timm.create_model(name, num_classes=4), folder / name) for name in ("test_resnet", "test_convnext")]
+    return [
+        export(timm.create_model(name, num_classes=4), folder / name)
+        for name in ("test_resnet", "test_convnext")
+    ]
 
 
 TERMS = [
@@ -470,34 +784,91 @@ def test_distill_teachers(more, tmp_path, pictures, two_teachers, monkeypatch):
 
 def test_distill_teachers_that_are_trained_first(tmp_path, pictures, monkeypatch, capsys):
     """Each on its own labels; a second start trains none of them again."""
-    more = ["--teachers", "test_resnet", "test_efficientnet", "--train_teachers", "True", "--teacher_rates", 0, 0.5]
+    more = [
+        "--teachers",
+        "test_resnet",
+        "test_efficientnet",
+        "--train_teachers",
+        "True",
+        "--teacher_rates",
+        0,
+        0.5,
+    ]
     distil(monkeypatch, tmp_path / "out", pictures, *more, "--terms", "ce + camkd")
     out = capsys.readouterr().out
-    assert "teacher 0, test_resnet, 0% of its labels wrong" in out and "teacher 1, test_efficientnet, 50%" in out
-    before = (tmp_path / "out" / "teachers" / "1" / "peer_a" / "model.safetensors").stat().st_mtime_ns
+    assert (
+        "teacher 0, test_resnet, 0% of its labels wrong" in out
+        and "teacher 1, test_efficientnet, 50%" in out
+    )
+    before = (
+        (tmp_path / "out" / "teachers" / "1" / "peer_a" / "model.safetensors").stat().st_mtime_ns
+    )
     distil(monkeypatch, tmp_path / "out", pictures, *more, "--terms", "ce + camkd")
     assert "teacher 0," not in capsys.readouterr().out
-    assert (tmp_path / "out" / "teachers" / "1" / "peer_a" / "model.safetensors").stat().st_mtime_ns == before
+    assert (
+        tmp_path / "out" / "teachers" / "1" / "peer_a" / "model.safetensors"
+    ).stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(("more", "match"), [
-    (["--preset", "best"], "--preset best: expected one of kd, aver"),
-    (["--teachers", "a", "b", "--teacher_rates", 0.4], r"teacher_rates \[0.4\]: expected one for each of 2"),
-    (["--holdout", 0], r"--holdout 0.0: expected a share"),
-    (["--terms", "ce + fitnet", "--teachers", "test_resnet", "--cache", "True", "--augment", "False"],
-     r"--terms ce \+ fitnet: expected .*logits, these read \['teacher_features'\]"),
-    (["--terms", "ce + aver", "--teachers", "test_resnet", "--cache", "True"], "--cache True --augment True"),
-    (["--terms", "ce", "--cache", "True", "--augment", "False"], r"these read \[\]; what is cached would not be used"),
-    (["--teachers", "test_resnet", "--teacher_rates", 0.4], r"--teacher_rates \[0.4\].* expected --train_teachers True"),
-    (["--teachers", "test_resnet", "--teacher_epochs", 3], "--teacher_epochs 3 .* expected --train_teachers True"),
-    (["--student", "none"], "--student none: expected --train_teachers True"),
-    (["--terms", "ce + kdd", "--teachers", "test_resnet"], "--terms kdd: unknown loss 'kdd': did you mean kd"),
-    (["--terms", "ce + x*kd", "--teachers", "test_resnet"], r"--terms ce \+ x\*kd: expected WEIGHT\*NAME"),
-    (["--terms", "ce + kd"], r"--terms ce \+ kd --keep 1: expected --teachers"),
-    (["--teachers", "runs/none"], "--teachers runs/none: expected a folder that export"),
-    (["--teachers", "resnet99", "--train_teachers", "True"], "--teachers resnet99: expected a timm name; there is no"),
-    (["--student", "resnet99", "--terms", "ce"], "--student resnet99: expected a timm name; there is no such network"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (["--preset", "best"], "--preset best: expected one of kd, aver"),
+        (
+            ["--teachers", "a", "b", "--teacher_rates", 0.4],
+            r"teacher_rates \[0.4\]: expected one for each of 2",
+        ),
+        (["--holdout", 0], r"--holdout 0.0: expected a share"),
+        (
+            [
+                "--terms",
+                "ce + fitnet",
+                "--teachers",
+                "test_resnet",
+                "--cache",
+                "True",
+                "--augment",
+                "False",
+            ],
+            r"--terms ce \+ fitnet: expected .*logits, these read \['teacher_features'\]",
+        ),
+        (
+            ["--terms", "ce + aver", "--teachers", "test_resnet", "--cache", "True"],
+            "--cache True --augment True",
+        ),
+        (
+            ["--terms", "ce", "--cache", "True", "--augment", "False"],
+            r"these read \[\]; what is cached would not be used",
+        ),
+        (
+            ["--teachers", "test_resnet", "--teacher_rates", 0.4],
+            r"--teacher_rates \[0.4\].* expected --train_teachers True",
+        ),
+        (
+            ["--teachers", "test_resnet", "--teacher_epochs", 3],
+            "--teacher_epochs 3 .* expected --train_teachers True",
+        ),
+        (["--student", "none"], "--student none: expected --train_teachers True"),
+        (
+            ["--terms", "ce + kdd", "--teachers", "test_resnet"],
+            "--terms kdd: unknown loss 'kdd': did you mean kd",
+        ),
+        (
+            ["--terms", "ce + x*kd", "--teachers", "test_resnet"],
+            r"--terms ce \+ x\*kd: expected WEIGHT\*NAME",
+        ),
+        (["--terms", "ce + kd"], r"--terms ce \+ kd --keep 1: expected --teachers"),
+        (["--teachers", "runs/none"], "--teachers runs/none: expected a folder that export"),
+        (
+            ["--teachers", "resnet99", "--train_teachers", "True"],
+            "--teachers resnet99: expected a timm name; there is no",
+        ),
+        (
+            ["--student", "resnet99", "--terms", "ce"],
+            "--student resnet99: expected a timm name; there is no such network",
+        ),
+    ],
+)
 def test_distill_teachers_refuses(more, match, tmp_path, pictures, monkeypatch):
     """In one line, and before the folder is taken: the corrected command can have it."""
     with pytest.raises(SystemExit, match=match):
@@ -515,9 +886,16 @@ def recipe_of(monkeypatch, recipe, *argv):
 @pytest.mark.parametrize("preset", [["--preset", "kd"], ["--preset=kd"], ["--pres", "kd"]], ids=str)
 def test_a_preset_is_read_however_it_is_written(preset, monkeypatch):
     """Schedule and terms; what is given beside it wins."""
-    recipe = recipe_of(monkeypatch, "distill_teachers.py", "--teachers", "x", "--weight_decay", 0.1, *preset)
+    recipe = recipe_of(
+        monkeypatch, "distill_teachers.py", "--teachers", "x", "--weight_decay", 0.1, *preset
+    )
     s, args = recipe["options"]()
-    assert (s.terms, args.num_train_epochs, args.lr_decay, args.weight_decay) == ("0.1*ce + 0.9*kd", 240, 0.1, 0.1)
+    assert (s.terms, args.num_train_epochs, args.lr_decay, args.weight_decay) == (
+        "0.1*ce + 0.9*kd",
+        240,
+        0.1,
+        0.1,
+    )
 
 
 def test_a_preset_without_a_name(monkeypatch, capsys):
@@ -530,11 +908,23 @@ def test_teachers_without_a_student(tmp_path, pictures, monkeypatch, capsys):
     """They are trained, the folder says that it is done, and no student is made."""
     monkeypatch.setattr("kd_plugins.MutualDistillationTrainer", Watched)
     Watched.seen.clear()
-    more = ["--teachers", "test_resnet", "--train_teachers", "True", "--student", "none", "--preset", "camkd"]
+    more = [
+        "--teachers",
+        "test_resnet",
+        "--train_teachers",
+        "True",
+        "--student",
+        "none",
+        "--preset",
+        "camkd",
+    ]
     results = distil(monkeypatch, tmp_path / "out", pictures, *more)
     assert results["student"] == "none" and len(Watched.seen) == 1
     assert (tmp_path / "out" / "teachers" / "0" / "peer_a" / "model.safetensors").exists()
-    assert not list((tmp_path / "out").glob("checkpoint-*")) and "teacher 0, test_resnet" in capsys.readouterr().out
+    assert (
+        not list((tmp_path / "out").glob("checkpoint-*"))
+        and "teacher 0, test_resnet" in capsys.readouterr().out
+    )
 
 
 class Watched(MutualDistillationTrainer):
@@ -550,7 +940,11 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
     rows = ["loss alone [128, 100], eager", "AEKD", "noisy view"]
     start(monkeypatch, "benchmark.py", "--quick", "--rows", *rows, "--output", tmp_path / "b.json")
     out = json.loads((tmp_path / "b.json").read_text())
-    assert len(out["rows"]) == 4 and {"torch", "timm", "kd-plugins"} <= set(out["versions"]) and out["device"]
+    assert (
+        len(out["rows"]) == 4
+        and {"torch", "timm", "kd-plugins"} <= set(out["versions"])
+        and out["device"]
+    )
     assert all(row["figure"] > 0 and row["goal"] > 0 for row in out["rows"].values())
     assert out["rows"]["noisy view, 2.4 million rows"]["figure"] < 20
     assert capsys.readouterr().out.count("| loss alone") == 1

@@ -60,14 +60,18 @@ def start(tables, tmp_path, monkeypatch):
         monkeypatch.setenv("FAIL", fail)  # not an option: what is done was done with the same ones
         monkeypatch.setenv("TIMES", str(times))
         argv = [*argv, "--budget", budget, "--output_dir", tmp_path / "out"]
-        monkeypatch.setattr(sys, "argv", ["tables.py", "--table", "smkd-1", "--data", "d", *map(str, argv)])
+        monkeypatch.setattr(
+            sys, "argv", ["tables.py", "--table", "smkd-1", "--data", "d", *map(str, argv)]
+        )
         return tables["main"](), tmp_path / "out" / "smkd-1" / budget
 
     return run
 
 
 def starts(root):
-    return {str(p.parent.relative_to(root)): len(p.read_text().split()) for p in root.rglob("starts")}
+    return {
+        str(p.parent.relative_to(root)): len(p.read_text().split()) for p in root.rglob("starts")
+    }
 
 
 def test_matrix_is_run_once_and_published(start, capsys):
@@ -75,20 +79,30 @@ def test_matrix_is_run_once_and_published(start, capsys):
     code, root = start("--seeds", 2, "--jobs", 3)
     assert code == 0 and len(starts(root)) == 34 and set(starts(root).values()) == {1}
     text = (root / "table.md").read_text()
-    assert "| MyLC | 60.5 ± 0.7 (paper 65.04, -4.5) | 60.5 ± 0.7 |" in text and "Budget full" in text
+    assert (
+        "| MyLC | 60.5 ± 0.7 (paper 65.04, -4.5) | 60.5 ± 0.7 |" in text and "Budget full" in text
+    )
     assert "| cross-entropy | 40.5 ± 0.7 (paper 47.20, -6.7) |  |  |  |" in text
     tex = (root / "table.tex").read_text()
-    assert r"MyLC & 60.5 $\pm$ 0.7 (paper 65.04, -4.5) & 60.5" in tex and r"40\%" in tex and r"\bottomrule" in tex
+    assert (
+        r"MyLC & 60.5 $\pm$ 0.7 (paper 65.04, -4.5) & 60.5" in tex
+        and r"40\%" in tex
+        and r"\bottomrule" in tex
+    )
     assert (root / "table.png").stat().st_size > 10_000
 
     figures = pd.read_parquet(root / "results.parquet")
-    one = figures[(figures.row == "MyLC") & (figures.column == "SMKD-P") & (figures.metric == "eval_accuracy")]
+    one = figures[
+        (figures.row == "MyLC") & (figures.column == "SMKD-P") & (figures.metric == "eval_accuracy")
+    ]
     assert (
         one.value.tolist() == [0.6, 0.61]
         and one.seed.tolist() == [0, 1]
         and one.paper.tolist() == pytest.approx([0.6909] * 2)
     )
-    assert set(figures.metric) == {"eval_accuracy", "eval_accuracy_a"} and set(figures.budget) == {"full"}
+    assert set(figures.metric) == {"eval_accuracy", "eval_accuracy_a"} and set(figures.budget) == {
+        "full"
+    }
     assert figures[figures.metric == "eval_accuracy_a"].paper.isna().all()
     assert one.command.str.contains("--refine mylc").all()
     assert one.device.str.contains("CPU cores|NVIDIA|AMD").all() and one.jobs.tolist() == [3, 3]
@@ -111,14 +125,19 @@ def test_a_cell_that_fails(start, capsys):
     assert start("--seeds", 2)[0] == 0 and starts(root)["mylc--zero/1"] == 3
 
 
-@pytest.mark.parametrize("second", [["--num_train_epochs", "16"], ["--num-train-epochs=16"], ["--bf16"]], ids=str)
+@pytest.mark.parametrize(
+    "second", [["--num_train_epochs", "16"], ["--num-train-epochs=16"], ["--bf16"]], ids=str
+)
 def test_figures_of_another_command_are_not_published(second, start, capsys):
     """A finished cell keeps the options that it had; without its record, as from a copy, it is taken as it is."""
     asked = ["--seeds", 1, "--rows", "MyLC", "--columns", "zero"]
     _, root = start(*asked, "--num_train_epochs", "12")
     start(*asked, "--num_train_epochs=12")  # the same
     before = (root / "table.md").read_text()
-    with pytest.raises(SystemExit, match=r"mylc--zero/0 was run with .*, asked for is .*Choose another --output_dir"):
+    with pytest.raises(
+        SystemExit,
+        match=r"mylc--zero/0 was run with .*, asked for is .*Choose another --output_dir",
+    ):
         start(*asked, *second)
     assert (root / "table.md").read_text() == before
     (root / "mylc--zero" / "0" / "clock.json").unlink()
@@ -129,14 +148,27 @@ def test_figures_of_another_command_are_not_published(second, start, capsys):
 def test_what_a_changed_command_is_told(start, tables, tmp_path, capsys):
     """What differs, and no more; where the folder lies makes no difference."""
     start("--seeds", 1, "--rows", "MyLC", "--columns", "zero", "--num_train_epochs", "12")
-    wanted = (
-        r"{'num_train_epochs': \['12'\]}, asked for is {'num_train_epochs': \['16'\]}; its figures would be published"
-    )
+    wanted = r"{'num_train_epochs': \['12'\]}, asked for is {'num_train_epochs': \['16'\]}; its figures would be published"
     with pytest.raises(SystemExit, match=wanted):
-        start("--seeds", 1, "--rows", "MyLC", "--columns", "SMKD-P", "zero", "--num_train_epochs", "16")
+        start(
+            "--seeds",
+            1,
+            "--rows",
+            "MyLC",
+            "--columns",
+            "SMKD-P",
+            "zero",
+            "--num_train_epochs",
+            "16",
+        )
     (tmp_path / "out").rename(tmp_path / "moved")
     s = tables["Settings"](
-        table="smkd-1", data="d", seeds=1, rows=["MyLC"], columns=["zero"], output_dir=str(tmp_path / "moved")
+        table="smkd-1",
+        data="d",
+        seeds=1,
+        rows=["MyLC"],
+        columns=["zero"],
+        output_dir=str(tmp_path / "moved"),
     )
     tables["refuse_others"](tables["make_cells"](s, ["--num_train_epochs", "12"])[0])
     with pytest.raises(SystemExit, match=r"moved.* was run with"):
@@ -144,8 +176,19 @@ def test_what_a_changed_command_is_told(start, tables, tmp_path, capsys):
     capsys.readouterr()
 
 
-@pytest.mark.parametrize("more", [["--seed", "5"], ["--seed=5"], ["--see", "5"], ["--refine", "ce"], ["--loss-args", "eta=1"],
-                                  ["--loss_a", "eta=1"], ["stray"]], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--seed", "5"],
+        ["--seed=5"],
+        ["--see", "5"],
+        ["--refine", "ce"],
+        ["--loss-args", "eta=1"],
+        ["--loss_a", "eta=1"],
+        ["stray"],
+    ],
+    ids=str,
+)
 def test_options_that_cells_have_of_their_own_are_refused(more, start, tmp_path):
     """For all of them they would make every row, or every seed, the same; --seed is no short form of --seeds."""
     with pytest.raises(SystemExit, match=r"has its own|it would be dropped"):
@@ -158,11 +201,18 @@ def test_what_is_passed_on_reaches_whom_it_concerns(tables, budget, monkeypatch)
     """The teachers' epochs go to the teachers, who make no student, whatever students are; the rest goes to all."""
     recipe = runpy.run_path(str(RECIPES / "distill_teachers.py"))
     more = ["--teacher_epochs", "7", "--student", "resnet18_cifar", "--learning_rate=0.01"]
-    cells, _ = tables["make_cells"](tables["Settings"](table="camkd-1", seeds=1, budget=budget), more)
+    cells, _ = tables["make_cells"](
+        tables["Settings"](table="camkd-1", seeds=1, budget=budget), more
+    )
     for cell in cells:
         s, args = parse(recipe, cell.command, monkeypatch)
-        assert s["student"] == ("resnet18_cifar" if cell.row else "none") and args.learning_rate == 0.01
-        assert s["teacher_epochs"] == (0 if cell.row else 7) and s["train_teachers"] == (not cell.row)
+        assert (
+            s["student"] == ("resnet18_cifar" if cell.row else "none")
+            and args.learning_rate == 0.01
+        )
+        assert s["teacher_epochs"] == (0 if cell.row else 7) and s["train_teachers"] == (
+            not cell.row
+        )
     for bad in ("--teachers", "--train_teachers", "--terms", "--preset"):
         with pytest.raises(SystemExit, match=f"{bad} x: each cell of camkd-1 has its own"):
             tables["make_cells"](tables["Settings"](table="camkd-1", seeds=1), [bad, "x"])
@@ -174,7 +224,12 @@ def test_cells_are_dealt_out_over_the_gpus(start, monkeypatch, capsys):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda k: f"NVIDIA {k}")
     code, root = start("--seeds", 1, "--jobs", 2, "--rows", "MyLC")
     seen = {p.parent: p.read_text() for p in root.rglob("gpu")}
-    assert code == 0 and set(starts(root).values()) == {1} and set(seen.values()) == {"0", "1"} and len(seen) == 4
+    assert (
+        code == 0
+        and set(starts(root).values()) == {1}
+        and set(seen.values()) == {"0", "1"}
+        and len(seen) == 4
+    )
     assert all(f'"NVIDIA {gpu}"' in (cell / "clock.json").read_text() for cell, gpu in seen.items())
     capsys.readouterr()
 
@@ -207,10 +262,15 @@ def test_a_matrix_that_is_stopped(name, start, tmp_path):
 
 
 def test_choice_of_cells(start, capsys):
-    code, root = start("--seeds", 1, "--rows", "MyLC", "--columns", "SMKD-P", "zero", budget="small")
+    code, root = start(
+        "--seeds", 1, "--rows", "MyLC", "--columns", "SMKD-P", "zero", budget="small"
+    )
     assert code == 0 and set(starts(root)) == {"mylc--smkd-p/0", "mylc--zero/0"}
     text = (root / "table.md").read_text()
-    assert "| MyLC | 60.0 (paper 65.04) | 60.0 (paper 69.09) |" in text and "Not comparable with the paper" in text
+    assert (
+        "| MyLC | 60.0 (paper 65.04) | 60.0 (paper 69.09) |" in text
+        and "Not comparable with the paper" in text
+    )
     for bad, message in {
         ("--rows", "mylc"): r"--rows \['mylc'\]: smkd-1 has",
         ("--first", "MyLC:none"): "expected ROW:COLUMN",
@@ -235,7 +295,10 @@ def test_first_cells(tables):
 @pytest.mark.parametrize("budget", ["full", "small"])
 def test_every_cell_is_a_command_that_its_recipe_takes(tables, budget):
     """Options are parsed by the recipe's own parser; the losses that they name can be made."""
-    settings = {name: runpy.run_path(str(RECIPES / name)) for name in ("cifar100_noise.py", "distill_teachers.py")}
+    settings = {
+        name: runpy.run_path(str(RECIPES / name))
+        for name in ("cifar100_noise.py", "distill_teachers.py")
+    }
     for name, table in tables["TABLES"].items():
         cells, _ = tables["make_cells"](tables["Settings"](table=name, seeds=1, budget=budget), [])
         assert len({cell.folder for cell in cells}) == len(cells)
@@ -266,29 +329,55 @@ def parse(recipe, command, monkeypatch):
     return vars(s), args
 
 
-SCHEDULE = ["num_train_epochs", "max_steps", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps",
-            "weight_decay", "optim", "optim_args", "lr_scheduler_type", "warmup_steps", "milestones", "lr_decay",
-            "max_grad_norm"]  # fmt: skip
+SCHEDULE = [
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "optim",
+    "optim_args",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "milestones",
+    "lr_decay",
+    "max_grad_norm",
+]
 
 
 def test_cells_of_a_distillation_table_share_one_schedule(tables, monkeypatch):
     """The published one, for the teachers too and where a row names only its terms, which stay its own."""
     recipe = runpy.run_path(str(RECIPES / "distill_teachers.py"))
-    there = {name: table for name, table in tables["TABLES"].items() if table.recipe == "distill_teachers.py"}
+    there = {
+        name: table
+        for name, table in tables["TABLES"].items()
+        if table.recipe == "distill_teachers.py"
+    }
     assert len(there) == 4
     for name, table in there.items():
         cells, _ = tables["make_cells"](tables["Settings"](table=name, seeds=1), [])
         runs = {cell.row: parse(recipe, cell.command, monkeypatch) for cell in cells}
-        schedules = {row: {key: getattr(args, key) for key in SCHEDULE} for row, (_, args) in runs.items()}
-        assert runs.keys() == {"", *table.rows} and schedules[""] | recipe["SCHEDULE"] == schedules[""]
-        assert {row: other for row, other in schedules.items() if other != schedules[""]} == {}, name
+        schedules = {
+            row: {key: getattr(args, key) for key in SCHEDULE} for row, (_, args) in runs.items()
+        }
+        assert (
+            runs.keys() == {"", *table.rows} and schedules[""] | recipe["SCHEDULE"] == schedules[""]
+        )
+        assert {row: other for row, other in schedules.items() if other != schedules[""]} == {}, (
+            name
+        )
         for row, (s, _) in runs.items():
             assert s["student"] == ("resnet10_cifar" if row else "none")
             own = table.rows.get(
                 row, {"preset": "kd"}
             )  # of the teachers: for its schedule, no student learns the terms
-            learned = {"revise": 0.0, "keep": 1.0} | recipe["PRESETS"].get(own.get("preset"), {}) | own
-            assert [s[key] for key in ("terms", "revise", "keep")] == [learned[k] for k in ("terms", "revise", "keep")]
+            learned = (
+                {"revise": 0.0, "keep": 1.0} | recipe["PRESETS"].get(own.get("preset"), {}) | own
+            )
+            assert [s[key] for key in ("terms", "revise", "keep")] == [
+                learned[k] for k in ("terms", "revise", "keep")
+            ]
             assert s["teacher_epochs"] == 0  # as many as the students
 
 
@@ -297,16 +386,24 @@ def test_rows_have_the_teachers_that_they_name(tables):
     table = tables["TABLES"]["camkd-2"]
     cells, root = tables["make_cells"](tables["Settings"](table="camkd-2", seeds=1), [])
     folders = [str(root / "teachers" / "teachers" / str(k) / "peer_a") for k in range(3)]
-    seen = {cell.row: [a for a in cell.command if a.endswith("peer_a")] for cell in cells if cell.row}
+    seen = {
+        cell.row: [a for a in cell.command if a.endswith("peer_a")] for cell in cells if cell.row
+    }
     others = {"student alone": [], "CA-MKD, three teachers": folders}
     assert seen == dict.fromkeys(table.rows, folders[:1]) | others
 
 
 def test_knowledge_columns_are_the_limits(tables):
     """Zero knowledge selects nothing, all knowledge everything, S and P what their names say."""
-    made = {name: create_loss("smkd", **{k: float(v) for k, v in options["loss_args"].items()}) for name, options in
-            tables["TABLES"]["smkd-1"].columns.items()}  # fmt: skip
-    assert {name: round(float(loss.select.chi(100)), 2) for name, loss in made.items() if not loss.select.b2} == {
+    made = {
+        name: create_loss("smkd", **{k: float(v) for k, v in options["loss_args"].items()})
+        for name, options in tables["TABLES"]["smkd-1"].columns.items()
+    }
+    assert {
+        name: round(float(loss.select.chi(100)), 2)
+        for name, loss in made.items()
+        if not loss.select.b2
+    } == {
         "zero": 0.0,
         "all": 9.21,
         "SMKD-S": 2.3,
@@ -321,7 +418,8 @@ def test_teachers_come_first_and_are_shared(tables, tmp_path):
     )
     first, *others = [" ".join(cell.command) for cell in cells]
     assert (
-        "--train_teachers True" in first and "--teachers resnet10_cifar resnet10_cifar mobilenetv3_small_050" in first
+        "--train_teachers True" in first
+        and "--teachers resnet10_cifar resnet10_cifar mobilenetv3_small_050" in first
     )
     folders = " ".join(str(root / "teachers" / "teachers" / str(k) / "peer_a") for k in range(3))
     for cell, command in zip(cells[1:], others, strict=True):

@@ -40,7 +40,12 @@ COLUMNS = ["epoch", "step", "index", "label"]
 
 
 def peer(name, selects=True):
-    return [f"pred_{name}", f"conf_{name}", f"p_label_{name}", *([f"selected_{name}"] if selects else [])]
+    return [
+        f"pred_{name}",
+        f"conf_{name}",
+        f"p_label_{name}",
+        *([f"selected_{name}"] if selects else []),
+    ]
 
 
 def visits(folder):
@@ -62,10 +67,16 @@ class Watcher(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         model.register_forward_pre_hook(self.begin, with_kwargs=True)
         for network in model.peers:
-            network.register_forward_hook(lambda module, _, z: self.batches[-1]["logits"].append(z.detach().tolist()))
+            network.register_forward_hook(
+                lambda module, _, z: self.batches[-1]["logits"].append(z.detach().tolist())
+            )
 
     def begin(self, module, args, inputs):
-        batch = {"index": inputs["index"].tolist(), "labels": inputs["labels"].tolist(), "logits": []}
+        batch = {
+            "index": inputs["index"].tolist(),
+            "labels": inputs["labels"].tolist(),
+            "logits": [],
+        }
         self.batches.append(batch)
 
 
@@ -86,8 +97,15 @@ class Stop(TrainerCallback):
 def test_every_micro_batch_once_with_the_figures_of_a_plain_loop(tmp_path):
     """44 rows in micro-batches of four, two a step: the last step of an epoch has one. Directions: a is surer than b."""
     seen, loss = Watcher(), SMKD(CE(), eta=1.5, b2=0)
-    run = trainer(tmp_path, [Net(1, scale=2), Net(2, scale=0.5)], loss, view(44, clean=False), per_device_train_batch_size=4,
-                  gradient_accumulation_steps=2, hf={"callbacks": [seen, DynamicsCallback()]})  # fmt: skip
+    run = trainer(
+        tmp_path,
+        [Net(1, scale=2), Net(2, scale=0.5)],
+        loss,
+        view(44, clean=False),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        hf={"callbacks": [seen, DynamicsCallback()]},
+    )
     run.train()
     want = []
     for number, batch in enumerate(seen.batches):
@@ -96,28 +114,53 @@ def test_every_micro_batch_once_with_the_figures_of_a_plain_loop(tmp_path):
             row = {"epoch": epoch, "step": 6 * epoch + j // 2 + 1, "index": index, "label": y}
             for name, logits in zip("ab", batch["logits"], strict=True):
                 p = naive.softmax(logits[i])
-                row |= {f"pred_{name}": p.index(max(p)), f"conf_{name}": max(p), f"p_label_{name}": p[y]}
+                row |= {
+                    f"pred_{name}": p.index(max(p)),
+                    f"conf_{name}": max(p),
+                    f"p_label_{name}": p[y],
+                }
                 row[f"selected_{name}"] = naive.entropy(p) < math.log(CLASSES) / 1.5
             want.append(row)
     got = read_dynamics(tmp_path / "dynamics")
     assert len(got) == len(want) == 88
     assert got.column_names == [*COLUMNS, *peer("a"), *peer("b")]
-    assert {name: feature.dtype for name, feature in got.features.items() if not name.endswith("b")} == {
-        "epoch": "int16", "step": "int32", "index": "int32", "label": "int16",
-        "pred_a": "int16", "conf_a": "float16", "p_label_a": "float16", "selected_a": "bool"}  # fmt: skip
+    assert {
+        name: feature.dtype for name, feature in got.features.items() if not name.endswith("b")
+    } == {
+        "epoch": "int16",
+        "step": "int32",
+        "index": "int32",
+        "label": "int16",
+        "pred_a": "int16",
+        "conf_a": "float16",
+        "p_label_a": "float16",
+        "selected_a": "bool",
+    }
     got = sorted(got, key=lambda row: (row["step"], row["index"]))
-    for ours, theirs in zip(got, sorted(want, key=lambda row: (row["step"], row["index"])), strict=True):
+    for ours, theirs in zip(
+        got, sorted(want, key=lambda row: (row["step"], row["index"])), strict=True
+    ):
         for name, value in theirs.items():
-            assert ours[name] == (pytest.approx(value, rel=1e-3, abs=1e-6) if isinstance(value, float) else value), name
+            assert ours[name] == (
+                pytest.approx(value, rel=1e-3, abs=1e-6) if isinstance(value, float) else value
+            ), name
     handed = {name: [row[f"selected_{name}"] for row in got] for name in "ab"}
     assert sum(handed["a"]) > 1.5 * sum(handed["b"]) > 0  # swapped peers would not pass
     for step, shares in enumerate(logged(run, "selected_a", "selected_b"), start=1):
         rows = [row for row in got if row["step"] == step]
-        assert shares == pytest.approx([np.mean([row[f"selected_{name}"] for row in rows]) for name in "ab"])
+        assert shares == pytest.approx(
+            [np.mean([row[f"selected_{name}"] for row in rows]) for name in "ab"]
+        )
 
 
 def test_one_network(tmp_path):
-    run = trainer(tmp_path, Net(1), LabelSmoothing(0.2), num_train_epochs=1, hf={"callbacks": [DynamicsCallback()]})
+    run = trainer(
+        tmp_path,
+        Net(1),
+        LabelSmoothing(0.2),
+        num_train_epochs=1,
+        hf={"callbacks": [DynamicsCallback()]},
+    )
     run.train()
     got = read_dynamics(tmp_path / "dynamics")
     assert got.column_names == [*COLUMNS, *peer("a", selects=False)]
@@ -144,7 +187,9 @@ def test_soft_targets_count_as_their_largest_class(tmp_path):
 
 def figures(logits, labels, loss=None, **selection):
     """What Hosted keeps of these logits."""
-    hosted = Hosted([Net() for _ in logits], loss or (CE() if len(logits) == 1 else Mutual(CE(), Nothing())))
+    hosted = Hosted(
+        [Net() for _ in logits], loss or (CE() if len(logits) == 1 else Mutual(CE(), Nothing()))
+    )
     for module, masks in selection.items():
         hosted.criterion.get_submodule(module).selection = [(mask, labels) for mask in masks]
     return hosted._figures(logits, labels, torch.arange(len(labels)))
@@ -188,7 +233,10 @@ def test_nothing_waits_for_the_device_in_a_step(tmp_path):
     """A meta tensor has no values: whoever asked for one would fail. Every hundredth batch is brought over."""
     hosted = Hosted([Net(1), Net(2)], Mutual(CE(), Everything()))
     callback, meta = DynamicsCallback(tmp_path), torch.device("meta")
-    labels, logits = torch.zeros(8, dtype=torch.long, device=meta), [torch.zeros(8, CLASSES, device=meta)] * 2
+    labels, logits = (
+        torch.zeros(8, dtype=torch.long, device=meta),
+        [torch.zeros(8, CLASSES, device=meta)] * 2,
+    )
     mask = torch.ones(8, dtype=torch.bool, device=meta)
     hosted.criterion.selection = [(mask, labels)] * 2
     for step in range(99):
@@ -200,19 +248,32 @@ def test_nothing_waits_for_the_device_in_a_step(tmp_path):
 
 
 def test_compiled_is_eager_and_compiles_once(tmp_path):
-    loss = {"loss": SMKD(MyLC(window=ROWS), eta=1.5, b2=0, normalize="batch"), "train": view(clean=False)}
-    trainer(tmp_path / "eager", **loss, num_train_epochs=1, hf={"callbacks": [DynamicsCallback()]}).train()
+    loss = {
+        "loss": SMKD(MyLC(window=ROWS), eta=1.5, b2=0, normalize="batch"),
+        "train": view(clean=False),
+    }
+    trainer(
+        tmp_path / "eager", **loss, num_train_epochs=1, hf={"callbacks": [DynamicsCallback()]}
+    ).train()
     torch._dynamo.reset()
     loss["loss"] = SMKD(MyLC(window=ROWS), eta=1.5, b2=0, normalize="batch")
-    compiled = trainer(tmp_path / "compiled", **loss, num_train_epochs=1, torch_compile=True, torch_compile_backend="eager",
-                       hf={"callbacks": [DynamicsCallback()]})  # fmt: skip
+    compiled = trainer(
+        tmp_path / "compiled",
+        **loss,
+        num_train_epochs=1,
+        torch_compile=True,
+        torch_compile_backend="eager",
+        hf={"callbacks": [DynamicsCallback()]},
+    )
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled.train()
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    ours, theirs = (visits(tmp_path / name / "dynamics").to_pydict() for name in ("compiled", "eager"))
+    ours, theirs = (
+        visits(tmp_path / name / "dynamics").to_pydict() for name in ("compiled", "eager")
+    )
     assert ours["index"] == theirs["index"] and ours["selected_b"] == theirs["selected_b"]
     assert np.allclose(ours["conf_b"], theirs["conf_b"], atol=2e-3)
 
@@ -221,13 +282,21 @@ def test_bf16(tmp_path):
     """The logits are bfloat16, the softmax of them is not."""
     for name, bf16 in (("full", False), ("half", True)):
         run = trainer(
-            tmp_path / name, num_train_epochs=1, bf16=bf16, learning_rate=1e-6, hf={"callbacks": [DynamicsCallback()]}
+            tmp_path / name,
+            num_train_epochs=1,
+            bf16=bf16,
+            learning_rate=1e-6,
+            hf={"callbacks": [DynamicsCallback()]},
         )
         run.train()
     full, half = (visits(tmp_path / name / "dynamics").to_pydict() for name in ("full", "half"))
     assert full["index"] != sorted(full["index"])
-    conf = {row[:2]: row[2] for row in zip(full["step"], full["index"], full["conf_b"], strict=True)}
-    both = [(conf[s, i], c) for s, i, c in zip(half["step"], half["index"], half["conf_b"], strict=True)]
+    conf = {
+        row[:2]: row[2] for row in zip(full["step"], full["index"], full["conf_b"], strict=True)
+    }
+    both = [
+        (conf[s, i], c) for s, i, c in zip(half["step"], half["index"], half["conf_b"], strict=True)
+    ]
     assert 0 < max(abs(a - b) for a, b in both) < 0.03
     fine = np.array([c for c in half["conf_b"] if c > 0.5], np.float32)
     assert (fine.astype(np.float32).view(np.uint32) & 0xFFFF).any()  # more bits than a bfloat16 has
@@ -242,7 +311,9 @@ def whole(tmp_path_factory):
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("whole")
     hard(folder, [DynamicsCallback()]).train()
-    assert files(folder / "dynamics") == [f"step-{step:08d}-rank-0.parquet" for step in (2, 4, 6, 8, 10, 12)]
+    assert files(folder / "dynamics") == [
+        f"step-{step:08d}-rank-0.parquet" for step in (2, 4, 6, 8, 10, 12)
+    ]
     table = visits(folder / "dynamics")
     assert sorted(table["index"].to_pylist()) == sorted([*range(ROWS)] * 2)
     return table
@@ -253,7 +324,9 @@ def test_every_visit_is_there_once_after_a_kill_and_a_resume(whole, tmp_path, st
     """Before the first checkpoint, where it starts again; right after an epoch; one step after a checkpoint."""
     with pytest.raises(KeyboardInterrupt):
         hard(tmp_path, [Stop(step), DynamicsCallback(max_rows=5)]).train()
-    assert files(tmp_path / "dynamics") == [f"step-{s:08d}-rank-0.parquet" for s in range(1, step + 1)]
+    assert files(tmp_path / "dynamics") == [
+        f"step-{s:08d}-rank-0.parquet" for s in range(1, step + 1)
+    ]
     torch.manual_seed(99)
     hard(tmp_path, [DynamicsCallback()]).train(resume_from_checkpoint=True)
     assert visits(tmp_path / "dynamics").equals(whole)
@@ -262,7 +335,12 @@ def test_every_visit_is_there_once_after_a_kill_and_a_resume(whole, tmp_path, st
 @pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
 def test_a_kill_right_after_a_checkpoint_leaves_no_hole(whole, tmp_path, strategy):
     """Between the last file of a checkpoint and the callbacks that hear of it."""
-    settings = {"save_strategy": strategy, "eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "loss"}
+    settings = {
+        "save_strategy": strategy,
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "metric_for_best_model": "loss",
+    }
     settings |= {} if strategy == "best" else {"eval_strategy": "no"}
     run = hard(tmp_path, [DynamicsCallback()], evaluate=view(8), **settings)
     save = run._save_checkpoint
@@ -274,8 +352,12 @@ def test_a_kill_right_after_a_checkpoint_leaves_no_hole(whole, tmp_path, strateg
     run._save_checkpoint = dies
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    hard(tmp_path, [DynamicsCallback()], evaluate=view(8), **settings).train(resume_from_checkpoint=True)
-    same = COLUMNS if strategy == "best" else whole.column_names  # evaluations draw numbers that dropout would have had
+    hard(tmp_path, [DynamicsCallback()], evaluate=view(8), **settings).train(
+        resume_from_checkpoint=True
+    )
+    same = (
+        COLUMNS if strategy == "best" else whole.column_names
+    )  # evaluations draw numbers that dropout would have had
     assert visits(tmp_path / "dynamics").select(same).equals(whole.select(same))
 
 
@@ -298,10 +380,14 @@ def test_going_back_drops_what_is_trained_again(whole, tmp_path, caplog):
     segments = [f"step-{step:08d}-rank-0.parquet" for step in (2, 4, 6, 12)]
     assert files(folder) == ["notes.txt", *segments]
     [message] = [
-        record.getMessage() for record in caplog.records if record.name == "kd_plugins.train.dynamics_callback"
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "kd_plugins.train.dynamics_callback"
     ]
     assert "3 segments" in message and "after 4" in message
-    torch.testing.assert_close(pq.read_table(folder / segments[1])["step"].to_pylist(), [3] * 8 + [4] * 8)
+    torch.testing.assert_close(
+        pq.read_table(folder / segments[1])["step"].to_pylist(), [3] * 8 + [4] * 8
+    )
 
 
 def rank_main(folder):
@@ -310,9 +396,19 @@ def rank_main(folder):
     loss = SMKD(MyLC(window=ROWS), eta=1.5, b2=-4, normalize="batch")
 
     def run(callback, **kwargs):
-        settings = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2} | kwargs
-        return trainer(folder, loss=loss, train=view(46, transform=jitter), per_device_train_batch_size=4,
-                       hf={"callbacks": [callback]}, **settings)  # fmt: skip
+        settings = {
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "gradient_accumulation_steps": 2,
+        } | kwargs
+        return trainer(
+            folder,
+            loss=loss,
+            train=view(46, transform=jitter),
+            per_device_train_batch_size=4,
+            hf={"callbacks": [callback]},
+            **settings,
+        )
 
     run(DynamicsCallback()).train()
     torch.distributed.barrier()
@@ -322,14 +418,18 @@ def rank_main(folder):
         for path in (folder / "first").iterdir():
             (folder / "dynamics" / path.name).write_bytes(path.read_bytes())
     torch.distributed.barrier()
-    run(DynamicsCallback(), save_strategy="no").train(str(folder / "checkpoint-4"))  # in the middle of the second epoch
+    run(DynamicsCallback(), save_strategy="no").train(
+        str(folder / "checkpoint-4")
+    )  # in the middle of the second epoch
     leave()
 
 
 def test_two_processes(tmp_path):
     launch(__file__, tmp_path)
     first, again = tmp_path / "first", tmp_path / "dynamics"
-    assert files(first) == [f"step-{step:08d}-rank-{rank}.parquet" for step in (2, 3, 4, 6) for rank in (0, 1)]
+    assert files(first) == [
+        f"step-{step:08d}-rank-{rank}.parquet" for step in (2, 3, 4, 6) for rank in (0, 1)
+    ]
     table = visits(first)
     for epoch in (0, 1):
         index = [row["index"] for row in table.to_pylist() if row["epoch"] == epoch]
@@ -338,7 +438,10 @@ def test_two_processes(tmp_path):
     per_step = [sum(row["step"] == step for row in table.to_pylist()) for step in range(1, 7)]
     assert per_step == [16] * 6
     ranks = [
-        {row["index"] for row in pq.read_table(first / f"step-00000002-rank-{rank}.parquet").to_pylist()}
+        {
+            row["index"]
+            for row in pq.read_table(first / f"step-00000002-rank-{rank}.parquet").to_pylist()
+        }
         for rank in (0, 1)
     ]
     assert len(ranks[0] & ranks[1]) == 0
@@ -355,13 +458,19 @@ def feed(callback, folder, steps, batch=64, classes=100, seed=0):
     order, given = rng.permutation(n), rng.integers(0, classes, n)
     hosted = Hosted([Net(1), Net(2)], Mutual(CE(), Everything()))
     args = arguments(folder)
-    control, now = type("Control", (), {"should_save": False}), type("State", (), {"global_step": 0, "epoch": 0.0})
+    control, now = (
+        type("Control", (), {"should_save": False}),
+        type("State", (), {"global_step": 0, "epoch": 0.0}),
+    )
     callback.on_train_begin(args, now, control, model=hosted)
     callback.on_epoch_begin(args, now, control)
     for step in range(steps):
         index = torch.from_numpy(order[step * batch : (step + 1) * batch])
         labels = torch.from_numpy(given)[index]
-        logits = [3 * torch.randn(batch, classes) + 4 * torch.nn.functional.one_hot(labels, classes) for _ in "ab"]
+        logits = [
+            3 * torch.randn(batch, classes) + 4 * torch.nn.functional.one_hot(labels, classes)
+            for _ in "ab"
+        ]
         masks = [torch.rand(batch) < 0.4 for _ in "ab"]
         hosted.criterion.selection = [(mask, labels) for mask in masks]
         hosted.seen = hosted._figures(logits, labels, index)
@@ -375,7 +484,11 @@ def test_under_twenty_bytes_a_visit(tmp_path):
     feed(DynamicsCallback(), tmp_path, steps=313)
     [path] = (tmp_path / "dynamics").iterdir()
     table = read_dynamics(tmp_path / "dynamics")
-    assert len(table) == 313 * 64 and len(set(table["conf_a"])) > 1000 and len(set(table["pred_b"])) == 100
+    assert (
+        len(table) == 313 * 64
+        and len(set(table["conf_a"])) > 1000
+        and len(set(table["pred_b"])) == 100
+    )
     assert path.stat().st_size / len(table) < 14
 
 
@@ -384,11 +497,23 @@ def by_hand(rows, n, peers, first_epoch=0):
     out = []
     for i in range(n):
         mine = [row for row in rows if row["index"] == i and row["epoch"] >= first_epoch]
-        mine = sorted((row for row in mine if not math.isnan(row["conf_a"])), key=lambda row: row["step"])
+        mine = sorted(
+            (row for row in mine if not math.isnan(row["conf_a"])), key=lambda row: row["step"]
+        )
         if not mine:
             nan = math.nan
-            out.append({"index": i, "label": -1, "visits": 0, "p_label": nan, "proposed": -1, "confidence": nan,
-                        "forgetting": nan, "selected": [nan] * len(peers)})  # fmt: skip
+            out.append(
+                {
+                    "index": i,
+                    "label": -1,
+                    "visits": 0,
+                    "p_label": nan,
+                    "proposed": -1,
+                    "confidence": nan,
+                    "forgetting": nan,
+                    "selected": [nan] * len(peers),
+                }
+            )
             continue
         votes, forgotten = {}, 0
         for k in peers:
@@ -398,12 +523,18 @@ def by_hand(rows, n, peers, first_epoch=0):
                 votes[row[f"pred_{k}"]] = votes.get(row[f"pred_{k}"], 0.0) + row[f"conf_{k}"]
         best = max(sorted(votes), key=lambda c: votes[c])
         count = len(mine) * len(peers)
-        out.append({
-            "index": i, "label": mine[-1]["label"], "visits": len(mine),
-            "p_label": sum(row[f"p_label_{k}"] for row in mine for k in peers) / count,
-            "proposed": best, "confidence": votes[best] / count, "forgetting": forgotten / len(peers),
-            "selected": [sum(row[f"selected_{k}"] for row in mine) / len(mine) for k in peers],
-        })  # fmt: skip
+        out.append(
+            {
+                "index": i,
+                "label": mine[-1]["label"],
+                "visits": len(mine),
+                "p_label": sum(row[f"p_label_{k}"] for row in mine for k in peers) / count,
+                "proposed": best,
+                "confidence": votes[best] / count,
+                "forgetting": forgotten / len(peers),
+                "selected": [sum(row[f"selected_{k}"] for row in mine) / len(mine) for k in peers],
+            }
+        )
     return out
 
 
@@ -415,9 +546,18 @@ def invented(n=60, epochs=4, seed=0):
         for place, i in enumerate(order):
             if i % 13 == 5 or (i % 13 == 6 and epoch < 2):  # never; late
                 continue
-            row = {"epoch": epoch, "step": epoch * 100 + place + 1, "index": int(i), "label": int(i % 5)}
+            row = {
+                "epoch": epoch,
+                "step": epoch * 100 + place + 1,
+                "index": int(i),
+                "label": int(i % 5),
+            }
             for k in "abc":
-                conf = math.nan if rng.random() < 0.04 and k == "a" else float(np.float16(rng.integers(1, 4) / 4))
+                conf = (
+                    math.nan
+                    if rng.random() < 0.04 and k == "a"
+                    else float(np.float16(rng.integers(1, 4) / 4))
+                )
                 row |= {f"pred_{k}": int(rng.choice([i % 5, (i + 1) % 5, 4])), f"conf_{k}": conf}
                 row |= {
                     f"p_label_{k}": conf and float(np.float16(rng.random())),
@@ -428,10 +568,19 @@ def invented(n=60, epochs=4, seed=0):
 
 
 def as_table(rows):
-    types = {"epoch": pa.int16(), "step": pa.int32(), "index": pa.int32(), "label": pa.int16(), "pred": pa.int16()}
+    types = {
+        "epoch": pa.int16(),
+        "step": pa.int32(),
+        "index": pa.int32(),
+        "label": pa.int16(),
+        "pred": pa.int16(),
+    }
     types |= {"conf": pa.float16(), "p_label": pa.float16(), "selected": pa.bool_()}
     return pa.table(
-        {name: pa.array([row[name] for row in rows], types.get(name, types.get(name[:-2]))) for name in rows[0]}
+        {
+            name: pa.array([row[name] for row in rows], types.get(name, types.get(name[:-2])))
+            for name in rows[0]
+        }
     )
 
 
@@ -444,12 +593,17 @@ def test_summary_is_what_a_loop_makes_of_the_visits(tmp_path, first_epoch):
     for epoch in range(4):  # two processes, each with segments of its own
         part = [row for row in rows if row["epoch"] == epoch]
         for rank in (0, 1):
-            pq.write_table(as_table(part[rank::2]), tmp_path / f"step-{epoch * 100 + 90:08d}-rank-{rank}.parquet")
+            pq.write_table(
+                as_table(part[rank::2]),
+                tmp_path / f"step-{epoch * 100 + 90:08d}-rank-{rank}.parquet",
+            )
     for dynamics in (tmp_path, Dataset(as_table(shuffled)), read_dynamics(tmp_path)):
         got = summarise(dynamics, 64, first_epoch)
         for name in want[0]:
             assert got[name].shape == ((64, 3) if name == "selected" else (64,))
-            assert np.allclose(got[name], [row[name] for row in want], equal_nan=True, atol=1e-9), name
+            assert np.allclose(got[name], [row[name] for row in want], equal_nan=True, atol=1e-9), (
+                name
+            )
     assert max(row["forgetting"] for row in want if row["visits"]) > 1 - first_epoch / 4
     assert {row["visits"] for row in want} >= ({0, 1, 2, 3} if first_epoch else {0, 2, 3, 4, 5})
     assert sum(row["proposed"] not in (-1, row["label"]) for row in want) > 5
@@ -458,8 +612,21 @@ def test_summary_is_what_a_loop_makes_of_the_visits(tmp_path, first_epoch):
 
 def test_a_sample_is_forgotten_across_epochs():
     """right, wrong, wrong, right, wrong: two events of a; b is right throughout. Two classes with as many votes: the smaller."""
-    rows = [{"epoch": e, "step": e + 1, "index": 0, "label": 2, "pred_a": p, "conf_a": 0.5, "p_label_a": 0.25,
-             "pred_b": 2, "conf_b": 0.5, "p_label_b": 0.75} for e, p in enumerate([2, 1, 1, 2, 1])]  # fmt: skip
+    rows = [
+        {
+            "epoch": e,
+            "step": e + 1,
+            "index": 0,
+            "label": 2,
+            "pred_a": p,
+            "conf_a": 0.5,
+            "p_label_a": 0.25,
+            "pred_b": 2,
+            "conf_b": 0.5,
+            "p_label_b": 0.75,
+        }
+        for e, p in enumerate([2, 1, 1, 2, 1])
+    ]
     got = summarise(Dataset(as_table(rows)))
     assert got["forgetting"].tolist() == [1.0]
     assert (got["proposed"][0], got["confidence"][0], got["p_label"][0]) == (2, 3.5 / 10, 0.5)

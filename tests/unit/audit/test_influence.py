@@ -23,7 +23,11 @@ class Net(nn.Module):
 
     def __init__(self, dim=4, classes=3, bias=True):
         super().__init__()
-        self.norm, self.drop, self.head = nn.BatchNorm1d(dim), nn.Dropout(0.5), nn.Linear(dim, classes, bias=bias)
+        self.norm, self.drop, self.head = (
+            nn.BatchNorm1d(dim),
+            nn.Dropout(0.5),
+            nn.Linear(dim, classes, bias=bias),
+        )
 
     def forward_features(self, x):
         return self.norm(x)
@@ -71,7 +75,10 @@ def draw(n=25, dim=4, classes=3, dtype=torch.float64):
 
 def by_autograd(model, train, val, damping=None):
     """-g_valᵀ (H + damping)⁻¹ g_i, with gradients and Hessian by autograd, a sample at a time."""
-    model, params = model.eval(), [p for p in model.get_classifier().parameters() if p.requires_grad]
+    model, params = (
+        model.eval(),
+        [p for p in model.get_classifier().parameters() if p.requires_grad],
+    )
 
     def gradient(x, y, **how):
         return torch.autograd.grad(F.cross_entropy(model(x), y), params, **how)
@@ -83,8 +90,12 @@ def by_autograd(model, train, val, damping=None):
     if damping is not None:
         first = flat(gradient(*train, create_graph=True))
         rows = [flat(torch.autograd.grad(g, params, retain_graph=True)) for g in first]
-        direction = torch.linalg.solve(torch.stack(rows) + damping * torch.eye(len(rows)).to(first), direction)
-    return torch.stack([-direction @ flat(gradient(x[None], y[None])) for x, y in zip(*train, strict=True)]).detach()
+        direction = torch.linalg.solve(
+            torch.stack(rows) + damping * torch.eye(len(rows)).to(first), direction
+        )
+    return torch.stack(
+        [-direction @ flat(gradient(x[None], y[None])) for x, y in zip(*train, strict=True)]
+    ).detach()
 
 
 # -------------------------------------------------------------------------------------------------------------- scores
@@ -112,10 +123,15 @@ def test_against_loops():
         return [(a - b) * h for a, b in zip(p, q, strict=True) for h in [*x.tolist(), 1.0]]
 
     g_val = [
-        sum(column) / 5 for column in zip(*(parts(a, q) for a, q in zip(u, soft.tolist(), strict=True)), strict=True)
+        sum(column) / 5
+        for column in zip(
+            *(parts(a, q) for a, q in zip(u, soft.tolist(), strict=True)), strict=True
+        )
     ]
-    expected = [-sum(s * t for s, t in zip(g_val, parts(a, naive.onehot(int(c), 3)), strict=True))
-                for a, c in zip(x, y, strict=True)]  # fmt: skip
+    expected = [
+        -sum(s * t for s, t in zip(g_val, parts(a, naive.onehot(int(c), 3)), strict=True))
+        for a, c in zip(x, y, strict=True)
+    ]
     got = influence_scores(model, batches(x, y, 4), batches(u, soft, 4))
     assert got.dtype == torch.float64 and got.tolist() == pytest.approx(expected, abs=1e-12)
 
@@ -227,7 +243,8 @@ def test_the_index_puts_each_score_in_its_row(exact):
     model, train, val = Linear(), draw(), draw()
     expected = influence_scores(model, batches(*train), batches(*val), exact=exact)
     loaders = [
-        DataLoader(Rows(*data), batch_size=6, shuffle=shuffle) for data, shuffle in ((train, True), (val, False))
+        DataLoader(Rows(*data), batch_size=6, shuffle=shuffle)
+        for data, shuffle in ((train, True), (val, False))
     ]
     torch.testing.assert_close(influence_scores(model, *loaders, exact=exact), expected)
 
@@ -255,7 +272,11 @@ def test_rows_that_never_came_up_are_inf_and_said_so():
 @pytest.mark.parametrize("how", ["shuffled", "dealt out"])
 def test_a_shuffled_loader_without_index_is_refused(how):
     data = list(zip(*draw(), strict=True))
-    sampler = torch.utils.data.DistributedSampler(data, 2, 0, shuffle=False) if how == "dealt out" else None
+    sampler = (
+        torch.utils.data.DistributedSampler(data, 2, 0, shuffle=False)
+        if how == "dealt out"
+        else None
+    )
     loader = DataLoader(data, batch_size=5, shuffle=sampler is None, sampler=sampler)
     with pytest.raises(ValueError, match="no score could be put to its sample"):
         influence_scores(Linear(), loader, batches(*draw()))
@@ -268,10 +289,17 @@ def test_the_network_is_left_as_it_was(training):
     model.norm.eval()
     before = {k: t.clone() for k, t in model.state_dict().items()}
     scores = influence_scores(model, batches(*train), batches(*val))
-    assert torch.equal(scores, influence_scores(model, batches(*train), batches(*val)))  # no dropout
+    assert torch.equal(
+        scores, influence_scores(model, batches(*train), batches(*val))
+    )  # no dropout
     with pytest.raises(KeyError):
         influence_scores(model, [{"images": train[0]}], batches(*val))
-    assert [m.training for m in (model, model.norm, model.drop, model.head)] == [training, False, training, training]
+    assert [m.training for m in (model, model.norm, model.drop, model.head)] == [
+        training,
+        False,
+        training,
+        training,
+    ]
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
     assert not scores.requires_grad and all(p.grad is None for p in model.parameters())
     torch.testing.assert_close(scores, by_autograd(model, train, val))
@@ -292,7 +320,10 @@ class Scaled(Net):
     [
         (nn.Linear(4, 3), "Linear: .*timm's forward_features.*it lacks them"),
         (Pair(), "Pair: .*its classifier is tuple"),
-        (Scaled(), r"Scaled: its logits are more than its classifier applied to its features \[7, 4\]"),
+        (
+            Scaled(),
+            r"Scaled: its logits are more than its classifier applied to its features \[7, 4\]",
+        ),
     ],
 )
 def test_networks_without_one_linear_classifier_are_refused(model, match):
@@ -330,8 +361,12 @@ def test_as_many_as_asked_and_the_lowest(n, fraction):
 
 
 def test_scores_may_come_from_anywhere():
-    for scores in ([3, 1, 2], torch.tensor([3.0, 1.0, 2.0], requires_grad=True), torch.tensor([3, 1, 2]).numpy(),
-                   [math.inf, -math.inf, 0.0]):  # fmt: skip
+    for scores in (
+        [3, 1, 2],
+        torch.tensor([3.0, 1.0, 2.0], requires_grad=True),
+        torch.tensor([3, 1, 2]).numpy(),
+        [math.inf, -math.inf, 0.0],
+    ):
         assert select_lowest(scores, 0.67).tolist() == [False, True, True]
 
 
@@ -381,7 +416,9 @@ TERMS = {
 }
 MASK = [i % 3 != 1 for i in range(16)]
 CHECKS = [
-    pytest.param(f, id=n, marks=[m for m in getattr(f, "pytestmark", ()) if m.name != "parametrize"])
+    pytest.param(
+        f, id=n, marks=[m for m in getattr(f, "pytestmark", ()) if m.name != "parametrize"]
+    )
     for n, f in vars(contract).items()
     if n.startswith("test_") and list(inspect.signature(f).parameters) == ["name"]
 ]
@@ -411,9 +448,10 @@ def test_it_keeps_the_rest_of_the_contract(registered):
 
 
 def test_the_contract_is_not_empty():
-    assert {"test_compiles_whole_and_once_for_all_of_training", "test_checkpoint_pickle_and_copy_keep_the_results"} <= {
-        check.id for check in CHECKS
-    }
+    assert {
+        "test_compiles_whole_and_once_for_all_of_training",
+        "test_checkpoint_pickle_and_copy_keep_the_results",
+    } <= {check.id for check in CHECKS}
 
 
 @pytest.mark.parametrize("normalize", ["batch", "selected"])
@@ -443,7 +481,11 @@ def test_a_mask_that_keeps_nothing_is_a_zero_with_a_gradient(name, normalize):
 
 def test_the_term_by_hand():
     """Rows 4, 0 and 2 of the data set; 4 and 2 are kept: (ln 2 + ln 5) / 3 for the batch, / 2 for the kept."""
-    z = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.2, 0.2, 0.6]], dtype=torch.float64).log().requires_grad_()
+    z = (
+        torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.2, 0.2, 0.6]], dtype=torch.float64)
+        .log()
+        .requires_grad_()
+    )
     y, index = torch.tensor([0, 1, 1]), torch.tensor([4, 0, 2])
     mask = torch.tensor([False, True, True, False, True])
     total = math.log(2) + math.log(5)
@@ -453,12 +495,18 @@ def test_the_term_by_hand():
         assert loss.stats["kept"].item() == pytest.approx(2 / 3)
         (grad,) = torch.autograd.grad(loss(z, y, index=index), z)
         rows = [[-0.5, 0.3, 0.2], [0.0, 0.0, 0.0], [0.2, -0.8, 0.6]]
-        torch.testing.assert_close(grad, torch.tensor(rows, dtype=torch.float64) / divisor, rtol=0, atol=1e-12)
-        none = Selected(mask, CE(reduction="none"), normalize=normalize)  # the term's reduction is not dropped
+        torch.testing.assert_close(
+            grad, torch.tensor(rows, dtype=torch.float64) / divisor, rtol=0, atol=1e-12
+        )
+        none = Selected(
+            mask, CE(reduction="none"), normalize=normalize
+        )  # the term's reduction is not dropped
         assert none(z, y, index=index).tolist() == pytest.approx(
             [math.log(2) * 3 / divisor, 0.0, math.log(5) * 3 / divisor], abs=1e-12
         )
-    assert Selected(mask, CE(reduction="none"), reduction="sum")(z, y, index=index).item() == pytest.approx(total)
+    assert Selected(mask, CE(reduction="none"), reduction="sum")(
+        z, y, index=index
+    ).item() == pytest.approx(total)
 
 
 def test_the_objective_of_the_paper():
@@ -474,7 +522,9 @@ def test_the_objective_of_the_paper():
         if MASK[x.extra["index"][i]]:
             for k in range(len(t)):
                 q = naive.softmax(t[k, i].tolist())
-                expected += 2 * sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) / len(t) / len(z)
+                expected += (
+                    2 * sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) / len(t) / len(z)
+                )
     assert x(loss).item() == pytest.approx(expected, abs=1e-12)
     kept = sum(MASK[i] for i in x.extra["index"]) / len(z)
     assert loss.stats["selected_1_kept"].item() == pytest.approx(kept) and 0 < kept < 1
@@ -525,7 +575,9 @@ def test_what_it_refuses():
     z, y = torch.zeros(2, 3), torch.tensor([0, 1])
     for index in ([0, 16], [-1, 0]):
         wrong = next(i for i in index if not 0 <= i < 16)
-        with pytest.raises(ValueError, match=f"index {wrong} is outside the table of num_samples=16"):
+        with pytest.raises(
+            ValueError, match=f"index {wrong} is outside the table of num_samples=16"
+        ):
             Selected(MASK, CE())(z, y, index=torch.tensor(index))
     with pytest.raises(TypeError, match="Whole is a loss on the whole batch"):
         Selected(MASK, Whole())(z, y, index=y)
@@ -542,5 +594,7 @@ def test_what_it_refuses():
 
 
 def test_a_log_names_it_in_full():
-    assert repr(Selected(MASK, BootSoft(eps=0.3), normalize="selected")).startswith("Selected(\n  normalize=selected")
+    assert repr(Selected(MASK, BootSoft(eps=0.3), normalize="selected")).startswith(
+        "Selected(\n  normalize=selected"
+    )
     assert "BootSoft(eps=0.3, detach=False)" in repr(Selected(MASK, BootSoft(eps=0.3)))

@@ -19,10 +19,16 @@ EXPECTED = {"noise_rate": 0.4, "accuracy_clean_part": 2 / 3, "memorised": 0.5, "
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
 def test_predictions_may_be_ids_or_rankings_of_any_array_kind(kind):
-    assert TopKAccuracy(k=2).compute(predictions=kind(RANKED), references=kind(GIVEN)) == {"accuracy": 0.6, "top2": 1.0}
+    assert TopKAccuracy(k=2).compute(predictions=kind(RANKED), references=kind(GIVEN)) == {
+        "accuracy": 0.6,
+        "top2": 1.0,
+    }
     first = kind([row[0] for row in RANKED])
     assert TopKAccuracy(k=2).compute(predictions=first, references=kind(GIVEN)) == {"accuracy": 0.6}
-    assert Memorisation().compute(predictions=first, references=GIVEN, clean_references=CLEAN) == EXPECTED
+    assert (
+        Memorisation().compute(predictions=first, references=GIVEN, clean_references=CLEAN)
+        == EXPECTED
+    )
 
 
 def test_combined_metrics_agree_batch_by_batch_and_sample_by_sample():
@@ -32,7 +38,9 @@ def test_combined_metrics_agree_batch_by_batch_and_sample_by_sample():
     assert whole == {"accuracy": 0.6, "top3": 1.0, **EXPECTED}
     batches, samples = (evaluate.combine([TopKAccuracy(k=3), Memorisation()]) for _ in range(2))
     for cut in (slice(0, 2), slice(2, 5)):
-        batches.add_batch(predictions=RANKED[cut], references=GIVEN[cut], clean_references=CLEAN[cut])
+        batches.add_batch(
+            predictions=RANKED[cut], references=GIVEN[cut], clean_references=CLEAN[cut]
+        )
     for ranked, given, clean in zip(RANKED, GIVEN, CLEAN, strict=True):
         samples.add(prediction=ranked, reference=given, clean_references=clean)
     assert batches.compute() == samples.compute() == whole
@@ -50,9 +58,17 @@ def test_shares_of_empty_groups_are_left_out(given, clean, absent):
 
 def test_nothing_is_written_even_without_a_home(tmp_path):
     code = "from kd_plugins.audit.metrics import TopKAccuracy\nprint(TopKAccuracy().compute(predictions=[1], references=[1]))"
-    env = {"PYTHONPATH": ":".join(path for path in sys.path if path), "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    env = {
+        "PYTHONPATH": ":".join(path for path in sys.path if path),
+        "HOME": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-W", "error", "-c", code],
+        env=env,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
     assert done.stdout == "{'accuracy': 1.0}\n", done.stderr
     assert not [p for p in tmp_path.rglob("*") if "evaluate" in p.parts]
@@ -65,7 +81,9 @@ def test_files_can_be_asked_for(tmp_path):
 
 def test_peers_agree_with_a_naive_loop():
     rng = np.random.default_rng(0)
-    top = np.stack([np.stack([rng.permutation(7)[:5] for _ in range(3)]) for _ in range(60)])  # [60, 2 peers + 1, 5]
+    top = np.stack(
+        [np.stack([rng.permutation(7)[:5] for _ in range(3)]) for _ in range(60)]
+    )  # [60, 2 peers + 1, 5]
     given, clean = rng.integers(0, 7, (2, 60))
     shares = peer_metrics(top, given, clean)
     for peer, name in enumerate(["a", "b", "ensemble"]):
@@ -74,10 +92,22 @@ def test_peers_agree_with_a_naive_loop():
         right = [row for row in rows if row[1] == row[2]]
         assert shares[f"accuracy_{name}"] == pytest.approx(sum(t[0] == c for t, _, c in rows) / 60)
         assert shares[f"top5_{name}"] == pytest.approx(sum(c in t for t, _, c in rows) / 60)
-        assert shares[f"memorised_{name}"] == pytest.approx(sum(t[0] == g for t, g, _ in wrong) / len(wrong))
-        assert shares[f"corrected_{name}"] == pytest.approx(sum(t[0] == c for t, _, c in wrong) / len(wrong))
-        assert shares[f"accuracy_clean_part_{name}"] == pytest.approx(sum(t[0] == c for t, _, c in right) / len(right))
-    for key in ("accuracy", "top5", "memorised", "corrected", "accuracy_clean_part"):  # the ensemble is no peer
+        assert shares[f"memorised_{name}"] == pytest.approx(
+            sum(t[0] == g for t, g, _ in wrong) / len(wrong)
+        )
+        assert shares[f"corrected_{name}"] == pytest.approx(
+            sum(t[0] == c for t, _, c in wrong) / len(wrong)
+        )
+        assert shares[f"accuracy_clean_part_{name}"] == pytest.approx(
+            sum(t[0] == c for t, _, c in right) / len(right)
+        )
+    for key in (
+        "accuracy",
+        "top5",
+        "memorised",
+        "corrected",
+        "accuracy_clean_part",
+    ):  # the ensemble is no peer
         assert shares[key] == pytest.approx((shares[f"{key}_a"] + shares[f"{key}_b"]) / 2)
     assert shares["noise_rate"] == pytest.approx((given != clean).mean())
     assert "noise_rate_a" not in shares
@@ -96,15 +126,51 @@ def test_one_peer_has_no_suffixes_and_names_can_be_chosen():
     ("call", "error", "words"),
     [
         (lambda: TopKAccuracy(k=1), ValueError, "at least 2, got 1"),
-        (lambda: TopKAccuracy().compute(predictions=[[0.2, 0.8]], references=[1]), TypeError, "logits would be cut"),
-        (lambda: TopKAccuracy().compute(predictions=[], references=[]), TypeError, "float64 of shape"),
-        (lambda: TopKAccuracy().add_batch(predictions=[1, 2], references=[1]), ValueError, "'references': 1"),
-        (lambda: TopKAccuracy().add_batch(predictions=[1], references=[[1]]), ValueError, r"got shape \[1, 1\]"),
-        (lambda: Memorisation().compute(predictions=[1], references=[1]), ValueError, "clean_references"),
-        (lambda: peer_metrics(np.zeros((4, 2, 5), int), np.zeros(4, int)), ValueError, r"got \[4, 2, 5\]"),
-        (lambda: peer_metrics(np.zeros((4, 3, 5), int), np.zeros(3, int)), ValueError, "'labels': 3"),
-        (lambda: peer_metrics(np.zeros((4, 3, 5), int), np.zeros(4, int), names="a"), ValueError, "2 different names"),
-        (lambda: peer_metrics(np.zeros((4, 3, 5)), np.zeros(4, int)), TypeError, "top_ids: expected class ids"),
+        (
+            lambda: TopKAccuracy().compute(predictions=[[0.2, 0.8]], references=[1]),
+            TypeError,
+            "logits would be cut",
+        ),
+        (
+            lambda: TopKAccuracy().compute(predictions=[], references=[]),
+            TypeError,
+            "float64 of shape",
+        ),
+        (
+            lambda: TopKAccuracy().add_batch(predictions=[1, 2], references=[1]),
+            ValueError,
+            "'references': 1",
+        ),
+        (
+            lambda: TopKAccuracy().add_batch(predictions=[1], references=[[1]]),
+            ValueError,
+            r"got shape \[1, 1\]",
+        ),
+        (
+            lambda: Memorisation().compute(predictions=[1], references=[1]),
+            ValueError,
+            "clean_references",
+        ),
+        (
+            lambda: peer_metrics(np.zeros((4, 2, 5), int), np.zeros(4, int)),
+            ValueError,
+            r"got \[4, 2, 5\]",
+        ),
+        (
+            lambda: peer_metrics(np.zeros((4, 3, 5), int), np.zeros(3, int)),
+            ValueError,
+            "'labels': 3",
+        ),
+        (
+            lambda: peer_metrics(np.zeros((4, 3, 5), int), np.zeros(4, int), names="a"),
+            ValueError,
+            "2 different names",
+        ),
+        (
+            lambda: peer_metrics(np.zeros((4, 3, 5)), np.zeros(4, int)),
+            TypeError,
+            "top_ids: expected class ids",
+        ),
     ],
 )
 def test_bad_input_is_named(call, error, words):

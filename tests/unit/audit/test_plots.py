@@ -17,15 +17,27 @@ def make_log(epochs=3, peers="ab", noisy=True):
     for step in range(1, epochs * 40 + 1):
         entry = {"step": step, "epoch": step / 40, "loss": 1.0, "chi": 2.2 - step / 100}
         for peer in peers:
-            entry |= {f"own_{peer}": 1.0, f"taught_{peer}": 0.5, f"selected_{peer}": 0.5, f"r_{peer}": 0.1}
+            entry |= {
+                f"own_{peer}": 1.0,
+                f"taught_{peer}": 0.5,
+                f"selected_{peer}": 0.5,
+                f"r_{peer}": 0.1,
+            }
             entry[f"right_{peer}"] = math.nan if step < 3 else 0.9
         log.append(entry)
         if step % 40 == 0:
             scores = {"accuracy": step / 200, "accuracy_ensemble": step / 190, "loss": 1.0}
             scores |= {f"accuracy_{peer}": step / 210 for peer in peers}
             if noisy:
-                scores |= {"train_memorised": 0.1, "train_corrected": 0.4, "train_accuracy_clean_part": 0.8}
-            log.append({"step": step, "epoch": step / 40} | {f"eval_{key}": value for key, value in scores.items()})
+                scores |= {
+                    "train_memorised": 0.1,
+                    "train_corrected": 0.4,
+                    "train_accuracy_clean_part": 0.8,
+                }
+            log.append(
+                {"step": step, "epoch": step / 40}
+                | {f"eval_{key}": value for key, value in scores.items()}
+            )
     return log
 
 
@@ -33,19 +45,32 @@ def make_log(epochs=3, peers="ab", noisy=True):
 def figures(monkeypatch):
     """Figures as they were saved."""
     saved, original = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *args: (saved.append(self), original(self, *args))[1])
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args: (saved.append(self), original(self, *args))[1]
+    )
     return saved
 
 
 def test_comparison_of_runs(tmp_path, figures):
     runs = {"CE": make_log(epochs=2), "SMKD-P + MyLC": make_log()}
     paths = report.draw(runs, tmp_path / "new")
-    assert [p.name for p in paths] == ["curves.png", "selection-ce.png", "selection-smkd-p-mylc.png"]
+    assert [p.name for p in paths] == [
+        "curves.png",
+        "selection-ce.png",
+        "selection-smkd-p-mylc.png",
+    ]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in paths)
     accuracy, labels = figures[0].axes
-    mean = next(line for line in accuracy.lines if line.get_linewidth() == 2.8 and len(line.get_xdata()) == 3)
+    mean = next(
+        line
+        for line in accuracy.lines
+        if line.get_linewidth() == 2.8 and len(line.get_xdata()) == 3
+    )
     assert list(mean.get_xdata()) == [1, 2, 3] and list(mean.get_ydata()) == [0.2, 0.4, 0.6]
-    assert [text.get_text() for text in figures[0].legends[0].texts] == ["CE: 40.0%", "SMKD-P + MyLC: 60.0%"]
+    assert [text.get_text() for text in figures[0].legends[0].texts] == [
+        "CE: 40.0%",
+        "SMKD-P + MyLC: 60.0%",
+    ]
     assert len([line for line in labels.lines if len(line.get_xdata())]) == 6
 
 
@@ -53,8 +78,17 @@ def test_selection_shows_directions_threshold_and_its_ceiling(tmp_path, figures)
     report.selection(make_log(), tmp_path / "s.png", num_classes=10)
     top, *below = figures[0].axes
     names = [text.get_text() for text in top.get_legend().texts]
-    assert names == ["a → b, share of batch", "b → a, share of batch", "a → b, right of these", "b → a, right of these"]
-    assert [ax.get_title(loc="left") for ax in below] == ["Threshold", "Certainty and trust", "Loss"]
+    assert names == [
+        "a → b, share of batch",
+        "b → a, share of batch",
+        "a → b, right of these",
+        "b → a, right of these",
+    ]
+    assert [ax.get_title(loc="left") for ax in below] == [
+        "Threshold",
+        "Certainty and trust",
+        "Loss",
+    ]
     assert below[0].lines[-1].get_ydata()[0] == pytest.approx(math.log(10))
     assert len(top.lines[0].get_xdata()) == 60  # 120 entries, means over two
     assert top.lines[0].get_color() == top.lines[2].get_color() != top.lines[1].get_color()
@@ -65,7 +99,10 @@ def test_selection_shows_directions_threshold_and_its_ceiling(tmp_path, figures)
     [
         ([], []),
         ([{"step": 1, "loss": math.nan}], []),
-        ([{"step": 1, "epoch": 0.1, "selected_a": 0.5}], ["selection.png"]),  # first entry, no evaluation yet
+        (
+            [{"step": 1, "epoch": 0.1, "selected_a": 0.5}],
+            ["selection.png"],
+        ),  # first entry, no evaluation yet
         ([{"epoch": 1, "selected_a": math.nan, "eval_accuracy": 0.5}], ["curves.png"]),
         ([{"step": 7, "eval_test_accuracy": 0.5, "eval_train_accuracy": 0.1}], ["curves.png"]),
         (make_log(peers="abc", noisy=False), ["curves.png", "selection.png"]),
@@ -76,7 +113,9 @@ def test_unfinished_and_partial_logs_draw_what_they_have(tmp_path, log, names):
 
 
 def test_named_evaluation_sets_prefer_the_one_not_trained_on(tmp_path, figures):
-    report.curves([{"epoch": 1, "eval_train_accuracy": 0.1, "eval_test_accuracy": 0.5}], tmp_path / "c.png")
+    report.curves(
+        [{"epoch": 1, "eval_train_accuracy": 0.1, "eval_test_accuracy": 0.5}], tmp_path / "c.png"
+    )
     assert figures[0].legends[0].texts[0].get_text() == "run: 50.0%"
 
 
@@ -86,10 +125,14 @@ def test_the_furthest_readable_state_of_a_folder_is_read(tmp_path):
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / "trainer_state.json").write_text(json.dumps(state))
     (tmp_path / "checkpoint-30").mkdir()
-    (tmp_path / "checkpoint-30" / "trainer_state.json").write_text('{"global_step": 30, "log')  # killed while writing
+    (tmp_path / "checkpoint-30" / "trainer_state.json").write_text(
+        '{"global_step": 30, "log'
+    )  # killed while writing
     assert report.read(tmp_path)[0]["step"] == 20
     assert report.read(tmp_path / "trainer_state.json")[0]["step"] == 10
-    with pytest.raises(FileNotFoundError, match=r"nowhere: expected a readable trainer_state\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere: expected a readable trainer_state\.json"
+    ):
         report.read(tmp_path / "nowhere")
 
 
@@ -103,7 +146,9 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     """Of one run and of several, into the folder of the first; folders of the same name keep apart."""
     for name in ("x/ce", "y/ce", "y/smkd"):
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "trainer_state.json").write_text(json.dumps({"global_step": 1, "log_history": make_log()}))
+        (tmp_path / name / "trainer_state.json").write_text(
+            json.dumps({"global_step": 1, "log_history": make_log()})
+        )
     monkeypatch.chdir(tmp_path)
     for runs, drawn in {
         ("x/ce",): ["curves.png", "selection.png"],
@@ -112,7 +157,9 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     }.items():
         monkeypatch.setattr(sys, "argv", ["report", *runs])
         runpy.run_path(report.__file__, run_name="__main__")
-        assert capsys.readouterr().out.split() == [str(Path(runs[0], "pictures", name)) for name in drawn]
+        assert capsys.readouterr().out.split() == [
+            str(Path(runs[0], "pictures", name)) for name in drawn
+        ]
         assert all((tmp_path / runs[0] / "pictures" / name).exists() for name in drawn)
     monkeypatch.setattr(sys, "argv", ["report"])
     with pytest.raises(SystemExit, match="usage"):

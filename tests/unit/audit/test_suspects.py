@@ -22,7 +22,14 @@ from helpers.tiny import CLASSES, Net, rows, to_tensor, trainer
 from PIL import Image
 from torch import nn
 
-from kd_plugins import contact_sheet, correct_labels, drop_suspects, find_suspects, html_page, predict_probs
+from kd_plugins import (
+    contact_sheet,
+    correct_labels,
+    drop_suspects,
+    find_suspects,
+    html_page,
+    predict_probs,
+)
 from kd_plugins.data import ImageView
 from kd_plugins.models import export
 
@@ -46,7 +53,11 @@ def test_scores_by_hand():
     assert suspects["score"][:] == pytest.approx([1.0, 0.9, 0.8])
     assert suspects["p_label"][:] == pytest.approx([0.0, 0.1, 0.2])
     assert suspects["p_proposed"][:] == pytest.approx([1.0, 0.7, 0.5])
-    assert suspects["label_name"][:] == ["cat", "dog", "owl"] and suspects["proposed_name"][:] == ["owl", "cat", "dog"]
+    assert suspects["label_name"][:] == ["cat", "dog", "owl"] and suspects["proposed_name"][:] == [
+        "owl",
+        "cat",
+        "dog",
+    ]
     ranked = find_suspects(LABELS, PROBS, all_rows=True)
     assert ranked["index"][:] == [3, 1, 2, 0] and ranked.column_names == [
         "index",
@@ -56,8 +67,14 @@ def test_scores_by_hand():
         "p_label",
         "p_proposed",
     ]
-    assert ranked[3] == {"index": 0, "label": 0, "proposed": 0, "score": pytest.approx(0.4), "p_label": pytest.approx(0.6),
-                         "p_proposed": pytest.approx(0.6)}  # fmt: skip
+    assert ranked[3] == {
+        "index": 0,
+        "label": 0,
+        "proposed": 0,
+        "score": pytest.approx(0.4),
+        "p_label": pytest.approx(0.6),
+        "p_proposed": pytest.approx(0.6),
+    }
 
 
 def test_scores_by_loops(monkeypatch):
@@ -92,26 +109,39 @@ def test_unknown_rows_are_left_out_and_other_numbers_refused():
     with pytest.warns(UserWarning, match="1 of 4 rows of probs are NaN"):
         assert find_suspects(LABELS, probs, all_rows=True)["index"][:] == [3, 2, 0]
     with pytest.raises(
-        ValueError, match=r"row 0 of probs sums to 10, its lowest is 1: expected probabilities, not logits"
+        ValueError,
+        match=r"row 0 of probs sums to 10, its lowest is 1: expected probabilities, not logits",
     ):
         find_suspects(LABELS, PROBS * 10)
     with pytest.raises(ValueError, match=r"row 2 .* lowest is -0.5"):
         find_suspects(LABELS, np.where(np.arange(4)[:, None] == 2, [[-0.5, 1, 0.5]], PROBS))
     with pytest.raises(ValueError, match=r"Label 3 at position 1: labels go from 0 to 2"):
         find_suspects([0, 3, 0, 0], PROBS)
-    with pytest.raises(ValueError, match=r"expected floats \[N, C\] for labels \[3\], got float32 \[4, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"expected floats \[N, C\] for labels \[3\], got float32 \[4, 3\]"
+    ):
         find_suspects(LABELS[:3], PROBS)
     with pytest.raises(ValueError, match="Label 2 at position 2: labels go from 0 to 1"):
         find_suspects(LABELS, PROBS, class_names=["cat", "dog"])
-    for given in ({}, {"labels": LABELS}, {"probs": PROBS}, {"labels": LABELS, "probs": PROBS, "dynamics": {}}):
+    for given in (
+        {},
+        {"labels": LABELS},
+        {"probs": PROBS},
+        {"labels": LABELS, "probs": PROBS, "dynamics": {}},
+    ):
         with pytest.raises(ValueError, match="expected labels and probs, or dynamics alone"):
             find_suspects(**given)
 
 
 def test_from_dynamics_by_hand():
     """1 - mean p of the given label; the class with most votes is proposed; sample 3 was never seen."""
-    summary = {"index": np.arange(4), "label": [0, 1, 2, -1], "proposed": [0, 2, 0, -1],
-               "p_label": [0.9, 0.1, 0.3, np.nan], "confidence": [0.8, 0.6, 0.2, np.nan]}  # fmt: skip
+    summary = {
+        "index": np.arange(4),
+        "label": [0, 1, 2, -1],
+        "proposed": [0, 2, 0, -1],
+        "p_label": [0.9, 0.1, 0.3, np.nan],
+        "confidence": [0.8, 0.6, 0.2, np.nan],
+    }
     ranked = find_suspects(dynamics=summary, all_rows=True)
     assert ranked["index"][:] == [1, 2, 0] and ranked["proposed"][:] == [2, 0, 0]
     assert ranked["score"][:] == pytest.approx([0.9, 0.7, 0.1])
@@ -125,10 +155,18 @@ def test_from_the_dynamics_of_a_run(tmp_path):
     from kd_plugins.audit import summarise
 
     view = ImageView(rows(wrong=0.15), to_tensor, clean="clean")
-    run = trainer(tmp_path, train=view, num_train_epochs=8, hf={"callbacks": [DynamicsCallback(tmp_path / "dynamics")]})
+    run = trainer(
+        tmp_path,
+        train=view,
+        num_train_epochs=8,
+        hf={"callbacks": [DynamicsCallback(tmp_path / "dynamics")]},
+    )
     run.train()
     suspects = find_suspects(dynamics=tmp_path / "dynamics", class_names=view.class_names)
-    assert suspects[:] == find_suspects(dynamics=summarise(tmp_path / "dynamics"), class_names=view.class_names)[:]
+    assert (
+        suspects[:]
+        == find_suspects(dynamics=summarise(tmp_path / "dynamics"), class_names=view.class_names)[:]
+    )
     wrong = view.labels != view.clean_labels
     assert wrong.sum() >= 5 and wrong[suspects["index"][: wrong.sum()]].mean() > 0.6
     assert (view.labels[suspects["index"][:]] == suspects["label"][:]).all()
@@ -143,11 +181,15 @@ def test_cleanlab_takes_the_probabilities_as_they_are():
     view = ImageView(rows(96, wrong=0.2), to_tensor, clean="clean")
     probs = predict_probs([Oracle(0.4), Oracle(0.8)], view)
     wrong = view.labels != view.clean_labels
-    issues = find_label_issues(view.labels, probs, return_indices_ranked_by="self_confidence", n_jobs=1)
+    issues = find_label_issues(
+        view.labels, probs, return_indices_ranked_by="self_confidence", n_jobs=1
+    )
     assert wrong[issues].mean() > 0.8 and len(issues) >= wrong.sum() / 2
     ranked = find_suspects(view.labels, probs, all_rows=True)
     quality = get_label_quality_scores(view.labels, probs)
-    np.testing.assert_allclose(1 - np.array(ranked["score"]), quality[ranked["index"][:]], atol=1e-6)
+    np.testing.assert_allclose(
+        1 - np.array(ranked["score"]), quality[ranked["index"][:]], atol=1e-6
+    )
     assert roc_auc_score(wrong[ranked["index"][:]], ranked["score"][:]) > 0.9
 
 
@@ -190,9 +232,9 @@ def test_probabilities_in_order_of_the_view():
     a.eval(), b.eval()
     for i, row in enumerate(data):
         pixels = to_tensor(row["image"])[None]
-        theirs = ((pixels * 0.5 + 0.5) - torch.tensor([0.1, 0.2, 0.3])[:, None, None]) / torch.tensor([0.9, 0.8, 0.7])[
-            :, None, None
-        ]
+        theirs = (
+            (pixels * 0.5 + 0.5) - torch.tensor([0.1, 0.2, 0.3])[:, None, None]
+        ) / torch.tensor([0.9, 0.8, 0.7])[:, None, None]
         with torch.no_grad():
             wanted = (a(pixels).softmax(-1) + b(theirs).softmax(-1)) / 2
         np.testing.assert_allclose(got[i], wanted[0], atol=1e-6)
@@ -208,14 +250,20 @@ def test_broken_pictures_have_no_probabilities():
     with pytest.warns(UserWarning, match="2 of 9 pictures cannot be read"):
         got = predict_probs(Net(1), view, batch_size=2)
     assert np.isnan(got[[2, 8]]).all() and np.isfinite(got[[0, 1, 3, 4, 5, 6, 7]]).all()
-    np.testing.assert_allclose(got[3], predict_probs(Net(1), ImageView(table[3:6], to_tensor))[0], atol=1e-6)
+    np.testing.assert_allclose(
+        got[3], predict_probs(Net(1), ImageView(table[3:6], to_tensor))[0], atol=1e-6
+    )
 
 
 def test_networks_from_folders(tmp_path):
     network = timm.create_model("test_resnet", num_classes=CLASSES).eval()
     export(network, tmp_path / "peer_a")
-    view = ImageView([{"image": np.full((64, 64, 3), 50 * k, np.uint8), "label": k} for k in range(3)], to_tensor)
-    np.testing.assert_allclose(predict_probs([tmp_path / "peer_a"], view), predict_probs(network, view), atol=1e-6)
+    view = ImageView(
+        [{"image": np.full((64, 64, 3), 50 * k, np.uint8), "label": k} for k in range(3)], to_tensor
+    )
+    np.testing.assert_allclose(
+        predict_probs([tmp_path / "peer_a"], view), predict_probs(network, view), atol=1e-6
+    )
 
 
 def test_what_cannot_predict_is_refused():
@@ -236,7 +284,11 @@ def test_what_cannot_predict_is_refused():
 
 NAMES = ["cat", "dog", "owl"]
 FEATURES = datasets.Features(
-    {"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES), "clean": datasets.Value("int64")}
+    {
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=NAMES),
+        "clean": datasets.Value("int64"),
+    }
 )
 
 
@@ -245,7 +297,8 @@ def stored(tmp_path):
     """A data set on disk, in an order of its own, whose pictures are large beside its labels."""
     noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
     table = [
-        {"image": Image.fromarray(p), "label": int(y), "clean": 0} for p, y in zip(noise, [2, 0, 0, 1], strict=True)
+        {"image": Image.fromarray(p), "label": int(y), "clean": 0}
+        for p, y in zip(noise, [2, 0, 0, 1], strict=True)
     ]
     datasets.Dataset.from_list(table, features=FEATURES).save_to_disk(tmp_path / "stored")
     return datasets.load_from_disk(tmp_path / "stored").select([1, 3, 0, 2])  # labels 0, 1, 2, 0
@@ -262,7 +315,9 @@ def test_corrected_and_dropped_without_a_copy(stored, tmp_path):
     assert fewer["label"][:] == [0] and fewer._indices.column(0).to_pylist() == [
         1
     ]  # row 0 of the view is row 1 of the table
-    assert fewer[0]["image"].tobytes() == better[0]["image"].tobytes() == stored[0]["image"].tobytes()
+    assert (
+        fewer[0]["image"].tobytes() == better[0]["image"].tobytes() == stored[0]["image"].tobytes()
+    )
     assert drop_suspects(stored, suspects.select([2]))["label"][:] == [0, 1, 0]
     assert {path: path.stat().st_size for path in tmp_path.rglob("*")} == before
     assert better.cache_files == stored.cache_files
@@ -271,7 +326,9 @@ def test_corrected_and_dropped_without_a_copy(stored, tmp_path):
 def test_suspects_of_other_data_are_refused(stored):
     suspects = find_suspects(LABELS, PROBS)
     for view in (correct_labels, drop_suspects):
-        with pytest.raises(ValueError, match=r"row 3 has label 1 in column 'label', and 0 among the suspects"):
+        with pytest.raises(
+            ValueError, match=r"row 3 has label 1 in column 'label', and 0 among the suspects"
+        ):
             view(stored.select([0, 2, 1, 1]), suspects.select([0]))
         with pytest.raises(ValueError, match="the suspects have row 3, the data set 3 rows"):
             view(stored.select([0, 1, 2]), suspects)
@@ -307,8 +364,10 @@ def odd():
         encoded(picture.resize((2000, 3))),
         encoded(picture.convert("LA")),
         encoded(picture.convert("1")),
-    ]  # fmt: skip
-    table = [{"image": {"bytes": kind, "path": None}, "label": k % 6} for k, kind in enumerate(kinds)]
+    ]
+    table = [
+        {"image": {"bytes": kind, "path": None}, "label": k % 6} for k, kind in enumerate(kinds)
+    ]
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=[str(k) for k in range(6)])}
     )
@@ -327,8 +386,13 @@ def odd():
 @pytest.mark.parametrize("source", ["dataset", "view", "rows"])
 def test_contact_sheet(odd, source, tmp_path):
     data, suspects = odd
-    table = [{"image": row["image"]["bytes"]} for row in data.cast_column("image", datasets.Image(decode=False))]
-    source = {"dataset": data, "view": ImageView(data, to_tensor, max_broken=1), "rows": table}[source]
+    table = [
+        {"image": row["image"]["bytes"]}
+        for row in data.cast_column("image", datasets.Image(decode=False))
+    ]
+    source = {"dataset": data, "view": ImageView(data, to_tensor, max_broken=1), "rows": table}[
+        source
+    ]
     path = contact_sheet(suspects, source, tmp_path / "new" / "sheet.png", count=9, columns=3)
     sheet = np.array(Image.open(path).convert("RGB"))
     assert sheet.shape == (58 + 3 * 250, 3 * 190 + 14, 3)
@@ -357,19 +421,27 @@ class Addresses(HTMLParser):
         return parser.found
 
     def handle_starttag(self, tag, attrs):
-        self.found += [v for k, v in attrs if k in ("src", "href", "srcset", "action", "data") or k.startswith("on")]
+        self.found += [
+            v
+            for k, v in attrs
+            if k in ("src", "href", "srcset", "action", "data") or k.startswith("on")
+        ]
 
 
 def page_of(path):
     text = path.read_text(encoding="utf-8")
-    return text, json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    return text, json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
+    )
 
 
 def test_page_holds_all_and_loads_nothing(odd, tmp_path):
     data, suspects = odd
     path = html_page(suspects, data, tmp_path / "new" / "page.html", title=HOSTILE[0] + "@DATA@")
     text, page = page_of(path)
-    assert text.isascii() and Addresses.of(text) == ["data:,"]  # of the icon that browsers would ask for
+    assert text.isascii() and Addresses.of(text) == [
+        "data:,"
+    ]  # of the icon that browsers would ask for
     ways = [
         "url(",
         "@import",
@@ -383,7 +455,9 @@ def test_page_holds_all_and_loads_nothing(odd, tmp_path):
         "import(",
     ]
     assert [way for way in ways if way in text] == []
-    assert [row[:3] for row in page["rows"]] == [[r["index"], r["label"], r["proposed"]] for r in suspects][:8]
+    assert [row[:3] for row in page["rows"]] == [
+        [r["index"], r["label"], r["proposed"]] for r in suspects
+    ][:8]
     assert [row[3] for row in page["rows"]] == pytest.approx(suspects["score"][:8], abs=1e-4)
     assert page["names"] == {str(k): " ".join(name.split()) for k, name in enumerate(HOSTILE)}
     for index, *_, uri in page["rows"]:
@@ -402,13 +476,20 @@ def test_page_holds_all_and_loads_nothing(odd, tmp_path):
     assert (
         max(Image.open(BytesIO(base64.b64decode(page["rows"][1][-1].split(",")[1]))).size) == 32
     )  # no larger than it was
-    assert {row[-1][:16] for row in page["rows"] if row[-1]} == {"data:image/jpeg;", "data:image/png;b"}
+    assert {row[-1][:16] for row in page["rows"] if row[-1]} == {
+        "data:image/jpeg;",
+        "data:image/png;b",
+    }
 
     assert text.count("<script") == text.count("</script") == 2 and "<img" not in text
     title = re.findall(r"<(?:title|h1)>(.*?)</", text)
     assert [unescape(t) for t in title] == [HOSTILE[0] + "@DATA@"] * 2
     policy = re.search(r'Content-Security-Policy" content="(.*?)"', text)[1]
-    assert "default-src 'none'; img-src data:; " in policy and "unsafe" not in policy and policy.count("'sha256-") == 2
+    assert (
+        "default-src 'none'; img-src data:; " in policy
+        and "unsafe" not in policy
+        and policy.count("'sha256-") == 2
+    )
 
 
 def test_pages_and_sheets_that_cannot_be_drawn(odd, tmp_path):
@@ -428,8 +509,18 @@ def test_pages_and_sheets_that_cannot_be_drawn(odd, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------- the browser
 
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--window-size=1200,900"]  # fmt: skip
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--window-size=1200,900",
+]
 
 
 @pytest.fixture(scope="module")
@@ -437,7 +528,9 @@ def browser(tmp_path_factory):
     webdriver = pytest.importorskip("selenium.webdriver")
     programs = [shutil.which(name) for name in ("chromium", "chromedriver")]
     if None in programs:
-        pytest.skip("no chromium and chromedriver on PATH (Debian: apt-get install chromium chromium-driver)")
+        pytest.skip(
+            "no chromium and chromedriver on PATH (Debian: apt-get install chromium chromium-driver)"
+        )
     options = webdriver.ChromeOptions()
     options.binary_location = programs[0]
     for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
@@ -457,7 +550,9 @@ def browser(tmp_path_factory):
 def requests(driver):
     """The addresses that the page asked for since the last call."""
     events = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    return [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    return [
+        e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
+    ]
 
 
 def until(condition, seconds=20):
@@ -474,7 +569,9 @@ SHOWN = """return [...document.querySelectorAll("#cards li")].filter((li) => li.
 
 
 # datasets 5.0 leaves the file of from_csv open
-@pytest.mark.filterwarnings(r"ignore:(?s).*unclosed file.*decisions\.csv:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings(
+    r"ignore:(?s).*unclosed file.*decisions\.csv:pytest.PytestUnraisableExceptionWarning"
+)
 def test_page_in_a_browser(odd, browser, tmp_path):
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.select import Select
@@ -493,14 +590,21 @@ def test_page_in_a_browser(odd, browser, tmp_path):
         return [tuple(card[:3]) for card in browser.execute_script(SHOWN)]
 
     def move(css, value, event="input"):
-        browser.execute_script("const e = document.querySelector(arguments[0]); e.value = arguments[1]; "
-                               "e.dispatchEvent(new Event(arguments[2], {bubbles: true}))", css, value, event)  # fmt: skip
+        browser.execute_script(
+            "const e = document.querySelector(arguments[0]); e.value = arguments[1]; "
+            "e.dispatchEvent(new Event(arguments[2], {bubbles: true}))",
+            css,
+            value,
+            event,
+        )
 
     # hostile names are text, thumbnails load, the broken picture says so
     assert shown() == ranked and find("h1").text == browser.title == HOSTILE[0]
     assert find("#count").text == "8 of 8, 0 wrong, 0 fine"
-    assert browser.execute_script("return [document.querySelectorAll('#cards b, #cards script').length, "
-                                  "document.scripts.length, document.images.length]") == [0, 2, 7]  # fmt: skip
+    assert browser.execute_script(
+        "return [document.querySelectorAll('#cards b, #cards script').length, "
+        "document.scripts.length, document.images.length]"
+    ) == [0, 2, 7]
     for image in browser.find_elements("css selector", "#cards img"):
         browser.execute_script("arguments[0].scrollIntoView()", image)
         until(
@@ -508,7 +612,9 @@ def test_page_in_a_browser(odd, browser, tmp_path):
                 "return arguments[0].complete && arguments[0].naturalWidth > 0", image
             )
         )
-    assert sum(e.text == "no picture" for e in browser.find_elements("css selector", ".picture")) == 1
+    assert (
+        sum(e.text == "no picture" for e in browser.find_elements("css selector", ".picture")) == 1
+    )
 
     # filters, alone and together
     Select(find("#given")).select_by_value("0")
@@ -538,7 +644,9 @@ def test_page_in_a_browser(odd, browser, tmp_path):
 
     # order, and decisions by mouse and by key
     Select(find("#order")).select_by_value("row")
-    assert [row[0] for row in shown()] == sorted(row[0] for row in ranked) and browser.current_url == path.as_uri()
+    assert [row[0] for row in shown()] == sorted(
+        row[0] for row in ranked
+    ) and browser.current_url == path.as_uri()
     cards = browser.find_elements("css selector", ".card")
     cards[0].click()
     cards[1].click()
@@ -553,7 +661,8 @@ def test_page_in_a_browser(odd, browser, tmp_path):
     browser.switch_to.active_element.send_keys("f")
     marks = {card[0]: card[3] for card in browser.execute_script(SHOWN) if card[3]}
     assert (
-        list(marks.values()) == ["wrong", "fine", "wrong", "fine"] and find("#count").text == "8 of 8, 2 wrong, 2 fine"
+        list(marks.values()) == ["wrong", "fine", "wrong", "fine"]
+        and find("#count").text == "8 of 8, 2 wrong, 2 fine"
     )
 
     def after_reload():
@@ -566,9 +675,9 @@ def test_page_in_a_browser(odd, browser, tmp_path):
     assert file.name == "decisions.csv"
     table = until(lambda: list(csv.DictReader(file.read_text().splitlines())))
     given = {r["index"]: (r["label"], r["proposed"]) for r in suspects}
-    assert {int(r["index"]): ((int(r["label"]), int(r["proposed"])), r["decision"]) for r in table} == {
-        index: (given[index], mark) for index, mark in marks.items()
-    }
+    assert {
+        int(r["index"]): ((int(r["label"]), int(r["proposed"])), r["decision"]) for r in table
+    } == {index: (given[index], mark) for index, mark in marks.items()}
     assert len(table) == 4
 
     # what was decided goes into the data
@@ -576,12 +685,18 @@ def test_page_in_a_browser(odd, browser, tmp_path):
         lambda row: row["decision"] == "wrong"
     )
     better = correct_labels(data, decided)
-    changed = np.flatnonzero(np.array(better["label"]) != np.array(better["corrected_label"])).tolist()
+    changed = np.flatnonzero(
+        np.array(better["label"]) != np.array(better["corrected_label"])
+    ).tolist()
     assert changed == sorted(index for index, mark in marks.items() if mark == "wrong")
 
     # nothing has left the page, nothing was forbidden, no script of the names has run
     asked = requests(browser)
-    assert {url.split(":")[0] for url in asked} <= {"file", "data", "blob"} and path.as_uri() in asked, set(asked)
+    assert {url.split(":")[0] for url in asked} <= {
+        "file",
+        "data",
+        "blob",
+    } and path.as_uri() in asked, set(asked)
     assert browser.get_log("browser") == []
     with pytest.raises(Exception, match="no such alert"):
         _ = browser.switch_to.alert.text
@@ -604,8 +719,12 @@ def test_recipe(tmp_path, monkeypatch, capsys):
     table = [row | {"exact": i % 5 != 0} for i, row in enumerate(rows(60, wrong=0.2))]
     features = datasets.Features({**FEATURES, "exact": datasets.Value("bool")})
     (tmp_path / "data").mkdir()
-    datasets.Dataset.from_list(table, features=features).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
-    peers = [export(timm.create_model("test_resnet", num_classes=3), tmp_path / k, NAMES) for k in "ab"]
+    datasets.Dataset.from_list(table, features=features).to_parquet(
+        tmp_path / "data" / "train-00000-of-00001.parquet"
+    )
+    peers = [
+        export(timm.create_model("test_resnet", num_classes=3), tmp_path / k, NAMES) for k in "ab"
+    ]
     kept = [row for row in table if row["exact"]]
     wrong = sum(row["label"] != row["clean"] for row in kept)
     n = np.arange(48)
@@ -617,22 +736,43 @@ def test_recipe(tmp_path, monkeypatch, capsys):
         "p_label": np.where(label == clean, 0.9, 0.2),
         "confidence": n * 0 + 0.8,
     }
-    monkeypatch.setattr("kd_plugins.audit.dynamics.summarise", lambda folder: {"given": seen}[folder])
+    monkeypatch.setattr(
+        "kd_plugins.audit.dynamics.summarise", lambda folder: {"given": seen}[folder]
+    )
 
-    argv = ["--data", tmp_path / "data", "--where", "exact", "--output_dir", tmp_path / "out", "--networks", *peers]
+    argv = [
+        "--data",
+        tmp_path / "data",
+        "--where",
+        "exact",
+        "--output_dir",
+        tmp_path / "out",
+        "--networks",
+        *peers,
+    ]
     start(monkeypatch, *argv, "--clean", "clean", "--dynamics", "given")
     out = capsys.readouterr().out
     assert f"| by | AUROC | precision at {wrong} | named wrong |" in out
     assert f"| training dynamics | 1.000 | 100.0% | {wrong} | 100.0% | 100.0% |" in out
     for kind in ("html", "png", "csv", "parquet"):
-        assert f"out/suspects.{kind}" in out and (tmp_path / "out" / f"suspects.{kind}").stat().st_size > 100
+        assert (
+            f"out/suspects.{kind}" in out
+            and (tmp_path / "out" / f"suspects.{kind}").stat().st_size > 100
+        )
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["rows"] == 48 and results["suspects"] == wrong
-    assert 0 <= results["networks"]["auroc"] <= 1 and 0 <= results["networks, cleanlab"]["precision"] <= 1
-    saved = datasets.Dataset.from_parquet(str(tmp_path / "out" / "suspects.parquet"), cache_dir=str(tmp_path / "cache"))
+    assert (
+        0 <= results["networks"]["auroc"] <= 1
+        and 0 <= results["networks, cleanlab"]["precision"] <= 1
+    )
+    saved = datasets.Dataset.from_parquet(
+        str(tmp_path / "out" / "suspects.parquet"), cache_dir=str(tmp_path / "cache")
+    )
     assert len(saved) == wrong and saved["proposed"][:] == [clean[i] for i in saved["index"]]
 
     start(monkeypatch, *argv, "--output_dir", tmp_path / "unknown")
-    assert "AUROC" not in capsys.readouterr().out and (tmp_path / "unknown" / "suspects.csv").exists()
+    assert (
+        "AUROC" not in capsys.readouterr().out and (tmp_path / "unknown" / "suspects.csv").exists()
+    )
     with pytest.raises(SystemExit, match="give --networks"):
         start(monkeypatch, *argv[:6])

@@ -24,7 +24,10 @@ def to_tensor(picture):
 
 def jitter(picture):
     """Draws from all three generators, as transforms of torchvision and timm do."""
-    noise = torch.rand(4), torch.tensor([random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()])
+    noise = (
+        torch.rand(4),
+        torch.tensor([random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()]),
+    )
     return torch.cat([to_tensor(picture).float().mean((0, 1)), *noise])
 
 
@@ -35,14 +38,20 @@ def encoded(picture, kind="PNG", **options):
 
 
 def noise_picture(seed, size=16):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    )
 
 
 def pictures(n, replace=None, **columns):
     """A data set of n distinct pictures of 3 classes; `replace` has other bytes for some rows."""
-    values = [{"bytes": (replace or {}).get(i, encoded(noise_picture(i))), "path": None} for i in range(n)]
+    values = [
+        {"bytes": (replace or {}).get(i, encoded(noise_picture(i))), "path": None} for i in range(n)
+    ]
     features = Features(image=HFImage(), label=ClassLabel(names=["a", "b", "c"]))
-    data = Dataset.from_dict({"image": values, "label": [i % 3 for i in range(n)]}, features=features)
+    data = Dataset.from_dict(
+        {"image": values, "label": [i % 3 for i in range(n)]}, features=features
+    )
     for name, column in columns.items():
         data = data.add_column(name, np.array(column))
     return data
@@ -79,12 +88,16 @@ def test_rows_may_be_paths_pil_images_arrays_or_dicts(tmp_path):
     data = encoded(picture)
     rows = [path, str(path), picture, np.asarray(picture), np.asarray(picture).tolist(), data]
     rows += [{"bytes": data, "path": "gone.png"}, {"bytes": None, "path": str(path)}]
-    view = ImageView([{"image": row, "label": i % 2} for i, row in enumerate(rows)], to_tensor, max_broken=0)
+    view = ImageView(
+        [{"image": row, "label": i % 2} for i, row in enumerate(rows)], to_tensor, max_broken=0
+    )
     for i in range(len(rows)):
         np.testing.assert_array_equal(view[i]["pixel_values"], np.asarray(picture), err_msg=str(i))
     assert view.num_classes == 2 and view.class_names == ["0", "1"]
     table = Dataset.from_dict({"image": [str(path)], "label": [0]})
-    np.testing.assert_array_equal(ImageView(table, to_tensor)[0]["pixel_values"], np.asarray(picture))
+    np.testing.assert_array_equal(
+        ImageView(table, to_tensor)[0]["pixel_values"], np.asarray(picture)
+    )
     with pytest.raises(TypeError, match="Column 'image' holds int"):
         ImageView([{"image": 3, "label": 0}], to_tensor)[0]
 
@@ -94,13 +107,20 @@ def test_every_mode_becomes_rgb():
     expected = np.repeat(np.asarray(grey)[..., None], 3, axis=2)
     deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     palette = grey.convert("P")
-    values = [encoded(grey), encoded(deep), encoded(palette), encoded(palette, transparency=bytes(range(256)))]
+    values = [
+        encoded(grey),
+        encoded(deep),
+        encoded(palette),
+        encoded(palette, transparency=bytes(range(256))),
+    ]
     values += [encoded(grey.convert("LA")), encoded(grey.convert("RGBA"))]
     view = ImageView(pictures(6, dict(enumerate(values))), to_tensor, max_broken=0)
     for i in range(6):
         np.testing.assert_array_equal(view[i]["pixel_values"], expected, err_msg=str(i))
     cmyk = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
-    red = ImageView(pictures(1, {0: encoded(cmyk, "JPEG")}), to_tensor, max_broken=0)[0]["pixel_values"].float()
+    red = ImageView(pictures(1, {0: encoded(cmyk, "JPEG")}), to_tensor, max_broken=0)[0][
+        "pixel_values"
+    ].float()
     assert red.shape == (16, 16, 3) and red[..., 0].min() > 240 and red[..., 1:].max() < 15
 
 
@@ -164,13 +184,16 @@ def test_the_numbers_drawn_stay_the_same_from_version_to_version():
 
 def test_a_batch_is_its_rows():
     def same(one, other):
-        assert one.keys() == other.keys() and torch.equal(one["pixel_values"], other["pixel_values"])
+        assert one.keys() == other.keys() and torch.equal(
+            one["pixel_values"], other["pixel_values"]
+        )
         assert all(one[key] == other[key] for key in one if key != "pixel_values")
 
     broken = {4: b"", 7: b"x", 8: b"", 19: b""}
     data = pictures(20, broken, true=[i % 3 for i in range(20)])
     rows = [
-        {"image": noise_picture(i) if i % 2 else encoded(noise_picture(i)), "label": 0, "true": 0} for i in range(20)
+        {"image": noise_picture(i) if i % 2 else encoded(noise_picture(i)), "label": 0, "true": 0}
+        for i in range(20)
     ]
     order = [
         7,
@@ -193,7 +216,9 @@ def test_a_batch_is_its_rows():
         10,
     ]  # twice the same, and more than are read at once
     for source in (data, data.shuffle(seed=1), data.select([*range(5), *range(5, 20)]), rows):
-        one, other = (ImageView(source, jitter, seed=3, clean="true", max_broken=0.5) for _ in range(2))
+        one, other = (
+            ImageView(source, jitter, seed=3, clean="true", max_broken=0.5) for _ in range(2)
+        )
         for view in (one, other):
             view.set_epoch(1)
         for i, item in zip(order, one.__getitems__(order), strict=True):
@@ -221,7 +246,9 @@ def test_a_batch_leaves_the_generators_alone():
         assert draw() == expected
     seeded()
     with pytest.raises(RuntimeError, match="None of the 3"):
-        ImageView(pictures(3, dict.fromkeys(range(3), b"")), jitter, max_broken=1).__getitems__([0, 1])
+        ImageView(pictures(3, dict.fromkeys(range(3), b"")), jitter, max_broken=1).__getitems__(
+            [0, 1]
+        )
     assert draw() == expected
 
 
@@ -259,7 +286,9 @@ def test_workers_give_the_same_and_see_the_epoch(context):
         assert view.broken() == ["row 4"]  # found by a worker
         view.set_epoch(epoch)
         for one, other in zip(batches, DataLoader(view, batch_size=2), strict=True):
-            assert all(torch.equal(one[key], other[key]) for key in ("pixel_values", "labels", "index"))
+            assert all(
+                torch.equal(one[key], other[key]) for key in ("pixel_values", "labels", "index")
+            )
 
 
 def test_broken_pictures_of_each_kind_are_replaced_by_the_next_row(tmp_path, monkeypatch):
@@ -270,8 +299,18 @@ def test_broken_pictures_of_each_kind_are_replaced_by_the_next_row(tmp_path, mon
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     png = bytearray(encoded(noise_picture(0)))
     png[40:60] = bytes(20)
-    bombs = [encoded(noise_picture(0, size)) for size in (33, 60)]  # PIL warns at the first and refuses the second
-    kinds = [b"", b"<html>404</html>", whole[:200], bytes(png), *bombs, None, np.zeros((2, 2), np.float32)]
+    bombs = [
+        encoded(noise_picture(0, size)) for size in (33, 60)
+    ]  # PIL warns at the first and refuses the second
+    kinds = [
+        b"",
+        b"<html>404</html>",
+        whole[:200],
+        bytes(png),
+        *bombs,
+        None,
+        np.zeros((2, 2), np.float32),
+    ]
     kinds += [str(tmp_path / name) for name in ("gone.jpg", "empty.jpg", "folder.jpg", "cut.jpg")]
     rows = [{"image": kind, "label": 0} for kind in kinds]
     rows += [{"image": noise_picture(1), "label": 1}]
@@ -305,12 +344,16 @@ def test_replacement_wraps_around_and_uses_the_asked_index_for_its_randomness():
 
 def test_too_many_broken_pictures():
     view = ImageView(pictures(10, {2: b"", 5: b"", 7: b""}), to_tensor, max_broken=0.2)
-    assert view[2]["index"] == 3 and view[2]["index"] == 3 and view[5]["index"] == 6  # counted once each
+    assert (
+        view[2]["index"] == 3 and view[2]["index"] == 3 and view[5]["index"] == 6
+    )  # counted once each
     text = r"3 of 10 pictures cannot be read, more than max_broken=20.00%: row 2, row 5, row 7\. The last one: Unid"
     with pytest.raises(RuntimeError, match=text):
         view[7]
     everything = ImageView(pictures(3, dict.fromkeys(range(3), b"")), to_tensor, max_broken=1)
-    with pytest.raises(RuntimeError, match="None of the 3 pictures can be read, as row 0, row 1, row 2"):
+    with pytest.raises(
+        RuntimeError, match="None of the 3 pictures can be read, as row 0, row 1, row 2"
+    ):
         everything[1]
 
 
@@ -318,12 +361,21 @@ def test_too_many_broken_pictures():
     ("make", "text"),
     [
         (lambda: ImageView([], to_tensor), "no rows"),
-        (lambda: ImageView(pictures(2), to_tensor, max_broken=2), r"max_broken=2 is outside \[0, 1\]"),
+        (
+            lambda: ImageView(pictures(2), to_tensor, max_broken=2),
+            r"max_broken=2 is outside \[0, 1\]",
+        ),
         (lambda: ImageView(pictures(2), to_tensor, image="img"), "No column 'img'; there are"),
         (lambda: ImageView(pictures(2), to_tensor, label="fine"), "No column 'fine'; there are"),
-        (lambda: ImageView([{"image": None, "label": -1}], to_tensor), "Label -1 in row 0 of column 'label'"),
+        (
+            lambda: ImageView([{"image": None, "label": -1}], to_tensor),
+            "Label -1 in row 0 of column 'label'",
+        ),
         (lambda: ImageView([{"image": None, "label": "cat"}], to_tensor), "expected class indices"),
-        (lambda: ImageView(pictures(3, true=[0, 3, 0]), to_tensor, clean="true"), "Label 3 in row 1 of column 'true'"),
+        (
+            lambda: ImageView(pictures(3, true=[0, 3, 0]), to_tensor, clean="true"),
+            "Label 3 in row 1 of column 'true'",
+        ),
     ],
 )
 def test_errors_at_construction(make, text):
@@ -334,7 +386,9 @@ def test_errors_at_construction(make, text):
 def test_label_outside_the_class_names():
     features = Features(image=Value("string"), label=ClassLabel(names=["a", "b"]))
     data = Dataset.from_dict({"image": ["x", "y", "z"], "label": [0, -1, 1]}, features=features)
-    with pytest.raises(ValueError, match="Label -1 in row 1 of column 'label': labels go from 0 to 1"):
+    with pytest.raises(
+        ValueError, match="Label -1 in row 1 of column 'label': labels go from 0 to 1"
+    ):
         ImageView(data, to_tensor)
 
 

@@ -59,9 +59,15 @@ def test_items_hold_what_each_teacher_says(tmp_path):
     generator = torch.get_rng_state()
     cached = cache_teachers(data, teachers, tmp_path / "new" / "cache", batch_size=6)
     assert torch.equal(torch.get_rng_state(), generator)
-    assert [m.training for t in teachers for m in t.modules()] == modes and difference(before, state(teachers[1])) == 0
+    assert [m.training for t in teachers for m in t.modules()] == modes and difference(
+        before, state(teachers[1])
+    ) == 0
     assert all(p.requires_grad and p.grad is None for t in teachers for p in t.parameters())
-    assert isinstance(cached, CachedTeachers) and cached.teacher_logits.shape == (20, 2, CLASSES) and len(cached) == 20
+    assert (
+        isinstance(cached, CachedTeachers)
+        and cached.teacher_logits.shape == (20, 2, CLASSES)
+        and len(cached) == 20
+    )
     for i in (0, 5, 6, 19):
         item, plain = cached[i], data[i]
         said = item.pop("teacher")
@@ -74,13 +80,21 @@ def test_items_hold_what_each_teacher_says(tmp_path):
         cached[20]
     assert np.load(tmp_path / "new" / "cache" / "done.npy").tolist() == [1] * 20
     key = json.loads((tmp_path / "new" / "cache" / "key.json").read_text())
-    assert key["data"].startswith("20 rows") and key["teachers"][0].startswith("Net ") and "to_tensor" in key["hint"]
+    assert (
+        key["data"].startswith("20 rows")
+        and key["teachers"][0].startswith("Net ")
+        and "to_tensor" in key["hint"]
+    )
 
 
 def test_all_else_is_the_views(tmp_path):
     data = view(9)
     cached = cache_teachers(data, [Net(1)], tmp_path)
-    assert cached.num_classes == CLASSES and cached.class_names == ["0", "1", "2"] and cached.name is None
+    assert (
+        cached.num_classes == CLASSES
+        and cached.class_names == ["0", "1", "2"]
+        and cached.name is None
+    )
     assert cached.labels is data.labels and cached.clean_labels is data.clean_labels
     cached.set_epoch(3)
     assert data._epoch.item() == 3 and cached.broken() == []
@@ -95,10 +109,14 @@ def test_teachers_see_the_pixels_as_in_the_trainer(tmp_path):
     hosted = Hosted([student], KD(), [teacher])
     expected, _ = hosted._run(teacher, 1, pixels_of(data, range(8)))
     cached = cache_teachers(data, [teacher], tmp_path / "a", student=student)
-    torch.testing.assert_close(torch.from_numpy(cached.teacher_logits[:, 0].copy()), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        torch.from_numpy(cached.teacher_logits[:, 0].copy()), expected, atol=1e-6, rtol=1e-6
+    )
     bare = cache_teachers(data, [teacher], tmp_path / "b")
     plain = teacher(pixels_of(data, range(8)))
-    torch.testing.assert_close(torch.from_numpy(bare.teacher_logits[:, 0].copy()), plain, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        torch.from_numpy(bare.teacher_logits[:, 0].copy()), plain, atol=1e-6, rtol=1e-6
+    )
     assert (plain - expected).abs().max() > 0.1
 
 
@@ -111,7 +129,9 @@ def test_autocast_is_as_asked_whatever_is_on_around(tmp_path):
     torch.testing.assert_close(torch.from_numpy(full.copy()), teacher(x), atol=1e-6, rtol=1e-6)
     cached = cache_teachers(data, [teacher], tmp_path / "half", dtype=torch.bfloat16)
     assert cached.teacher_logits.dtype == np.float32
-    torch.testing.assert_close(torch.from_numpy(cached.teacher_logits[:, 0].copy()), half, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        torch.from_numpy(cached.teacher_logits[:, 0].copy()), half, atol=1e-6, rtol=0
+    )
     assert np.abs(full - cached.teacher_logits[:, 0]).max() > 1e-4
 
 
@@ -126,7 +146,12 @@ def test_figures_equal_those_without_and_no_teacher_runs(tmp_path, bf16):
 
     def run(train, teachers):
         done = trainer(
-            tmp_path / "run", [with_cfg(Net(1), *STUDENT)], loss, train, hf={"teachers": teachers}, **settings
+            tmp_path / "run",
+            [with_cfg(Net(1), *STUDENT)],
+            loss,
+            train,
+            hf={"teachers": teachers},
+            **settings,
         )
         done.train()
         logs = [log for log in done.state.log_history if "kd_1_weight_0" in log]
@@ -141,10 +166,14 @@ def test_figures_equal_those_without_and_no_teacher_runs(tmp_path, bf16):
     )
     assert sum(calls) == ROWS
     calls.clear()
-    again = cache_teachers(view(), [first, second], tmp_path / "cache", student=with_cfg(Net(2), *STUDENT), dtype=dtype)
+    again = cache_teachers(
+        view(), [first, second], tmp_path / "cache", student=with_cfg(Net(2), *STUDENT), dtype=dtype
+    )
     for data in (cached, again):
         weights, told = run(data, [])
-        assert difference(weights, expected) <= 1e-6 and told == [pytest.approx(log, abs=1e-5) for log in logs]
+        assert difference(weights, expected) <= 1e-6 and told == [
+            pytest.approx(log, abs=1e-5) for log in logs
+        ]
     assert not calls  # neither where all is there, nor in training
 
 
@@ -161,7 +190,10 @@ def test_a_cached_teacher_is_handed_over_by_teacher():
     hosted = Hosted([Net(1)], Seen())
     hosted(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), teacher=teacher)
     assert torch.equal(seen[0], teacher.transpose(0, 1))
-    assert set(hosted.eval()(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), teacher=teacher)) == {"loss", "logits"}
+    assert set(hosted.eval()(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), teacher=teacher)) == {
+        "loss",
+        "logits",
+    }
 
 
 class Features_(Loss):
@@ -173,13 +205,22 @@ def test_the_trainer_refuses(tmp_path):
     cached = cache_teachers(view(), [Net(1), Net(2)], tmp_path / "cache")
 
     def make(loss, teachers=(), models=None, train=cached):
-        return trainer(tmp_path / "run", models or [Net(1)], loss, train, hf={"teachers": list(teachers)})
+        return trainer(
+            tmp_path / "run", models or [Net(1)], loss, train, hf={"teachers": list(teachers)}
+        )
 
-    with pytest.raises(ValueError, match=r"bring logits of 2 teachers, and 1 teachers are given.*not both"):
+    with pytest.raises(
+        ValueError, match=r"bring logits of 2 teachers, and 1 teachers are given.*not both"
+    ):
         make(KD(), [Net(3)])
-    with pytest.raises(ValueError, match=r"Features_ reads teacher_features, and the training data bring logits only"):
+    with pytest.raises(
+        ValueError,
+        match=r"Features_ reads teacher_features, and the training data bring logits only",
+    ):
         make(Features_())
-    with pytest.raises(ValueError, match=r"averages over time, not from the teachers' logits in the training data"):
+    with pytest.raises(
+        ValueError, match=r"averages over time, not from the teachers' logits in the training data"
+    ):
         make(PCL([5, 5], CLASSES), models=[Net(1), Net(2)])
     with pytest.raises(ValueError, match=r"different numbers of classes.*'cached teachers': 3"):
         make(KD(), models=[Net(1, classes=4)])
@@ -201,7 +242,8 @@ def embedded(n=12):
 
     features = Features(image=HFImage(), label=ClassLabel(names=["a", "b", "c"]))
     return Dataset.from_dict(
-        {"image": [png(r["image"]) for r in rows(n)], "label": [r["label"] for r in rows(n)]}, features=features
+        {"image": [png(r["image"]) for r in rows(n)], "label": [r["label"] for r in rows(n)]},
+        features=features,
     )
 
 
@@ -246,7 +288,10 @@ OTHER = {  # what is asked for after of(rows(12)), [Net(1)]: the parts that diff
     "student": ({"student": lambda: with_cfg(Net(1), *STUDENT)}, "teachers"),
     "dtype": ({"dtype": lambda: torch.bfloat16}, "dtype"),
     "classes": ({"teachers": lambda: [Net(1, classes=4)]}, "teachers, classes"),
-    "two parts": ({"teachers": lambda: [nudged()], "dtype": lambda: torch.bfloat16}, "teachers, dtype"),
+    "two parts": (
+        {"teachers": lambda: [nudged()], "dtype": lambda: torch.bfloat16},
+        "teachers, dtype",
+    ),
 }
 
 
@@ -257,7 +302,8 @@ def test_anything_else_is_refused_by_name(tmp_path, case):
     before = read(tmp_path)
     changed, parts = OTHER[case]
     with pytest.raises(
-        ValueError, match=rf"differs in {parts}: .*was made for .*asked for is .*another folder, or delete it"
+        ValueError,
+        match=rf"differs in {parts}: .*was made for .*asked for is .*another folder, or delete it",
     ):
         cache_teachers(**made | {name: make() for name, make in changed.items()}, folder=tmp_path)
     assert read(tmp_path) == before
@@ -266,7 +312,9 @@ def test_anything_else_is_refused_by_name(tmp_path, case):
 
 def test_an_error_says_what_the_transforms_were(tmp_path):
     cache_teachers(of(rows(4), Scaled(1.0)), [Net(1)], tmp_path)
-    with pytest.raises(ValueError, match=r"was made for .*Scaled\(1.0\).*asked for is .*Scaled\(1.5\)"):
+    with pytest.raises(
+        ValueError, match=r"was made for .*Scaled\(1.0\).*asked for is .*Scaled\(1.5\)"
+    ):
         cache_teachers(of(rows(4), Scaled(1.5)), [Net(1)], tmp_path)
 
 
@@ -279,7 +327,11 @@ def test_what_makes_no_difference_is_a_hit(tmp_path):
     calls.clear()
     data = embedded()
     relabelled = data.remove_columns("label").add_column("label", np.arange(12) % 3)
-    same = data.select([*range(12)]), relabelled, data.shuffle(seed=0).select(np.argsort(order_of(data)))
+    same = (
+        data.select([*range(12)]),
+        relabelled,
+        data.shuffle(seed=0).select(np.argsort(order_of(data))),
+    )
     for other in same:
         cache_teachers(of(other, seed=9), [net.train()], tmp_path, batch_size=5)
     assert not calls
@@ -353,7 +405,10 @@ def private(picture):
 @pytest.mark.parametrize("n", [1, 40])
 def test_a_random_transform_is_refused(tmp_path, transform, n):
     net, calls = counted(Net(1))
-    with pytest.raises(ValueError, match=rf"transform draws at random.*{transform.__name__}.*belong to another crop"):
+    with pytest.raises(
+        ValueError,
+        match=rf"transform draws at random.*{transform.__name__}.*belong to another crop",
+    ):
         cache_teachers(view(n, transform=transform), [net], tmp_path / "cache")
     assert not calls and not (tmp_path / "cache").exists()
 
@@ -362,7 +417,9 @@ def test_broken_pictures_keep_their_place(tmp_path):
     data = rows(12)
     for row in (3, 4, 11):
         data[row]["image"] = b"no picture"
-    cached = cache_teachers(ImageView(data, to_tensor, max_broken=0.5), [Net(1)], tmp_path, batch_size=5)
+    cached = cache_teachers(
+        ImageView(data, to_tensor, max_broken=0.5), [Net(1)], tmp_path, batch_size=5
+    )
     assert [cached[i]["index"] for i in (3, 4, 5, 11)] == [5, 5, 5, 0]
     for i, j in ((3, 5), (4, 5), (11, 0)):
         torch.testing.assert_close(cached[i]["teacher"], cached[j]["teacher"], atol=1e-6, rtol=1e-6)
@@ -373,14 +430,37 @@ def test_broken_pictures_keep_their_place(tmp_path):
         cache_teachers(ImageView(data, to_tensor, max_broken=0.5), [Net(1)], tmp_path)
 
 
-@pytest.mark.parametrize(("call", "error", "message"), [
-    (lambda f: cache_teachers(rows(4), [Net(1)], f), TypeError, "must be an ImageView, got list"),
-    (lambda f: cache_teachers(view(8), [], f), ValueError, "no teachers"),
-    (lambda f: cache_teachers(view(8), [Net(1)], f, dtype=torch.float32), ValueError, "dtype=torch.float32: expected"),
-    (lambda f: cache_teachers(view(8), [Net(1), Net(1, classes=5)], f), ValueError, r"numbers of classes: \[3, 5\]"),
-    (lambda f: cache_teachers(view(8), [Net(1), lying()], f), ValueError, r"teacher 1 gave logits \[8, 5\], expected \[8, 3\]"),
-    (lambda f: cache_teachers(view(8), [Net(1), spoiled()], f), ValueError, "teacher 1 said NaN of rows 0 to 7"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda f: cache_teachers(rows(4), [Net(1)], f),
+            TypeError,
+            "must be an ImageView, got list",
+        ),
+        (lambda f: cache_teachers(view(8), [], f), ValueError, "no teachers"),
+        (
+            lambda f: cache_teachers(view(8), [Net(1)], f, dtype=torch.float32),
+            ValueError,
+            "dtype=torch.float32: expected",
+        ),
+        (
+            lambda f: cache_teachers(view(8), [Net(1), Net(1, classes=5)], f),
+            ValueError,
+            r"numbers of classes: \[3, 5\]",
+        ),
+        (
+            lambda f: cache_teachers(view(8), [Net(1), lying()], f),
+            ValueError,
+            r"teacher 1 gave logits \[8, 5\], expected \[8, 3\]",
+        ),
+        (
+            lambda f: cache_teachers(view(8), [Net(1), spoiled()], f),
+            ValueError,
+            "teacher 1 said NaN of rows 0 to 7",
+        ),
+    ],
+)
 def test_refuses(tmp_path, call, error, message):
     with pytest.raises(error, match=message):
         call(tmp_path / "cache")
@@ -403,7 +483,11 @@ def spoiled():
 def test_a_network_that_does_not_say_its_classes_is_asked(tmp_path):
     net, calls = counted(Net(1))
     del net.num_classes
-    assert cache_teachers(view(8), [net], tmp_path).teacher_logits.shape == (8, 1, CLASSES) and calls == [1, 8]
+    assert cache_teachers(view(8), [net], tmp_path).teacher_logits.shape == (
+        8,
+        1,
+        CLASSES,
+    ) and calls == [1, 8]
 
 
 # ------------------------------------------------------------------------------------------------- disks and processes
@@ -411,7 +495,9 @@ def test_a_network_that_does_not_say_its_classes_is_asked(tmp_path):
 
 def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
-    with pytest.raises(OSError, match=rf"cache in {tmp_path}/c takes 144 bytes .*only 100 are free") as caught:
+    with pytest.raises(
+        OSError, match=rf"cache in {tmp_path}/c takes 144 bytes .*only 100 are free"
+    ) as caught:
         cache_teachers(view(12), [Net(1)], tmp_path / "c")
     assert caught.value.errno == errno.ENOSPC and not (tmp_path / "c" / "key.json").exists()
 
@@ -427,14 +513,21 @@ def test_a_disk_that_fills_up_is_an_error_that_resumes(tmp_path, monkeypatch):
 
     whole = read_of(cache_teachers(view(12), [Net(1)], tmp_path / "whole", batch_size=4))
     monkeypatch.setattr(os, "fsync", fill_up)
-    with pytest.raises(OSError, match=rf"cache in {tmp_path}/c takes 144 bytes .*No space left on device") as caught:
+    with pytest.raises(
+        OSError, match=rf"cache in {tmp_path}/c takes 144 bytes .*No space left on device"
+    ) as caught:
         cache_teachers(view(12), [Net(1)], tmp_path / "c", batch_size=4)
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
     shutil.copytree(tmp_path / "c", tmp_path / "d")
     net, calls = counted(Net(1))
-    assert read_of(cache_teachers(view(12), [net], tmp_path / "c", batch_size=4)) == whole and sum(calls) == 8
-    other = cache_teachers(view(12), [net], tmp_path / "d", batch_size=6)  # a block that is done in part is done again
+    assert (
+        read_of(cache_teachers(view(12), [net], tmp_path / "c", batch_size=4)) == whole
+        and sum(calls) == 8
+    )
+    other = cache_teachers(
+        view(12), [net], tmp_path / "d", batch_size=6
+    )  # a block that is done in part is done again
     assert sum(calls) == 20 and other.teacher_logits.any(-1).all()
 
 
@@ -444,7 +537,10 @@ def read_of(cached):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=rf"cache in {tmp_path}/file/c takes 144 bytes and cannot be written: Not a dir"):
+    with pytest.raises(
+        OSError,
+        match=rf"cache in {tmp_path}/file/c takes 144 bytes and cannot be written: Not a dir",
+    ):
         cache_teachers(view(12), [Net(1)], tmp_path / "file" / "c")
 
 
@@ -548,8 +644,16 @@ def test_two_processes_share_the_work(tmp_path):
     """Blocks 0, 2, 4 and 1, 3 of 18 rows; the bytes of one process; errors of the first process reach both."""
     (tmp_path / "file").write_text("")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    running = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)], env=env,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
     results = []
     try:
         for process in running:
@@ -559,7 +663,9 @@ def test_two_processes_share_the_work(tmp_path):
     finally:
         for process in running:
             process.kill()
-    assert [r[0] for r in results] == [[4, 4, 2], [4, 4]] and [r[1] for r in results] == [r[0] for r in results]
+    assert [r[0] for r in results] == [[4, 4, 2], [4, 4]] and [r[1] for r in results] == [
+        r[0] for r in results
+    ]
     for *_, equal, errors in results:
         assert equal and len(errors) == 3
         assert "differs in teachers" in errors[0] and "processes differ in teachers" in errors[1]
@@ -591,4 +697,7 @@ def test_a_pickle_holds_no_logits(tmp_path):
     teacher.fc = nn.Linear(24, 3000)
     teacher.num_classes = 3000
     cached = cache_teachers(data, [teacher], tmp_path)
-    assert cached.teacher_logits.nbytes > 500_000 and len(pickle.dumps(cached)) < len(pickle.dumps(data)) + 1000
+    assert (
+        cached.teacher_logits.nbytes > 500_000
+        and len(pickle.dumps(cached)) < len(pickle.dumps(data)) + 1000
+    )

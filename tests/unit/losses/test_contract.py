@@ -54,8 +54,11 @@ every = pytest.mark.parametrize("name", list_losses())
 
 
 def required(cls):
-    return [p.name for p in inspect.signature(cls).parameters.values()
-            if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # fmt: skip
+    return [
+        p.name
+        for p in inspect.signature(cls).parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
 
 
 def make(name, classes=C, progress=0.7, **kwargs):
@@ -94,8 +97,12 @@ class Batch:
         extra = dict(self.extra)
         for k, v in extra.items():
             several = isinstance(v, list | tuple)
-            extra[k] = [f[order] for f in v] if several else v[:, order] if k == "teacher" else v[order]
-        return Batch([z.detach()[order].requires_grad_() for z in self.logits], self.target[order], extra)
+            extra[k] = (
+                [f[order] for f in v] if several else v[:, order] if k == "teacher" else v[order]
+            )
+        return Batch(
+            [z.detach()[order].requires_grad_() for z in self.logits], self.target[order], extra
+        )
 
     def replace(self, **fields):
         return dataclasses.replace(self, **fields)
@@ -107,7 +114,9 @@ def batch_for(loss, b=B, classes=C, dtype=torch.float32):
     def draw(*shape):
         return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
 
-    scale = torch.tensor([0.3, 1.0, 3.0, 6.0] * b, dtype=dtype)[:b, None]  # unsure and sure rows: selectors see both
+    scale = torch.tensor([0.3, 1.0, 3.0, 6.0] * b, dtype=dtype)[
+        :b, None
+    ]  # unsure and sure rows: selectors see both
     extra = {
         "teacher": draw(T, b, classes) * 2,
         "features": draw(b, STUDENT_DIM, 3, 3),
@@ -122,7 +131,9 @@ def batch_for(loss, b=B, classes=C, dtype=torch.float32):
         extra["features"].requires_grad_()
     logits = [(draw(b, classes) * scale).requires_grad_() for _ in range(peers)]
     target = torch.arange(b).roll(3) % classes
-    target[-1] = logits[0][-1].argmax()  # a sure row that agrees with its label: what prunes or selects keeps something
+    target[-1] = logits[0][
+        -1
+    ].argmax()  # a sure row that agrees with its label: what prunes or selects keeps something
     return Batch(logits, target, extra)
 
 
@@ -172,7 +183,9 @@ def test_order_of_samples_is_irrelevant(name):
 @every
 def test_a_constant_on_a_row_of_logits_changes_nothing(name):
     (a, x), (b, _) = pair(name), pair(name)
-    shifted = x.replace(logits=[z + torch.linspace(-50, 50, B, dtype=z.dtype)[:, None] for z in x.logits])
+    shifted = x.replace(
+        logits=[z + torch.linspace(-50, 50, B, dtype=z.dtype)[:, None] for z in x.logits]
+    )
     if "teacher" in x.extra:
         shifted.extra = x.extra | {"teacher": x.extra["teacher"] + 7.0}
     torch.testing.assert_close(shifted(b), x(a))
@@ -187,7 +200,9 @@ class HoldsConstants(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if not isinstance(result, Tensor) or (torch.is_grad_enabled() and getattr(func, "__name__", "") != "detach"):
+        if not isinstance(result, Tensor) or (
+            torch.is_grad_enabled() and getattr(func, "__name__", "") != "detach"
+        ):
             return result
         if self.replay is None:
             self.record.append(result.detach().clone())
@@ -227,8 +242,11 @@ def test_labels_that_are_not_written_down(name, kind):
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(a.stats, b.stats, check_dtype=False)
         weights = torch.tensor(1.7, dtype=torch.float64)
-        for mine, theirs in zip(torch.autograd.grad(weights * got, leaves(x)), torch.autograd.grad(weights * want, leaves(x)),
-                                strict=True):  # fmt: skip
+        for mine, theirs in zip(
+            torch.autograd.grad(weights * got, leaves(x)),
+            torch.autograd.grad(weights * want, leaves(x)),
+            strict=True,
+        ):
             torch.testing.assert_close(mine, theirs)
 
 
@@ -236,7 +254,9 @@ def test_labels_that_are_not_written_down(name, kind):
 def test_gradient_is_the_slope_of_the_value(name):
     """gradcheck in float64, with a fresh copy at each point and all that is detached held where it was."""
     loss, x = pair(name)
-    loss = written_out(loss)  # what is not written down counts with constants, and has its own test above
+    loss = written_out(
+        loss
+    )  # what is not written down counts with constants, and has its own test above
     value = x(copy.deepcopy(loss))
     grads = torch.autograd.grad(value, leaves(x), allow_unused=True)
     hold = HoldsConstants()
@@ -255,7 +275,9 @@ def test_gradient_is_the_slope_of_the_value(name):
     h = 1e-6
     for leaf, grad in zip(leaves(x), grads, strict=True):
         some = range(0, leaf.numel(), max(1, leaf.numel() // 32))
-        slope = torch.tensor([(at(leaf, i, h) - at(leaf, i, -h)) / (2 * h) for i in some], dtype=torch.float64)
+        slope = torch.tensor(
+            [(at(leaf, i, h) - at(leaf, i, -h)) / (2 * h) for i in some], dtype=torch.float64
+        )
         grad = torch.zeros_like(leaf) if grad is None else grad
         torch.testing.assert_close(grad.reshape(-1)[list(some)], slope, atol=1e-7, rtol=1e-5)
 
@@ -279,8 +301,12 @@ EXTREMES = {  # logits [B, C] -> logits [B, C]
     "x1e4": lambda z: z * 1e4,
     "uniform": torch.zeros_like,
     "certain": lambda z: torch.nn.functional.one_hot(z.argmax(-1), z.shape[-1]).to(z.dtype) * 1e4,
-    "impossible": lambda z: torch.nn.functional.one_hot(z.argmax(-1), z.shape[-1]).to(z.dtype) * -1e4,
-    "mixture": lambda z: z * torch.tensor([0.0, 1e4, 1.0, -1e4] * z.shape[-2], dtype=z.dtype)[: z.shape[-2], None],
+    "impossible": lambda z: (
+        torch.nn.functional.one_hot(z.argmax(-1), z.shape[-1]).to(z.dtype) * -1e4
+    ),
+    "mixture": lambda z: (
+        z * torch.tensor([0.0, 1e4, 1.0, -1e4] * z.shape[-2], dtype=z.dtype)[: z.shape[-2], None]
+    ),
 }
 
 
@@ -303,7 +329,9 @@ def test_extremes_are_finite(name, shape):
             value.backward()
         assert value.isfinite(), label
         assert all(z.grad is None or z.grad.isfinite().all() for z in leaves(x)), label
-        assert all(t.isfinite().all() for t in loss.state_dict().values() if t.is_floating_point()), label
+        assert all(
+            t.isfinite().all() for t in loss.state_dict().values() if t.is_floating_point()
+        ), label
         assert all(s.isfinite() for s in loss.stats.values()), label
 
 
@@ -332,7 +360,9 @@ def test_half_precision_inputs_are_the_same_numbers_in_float32(name, dtype):
 @every
 def test_what_is_read_from_teachers_gets_no_gradient(name):
     loss, x = pair(name)
-    taught = [t for t in (x.extra.get("teacher"), *x.extra.get("teacher_features", ())) if t is not None]
+    taught = [
+        t for t in (x.extra.get("teacher"), *x.extra.get("teacher_features", ())) if t is not None
+    ]
     soft = torch.nn.functional.one_hot(x.target, C).double()
     for t in (*taught, soft):
         t.requires_grad_()
@@ -447,7 +477,10 @@ def test_exactly_what_it_reads(name):
 @every
 def test_shape_errors_name_the_shapes(name):
     loss, x = pair(name)
-    for target, shapes in [(x.target[1:], ("[8]", "[8, 4]", "[7]")), (torch.zeros(8, 5), ("[8]", "[8, 4]", "[8, 5]"))]:
+    for target, shapes in [
+        (x.target[1:], ("[8]", "[8, 4]", "[7]")),
+        (torch.zeros(8, 5), ("[8]", "[8, 4]", "[8, 5]")),
+    ]:
         with pytest.raises(ValueError, match=".*".join(map(re.escape, shapes))):
             x.replace(target=target)(loss)
     with pytest.raises(ValueError, match=r"\[8, 4, 1\]"):
@@ -460,7 +493,10 @@ def test_shape_errors_name_the_shapes(name):
     assert make(name, num_classes=C).num_classes == C
     loss.num_classes = C
     if "teacher" in x.extra:
-        for wrong in (x.extra["teacher"][:, :1], x.extra["teacher"][:, :, :3]):  # the first would broadcast in silence
+        for wrong in (
+            x.extra["teacher"][:, :1],
+            x.extra["teacher"][:, :, :3],
+        ):  # the first would broadcast in silence
             with pytest.raises(ValueError, match=re.escape(str(list(wrong.shape)))):
                 x.replace(extra=x.extra | {"teacher": wrong})(loss)
 
@@ -560,12 +596,15 @@ def test_compiles_whole_and_once_for_all_of_training(name):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("build", [
-    lambda: 0.5 * MyLC() + create_loss("proselflc") + CE(),
-    lambda: 0.5 * MKD() + SMKD(MyLC()),
-    lambda: Mutual(0.5 * MyLC() + CE(), Confident()),
-    lambda: SMKD(MyLC(detach=False), num_peers=3, normalize="batch"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: 0.5 * MyLC() + create_loss("proselflc") + CE(),
+        lambda: 0.5 * MKD() + SMKD(MyLC()),
+        lambda: Mutual(0.5 * MyLC() + CE(), Confident()),
+        lambda: SMKD(MyLC(detach=False), num_peers=3, normalize="batch"),
+    ],
+)
 def test_what_is_put_together_compiles_once(build):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
@@ -604,7 +643,9 @@ class NoTransfer(TorchDispatchMode):
             source = args[1] if name == "copy_" else args[0]
             constant = source.device.type == "cpu" and source.dim() == 0
             assert source.device == result.device or constant, f"{source.device} -> {result.device}"
-        assert name != "_linalg_check_errors" and not (kwargs or {}).get("check_errors"), f"{name} waits for the device"
+        assert name != "_linalg_check_errors" and not (kwargs or {}).get("check_errors"), (
+            f"{name} waits for the device"
+        )
         return result
 
 
@@ -617,8 +658,12 @@ def on_a_fake_accelerator(loss):
                 for key, t in table.items():
                     if t is not None:
                         fake = torch.empty(t.shape, dtype=t.dtype, device="cuda:0")
-                        table[key] = torch.nn.Parameter(fake) if table is module._parameters else fake
-        yield lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda:0").requires_grad_(t.requires_grad)
+                        table[key] = (
+                            torch.nn.Parameter(fake) if table is module._parameters else fake
+                        )
+        yield lambda t: torch.empty(t.shape, dtype=t.dtype, device="cuda:0").requires_grad_(
+            t.requires_grad
+        )
 
 
 @every
@@ -630,22 +675,27 @@ def test_never_waits_for_the_device(name):
         if soft:
             x.target = torch.nn.functional.one_hot(x.target, C).float()
         with on_a_fake_accelerator(loss) as move:
-            x = Batch(*(tree_map(lambda t: move(t), getattr(x, f)) for f in ("logits", "target", "extra")))
+            x = Batch(
+                *(tree_map(lambda t: move(t), getattr(x, f)) for f in ("logits", "target", "extra"))
+            )
             loss.set_progress(0.5)
             value = loss(tuple(x.logits) if loss.peers else x.logits[0], x.target, **x.extra)
             assert value.device.type == "cuda" and value.shape == () and value.requires_grad
 
 
-@pytest.mark.parametrize("waits", [
-    lambda z: z if z.sum() > 0 else -z,
-    lambda z: z * z.sum().item(),
-    lambda z: z[z > 0],
-    lambda z: (z > 0).nonzero(),
-    lambda z: z.detach().cpu(),
-    lambda z: z.sum().detach().to("cpu"),
-    lambda z: z + torch.arange(3.0).to(z.device),
-    lambda z: torch.linalg.inv(z[:2, :2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "waits",
+    [
+        lambda z: z if z.sum() > 0 else -z,
+        lambda z: z * z.sum().item(),
+        lambda z: z[z > 0],
+        lambda z: (z > 0).nonzero(),
+        lambda z: z.detach().cpu(),
+        lambda z: z.sum().detach().to("cpu"),
+        lambda z: z + torch.arange(3.0).to(z.device),
+        lambda z: torch.linalg.inv(z[:2, :2]),
+    ],
+)
 def test_the_fake_accelerator_sees_who_waits(waits):
     class Waits(Loss):
         def per_sample(self, logits, target):
@@ -705,7 +755,9 @@ def test_a_name_is_taken_once(registry):
     register_loss("mine")(Other)  # a notebook cell that runs again
     with pytest.raises(ValueError, match="'ce' is taken by CE"):
         register_loss("ce")(Other)
-    with pytest.raises(ValueError, match="'ce' is taken"):  # a class of the same name is another class all the same
+    with pytest.raises(
+        ValueError, match="'ce' is taken"
+    ):  # a class of the same name is another class all the same
         register_loss("ce")(type("CE", (CE,), {"__qualname__": "CE"}))
     assert loss_class("ce") is CE
 
@@ -717,7 +769,8 @@ def test_names():
 
 
 @pytest.mark.parametrize(
-    ("typo", "meant"), [("smdk", "smkd"), ("label_smothing", "label_smoothing"), ("SMKD", "Known are:.*smkd")]
+    ("typo", "meant"),
+    [("smdk", "smkd"), ("label_smothing", "label_smoothing"), ("SMKD", "Known are:.*smkd")],
 )
 def test_an_unknown_name_suggests(typo, meant):
     with pytest.raises(ValueError, match=f"unknown loss '{typo}'.*{meant}"):
@@ -741,7 +794,9 @@ def test_what_a_loss_reads_is_its_signature():
     class Heir(Both):
         pass
 
-    assert Both.reads == Heir.reads == {"teacher", "index"} and Loss.reads == CE.reads == frozenset()
+    assert (
+        Both.reads == Heir.reads == {"teacher", "index"} and Loss.reads == CE.reads == frozenset()
+    )
     z, y, t, i = (
         torch.zeros(2, 3),
         torch.zeros(2, dtype=torch.long),
@@ -750,8 +805,15 @@ def test_what_a_loss_reads_is_its_signature():
     )
     assert Both()(z, y, teacher=t, index=i).item() == 3 + 1.5
     assert Both()(z, y, teacher=t[None], index=i).item() == 3 + 1.5
-    for wrong in ({"teacher": t[:1]}, {"teacher": t[:, :2]}, {"index": i[:1]}, {"index": i[:, None]}):
-        with pytest.raises(ValueError, match=re.escape(str(list(next(iter(wrong.values())).shape)))):
+    for wrong in (
+        {"teacher": t[:1]},
+        {"teacher": t[:, :2]},
+        {"index": i[:1]},
+        {"index": i[:, None]},
+    ):
+        with pytest.raises(
+            ValueError, match=re.escape(str(list(next(iter(wrong.values())).shape)))
+        ):
             Both()(z, y, **{"teacher": t, "index": i} | wrong)
 
 
@@ -760,18 +822,29 @@ def test_what_a_loss_is_handed():
 
     class Reads(Loss):
         def per_sample(self, logits, target, teacher, features, teacher_features):
-            assert {t.dtype for t in (logits, target, teacher, features, *teacher_features)} == {torch.float32}
-            assert not any(t.requires_grad for t in (teacher, *teacher_features)) and features.requires_grad
+            assert {t.dtype for t in (logits, target, teacher, features, *teacher_features)} == {
+                torch.float32
+            }
+            assert (
+                not any(t.requires_grad for t in (teacher, *teacher_features))
+                and features.requires_grad
+            )
             return (logits @ torch.eye(3) + teacher[0] + features + teacher_features[1]).sum(-1)
 
     t = torch.full((2, 3), 1 + 2**-7, dtype=torch.bfloat16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         value = Reads()(
-            t * 1, torch.zeros(2, dtype=torch.long), teacher=t * 1, features=t * 1, teacher_features=(t, t * 1)
+            t * 1,
+            torch.zeros(2, dtype=torch.long),
+            teacher=t * 1,
+            features=t * 1,
+            teacher_features=(t, t * 1),
         )
     assert value.dtype == torch.float32 and value.item() == 12 * (1 + 2**-7)
     value.backward()
-    assert torch.equal(t.grad, torch.ones_like(t))  # logits and features, half of the batch mean each
+    assert torch.equal(
+        t.grad, torch.ones_like(t)
+    )  # logits and features, half of the batch mean each
 
 
 def test_autocast_does_not_reach_into_a_loss():
@@ -854,13 +927,17 @@ def test_a_sum_keeps_what_its_terms_were_made_with():
         (CE() + CE(num_classes=7))(z, y)
 
 
-@pytest.mark.parametrize("build", [lambda: CE() + MKD(), lambda: 0.1 * SMKD() + 0.9 * (CE() + CE())])
+@pytest.mark.parametrize(
+    "build", [lambda: CE() + MKD(), lambda: 0.1 * SMKD() + 0.9 * (CE() + CE())]
+)
 def test_one_network_and_several_do_not_add(build):
     with pytest.raises(TypeError, match="cannot be added"):
         build()
 
 
-@pytest.mark.parametrize("build", [lambda: True * CE(), lambda: "2" * CE(), lambda: CE() + 1, lambda: [1] * CE()])
+@pytest.mark.parametrize(
+    "build", [lambda: True * CE(), lambda: "2" * CE(), lambda: CE() + 1, lambda: [1] * CE()]
+)
 def test_weights_are_numbers(build):
     with pytest.raises(TypeError):
         build()

@@ -41,10 +41,18 @@ def test_moving_percentile_by_hand():
         assert loss.stats["kept"].item() == pytest.approx(n / 5)
 
 
-@pytest.mark.parametrize(("percentile", "n", "expected"), [
-    (0.75, 5, 1.0), (0.7, 5, 1.0), (0.6, 5, 0.7),  # ranks 3, 2.8, 2.4 of 0 to 4
-    (0.0, 5, 0.1), (1.0, 5, 3.0), (0.75, 4, 0.7), (0.75, 1, 0.1),  # ranks 0, 4, 2.25 of 0 to 3, 0
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("percentile", "n", "expected"),
+    [
+        (0.75, 5, 1.0),
+        (0.7, 5, 1.0),
+        (0.6, 5, 0.7),  # ranks 3, 2.8, 2.4 of 0 to 4
+        (0.0, 5, 0.1),
+        (1.0, 5, 3.0),
+        (0.75, 4, 0.7),
+        (0.75, 1, 0.1),  # ranks 0, 4, 2.25 of 0 to 3, 0
+    ],
+)
 def test_the_percentile_is_the_nearest_loss(percentile, n, expected):
     loss = MentorNet("self_paced", percentile=percentile, decay=0.0)
     run(loss, LOSSES[:n][::-1])
@@ -52,20 +60,31 @@ def test_the_percentile_is_the_nearest_loss(percentile, n, expected):
 
 
 @pytest.mark.parametrize(
-    ("gamma", "weights"), [(1.0, [1, 1, 0.8, 0.5, 0]), (0.5, [1, 1, 0.6, 0, 0]), (10, [1, 1, 0.98, 0.95, 0.75])]
+    ("gamma", "weights"),
+    [(1.0, [1, 1, 0.8, 0.5, 0]), (0.5, [1, 1, 0.6, 0, 0]), (10, [1, 1, 0.98, 0.95, 0.75])],
 )
 def test_linear_by_hand(gamma, weights):
     """m = .5: the excess is -.4, -.1, .2, .5, 2.5."""
     loss = MentorNet("linear", gamma=gamma, reduction="none")
-    assert run(loss).tolist() == pytest.approx([v * x for v, x in zip(weights, LOSSES, strict=True)])
+    assert run(loss).tolist() == pytest.approx(
+        [v * x for v, x in zip(weights, LOSSES, strict=True)]
+    )
     assert loss.stats["kept"].item() == pytest.approx(sum(weights) / 5)
 
 
-@pytest.mark.parametrize(("progress", "weights"), [
-    (0.0, [1] * 5), (0.17, [1] * 5), (0.18, [1] * 5),
-    (0.181, [1, 1, 0, 0, 0]), (0.5, [1, 1, 0, 0, 0]), (0.899, [1, 1, 0, 0, 0]),
-    (0.9, [1, 1, 0.8, 0.5, 0]), (1.0, [1, 1, 0.8, 0.5, 0]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("progress", "weights"),
+    [
+        (0.0, [1] * 5),
+        (0.17, [1] * 5),
+        (0.18, [1] * 5),
+        (0.181, [1, 1, 0, 0, 0]),
+        (0.5, [1, 1, 0, 0, 0]),
+        (0.899, [1, 1, 0, 0, 0]),
+        (0.9, [1, 1, 0.8, 0.5, 0]),
+        (1.0, [1, 1, 0.8, 0.5, 0]),
+    ],
+)
 def test_predefined_by_hand(progress, weights):
     value = run(at(progress, reduction="none"))
     assert value.tolist() == pytest.approx([v * x for v, x in zip(weights, LOSSES, strict=True)])
@@ -103,15 +122,30 @@ def test_on_the_edge_a_sample_counts():
 @pytest.mark.parametrize("curriculum", ["self_paced", "linear"])
 def test_value_and_gradient_against_loops(curriculum, soft):
     z = (torch.randn(6, 4, dtype=torch.float64) * 1.5).requires_grad_()
-    y = torch.rand(6, 4, dtype=torch.float64).softmax(-1) if soft else torch.tensor([0, 3, 1, 2, 2, 0])
+    y = (
+        torch.rand(6, 4, dtype=torch.float64).softmax(-1)
+        if soft
+        else torch.tensor([0, 3, 1, 2, 2, 0])
+    )
     qs = y.tolist() if soft else [naive.onehot(k, 4) for k in y.tolist()]
-    losses = [naive.cross_entropy(q, naive.softmax(row)) for q, row in zip(qs, z.tolist(), strict=True)]
+    losses = [
+        naive.cross_entropy(q, naive.softmax(row)) for q, row in zip(qs, z.tolist(), strict=True)
+    ]
     m = 0.8 * sorted(losses)[4]  # .75 of 0 to 5 is 3.75
-    vs = [float(x <= m) if curriculum == "self_paced" else min(1.0, max(0.0, 1 - (x - m) / 2)) for x in losses]
+    vs = [
+        float(x <= m) if curriculum == "self_paced" else min(1.0, max(0.0, 1 - (x - m) / 2))
+        for x in losses
+    ]
     assert 0 < sum(vs) < 6
 
     def expected(zs):
-        return sum(v * naive.cross_entropy(q, naive.softmax(row)) for v, q, row in zip(vs, qs, zs[0], strict=True)) / 6
+        return (
+            sum(
+                v * naive.cross_entropy(q, naive.softmax(row))
+                for v, q, row in zip(vs, qs, zs[0], strict=True)
+            )
+            / 6
+        )
 
     value = MentorNet(curriculum, decay=0.2, gamma=2.0)(z, y)
     value.backward()
@@ -171,11 +205,17 @@ def test_what_is_not_a_number_does_not_stay_in_m(bad):
     assert loss.moving_percentile.item() == pytest.approx(0.75)
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [
-    ({"curriculum": "pd"}, "curriculum='pd'.*'predefined', 'self_paced', 'linear'"),
-    ({"percentile": 75}, "percentile=75"), ({"percentile": math.nan}, "percentile=nan"),
-    ({"decay": 1.0}, "decay=1.0"), ({"decay": -0.1}, "decay=-0.1"), ({"gamma": 0.0}, "gamma=0.0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"curriculum": "pd"}, "curriculum='pd'.*'predefined', 'self_paced', 'linear'"),
+        ({"percentile": 75}, "percentile=75"),
+        ({"percentile": math.nan}, "percentile=nan"),
+        ({"decay": 1.0}, "decay=1.0"),
+        ({"decay": -0.1}, "decay=-0.1"),
+        ({"gamma": 0.0}, "gamma=0.0"),
+    ],
+)
 def test_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
         MentorNet(**kwargs)
@@ -202,7 +242,9 @@ for parts in steps:
 def test_two_processes_hold_one_percentile(tmp_path):
     """Of the joined batch, whatever the sizes of its parts; and so the weights are those of one process."""
     results = on_ranks(
-        WORKER, [[torch.randn(n, 3) * s for n, s in zip(sizes, (1, 3), strict=True)] for sizes in SIZES], tmp_path
+        WORKER,
+        [[torch.randn(n, 3) * s for n, s in zip(sizes, (1, 3), strict=True)] for sizes in SIZES],
+        tmp_path,
     )
     for (m, first), (other, second), (single, both) in zip(*results, strict=True):
         assert m == other == pytest.approx(single, abs=1e-6) != 0

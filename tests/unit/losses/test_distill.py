@@ -23,7 +23,9 @@ def divergence(p, q):
 
 
 def batch(classes=4):
-    z = (torch.randn(5, classes, dtype=torch.float64) * torch.tensor([[0.3], [1], [2], [4], [8]])).requires_grad_()
+    z = (
+        torch.randn(5, classes, dtype=torch.float64) * torch.tensor([[0.3], [1], [2], [4], [8]])
+    ).requires_grad_()
     return z, torch.tensor([0, 3, 1, 2, 2])
 
 
@@ -69,7 +71,9 @@ def test_self_by_hand():
 def virtual(q, correct, t, kind):
     c = len(q)
     p_d = [a * correct + (1 - a) * (1 - correct) / (c - 1) for a in q]
-    return naive.softmax([a / t for a in p_d] if kind == "softmaxed" else [math.log(a) / t for a in p_d])
+    return naive.softmax(
+        [a / t for a in p_d] if kind == "softmaxed" else [math.log(a) / t for a in p_d]
+    )
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "distributions"])
@@ -95,7 +99,11 @@ def test_value_and_gradient_against_loops(kind, kl_reduction, soft):
 
     how = {"alpha": alpha, "temperature": t, "multiplier": m, "kl_reduction": kl_reduction}
     own = kind == "self"
-    value = TfKDSelf(**how)(z, y, teacher=teacher) if own else TfKDReg(correct=0.9, virtual=kind, **how)(z, y)
+    value = (
+        TfKDSelf(**how)(z, y, teacher=teacher)
+        if own
+        else TfKDReg(correct=0.9, virtual=kind, **how)(z, y)
+    )
     value.backward()
     assert value.item() == pytest.approx(expected([z.tolist()]), abs=1e-10)
     torch.testing.assert_close(
@@ -125,7 +133,9 @@ def test_the_softmaxed_teacher_is_nearly_uniform():
     value = TfKDReg(alpha=1.0)(z, y).item()
     assert 0 < value < 1e-3
     p_d = [0.99 if k == 3 else 0.01 / 9 for k in range(10)]
-    assert value == pytest.approx(divergence(naive.softmax([a / 20 for a in p_d]), [0.1] * 10), abs=1e-12)
+    assert value == pytest.approx(
+        divergence(naive.softmax([a / 20 for a in p_d]), [0.1] * 10), abs=1e-12
+    )
     assert divergence(p_d, [0.1] * 10) > 2  # what p_d itself would give
 
 
@@ -192,16 +202,19 @@ def test_of_several_teachers_it_is_the_mean():
     torch.testing.assert_close(both, (loss(z, y, teacher=first) + loss(z, y, teacher=second)) / 2)
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: TfKDReg(alpha=1.5), "alpha=1.5"),
-    (lambda: TfKDSelf(alpha=-0.5), "alpha=-0.5"),
-    (lambda: TfKDReg(temperature=0.0), "temperature=0.0"),
-    (lambda: TfKDSelf(temperature=math.nan), "temperature=nan"),
-    (lambda: TfKDReg(correct=0.0), "correct=0.0"),
-    (lambda: TfKDReg(correct=1.01), "correct=1.01"),
-    (lambda: TfKDReg(virtual="soft"), "virtual='soft'.*'softmaxed', 'direct'"),
-    (lambda: TfKDSelf(kl_reduction="sum"), "kl_reduction='sum'.*'batchmean', 'mean'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TfKDReg(alpha=1.5), "alpha=1.5"),
+        (lambda: TfKDSelf(alpha=-0.5), "alpha=-0.5"),
+        (lambda: TfKDReg(temperature=0.0), "temperature=0.0"),
+        (lambda: TfKDSelf(temperature=math.nan), "temperature=nan"),
+        (lambda: TfKDReg(correct=0.0), "correct=0.0"),
+        (lambda: TfKDReg(correct=1.01), "correct=1.01"),
+        (lambda: TfKDReg(virtual="soft"), "virtual='soft'.*'softmaxed', 'direct'"),
+        (lambda: TfKDSelf(kl_reduction="sum"), "kl_reduction='sum'.*'batchmean', 'mean'"),
+    ],
+)
 def test_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -21,7 +21,10 @@ def inputs(seed=0, student=(2, 2), teachers=((4, 4), (2, 2)), b=B):
     """A student's map of 2 channels, maps of 3 and of 2 channels of two teachers."""
     g = torch.Generator().manual_seed(seed)
     f = torch.randn(b, S, *student, generator=g, dtype=torch.float64).requires_grad_()
-    return f, [torch.randn(b, d, *s, generator=g, dtype=torch.float64) for d, s in zip(DIMS, teachers, strict=True)]
+    return f, [
+        torch.randn(b, d, *s, generator=g, dtype=torch.float64)
+        for d, s in zip(DIMS, teachers, strict=True)
+    ]
 
 
 def call(loss, f, ts, **extra):
@@ -35,8 +38,16 @@ def call(loss, f, ts, **extra):
 def pool(m, h, w):
     """Means over the blocks of a map whose sides are multiples."""
     a, b = len(m[0]) // h, len(m[0][0]) // w
-    return [[[sum(rows[i * a + u][j * b + v] for u in range(a) for v in range(b)) / (a * b) for j in range(w)]
-             for i in range(h)] for rows in m]  # fmt: skip
+    return [
+        [
+            [
+                sum(rows[i * a + u][j * b + v] for u in range(a) for v in range(b)) / (a * b)
+                for j in range(w)
+            ]
+            for i in range(h)
+        ]
+        for rows in m
+    ]
 
 
 def met(s, t):
@@ -49,8 +60,13 @@ def conv(m, layer):
         layer.weight[:, :, 0, 0].tolist(),
         ([0.0] * len(layer.weight) if layer.bias is None else layer.bias.tolist()),
     )
-    return [[[sum(k * m[c][i][j] for c, k in enumerate(row)) + b for j in range(len(m[0][0]))] for i in range(len(m[0]))]
-            for row, b in zip(weight, bias, strict=True)]  # fmt: skip
+    return [
+        [
+            [sum(k * m[c][i][j] for c, k in enumerate(row)) + b for j in range(len(m[0][0]))]
+            for i in range(len(m[0]))
+        ]
+        for row, b in zip(weight, bias, strict=True)
+    ]
 
 
 def flat(m):
@@ -74,11 +90,20 @@ def square(s, t):
 
 
 def fitnet(loss, s, ts):
-    return mean([mean(square(conv(met(s, t)[0], r), met(s, t)[1])) for r, t in zip(loss.regressors, ts, strict=True)])
+    return mean(
+        [
+            mean(square(conv(met(s, t)[0], r), met(s, t)[1]))
+            for r, t in zip(loss.regressors, ts, strict=True)
+        ]
+    )
 
 
 def attention(m):
-    a = [mean([m[c][i][j] ** 2 for c in range(len(m))]) for i in range(len(m[0])) for j in range(len(m[0][0]))]
+    a = [
+        mean([m[c][i][j] ** 2 for c in range(len(m))])
+        for i in range(len(m[0]))
+        for j in range(len(m[0][0]))
+    ]
     return [x / math.sqrt(sum(v * v for v in a)) for x in a]
 
 
@@ -112,7 +137,9 @@ def slope(f, x, h=1e-5):
 
 
 @pytest.mark.parametrize(
-    "sizes", [((2, 2), ((4, 4), (2, 2))), ((4, 4), ((2, 2), (4, 4))), ((2, 4), ((4, 2), (1, 1)))], ids=str
+    "sizes",
+    [((2, 2), ((4, 4), (2, 2))), ((4, 4), ((2, 2), (4, 4))), ((2, 4), ((4, 2), (1, 1)))],
+    ids=str,
 )
 @pytest.mark.parametrize(
     ("make", "by_loops"), [(lambda: FitNet(S, DIMS), fitnet), (AT, at), (lambda: VID(S, DIMS), vid)]
@@ -128,7 +155,12 @@ def test_by_loops(make, by_loops, sizes):
     expected = [by_loops(loss, f[i].tolist(), [t[i].tolist() for t in ts]) for i in range(B)]
     assert values.tolist() == pytest.approx(expected, rel=1e-9)
     values.mean().backward()
-    far = slope(lambda x: mean([by_loops(loss, x[i].tolist(), [t[i].tolist() for t in ts]) for i in range(B)]), f)
+    far = slope(
+        lambda x: mean(
+            [by_loops(loss, x[i].tolist(), [t[i].tolist() for t in ts]) for i in range(B)]
+        ),
+        f,
+    )
     torch.testing.assert_close(f.grad, far, atol=1e-8, rtol=1e-5)
 
 
@@ -136,8 +168,12 @@ def heads(dims=DIMS):
     return [nn.Linear(max(d, 1), C) for d in dims]
 
 
-LEARNING = [lambda d: FitNet(S, d), lambda d: VID(S, d), lambda d: CRD(9, S, d, feat_dim=4),
-            lambda d: CAMKDFeatures(S, d, heads(d))]  # fmt: skip
+LEARNING = [
+    lambda d: FitNet(S, d),
+    lambda d: VID(S, d),
+    lambda d: CRD(9, S, d, feat_dim=4),
+    lambda d: CAMKDFeatures(S, d, heads(d)),
+]
 
 
 @pytest.mark.parametrize("make", LEARNING)
@@ -149,7 +185,9 @@ def test_all_that_learns_has_a_gradient(make):
     call(loss, f, ts, **extra).backward()
     assert f.grad.abs().max() > 0
     parameters = list(loss.parameters())
-    assert len(parameters) >= 4 and all(p.grad is not None and p.grad.abs().max() > 0 for p in parameters)
+    assert len(parameters) >= 4 and all(
+        p.grad is not None and p.grad.abs().max() > 0 for p in parameters
+    )
 
 
 @pytest.mark.parametrize("make", [*LEARNING, lambda d: AT()])
@@ -176,15 +214,22 @@ def test_what_does_not_fit_is_named(make):
     loss = make(DIMS).double()
     f, ts = inputs()
     extra = {"index": torch.tensor([4, 7])} if "index" in loss.reads else {}
-    for teachers, found in ((ts[::-1], r"\(2, 3\)"), (ts[:1], r"\(3,\)"), ([*ts, ts[0]], r"\(3, 2, 3\)")):
+    for teachers, found in (
+        (ts[::-1], r"\(2, 3\)"),
+        (ts[:1], r"\(3,\)"),
+        ([*ts, ts[0]], r"\(3, 2, 3\)"),
+    ):
         with pytest.raises(
-            ValueError, match=rf"student_dim=2 and teacher_dims=\(3, 2\), got maps with 2 and {found} channels"
+            ValueError,
+            match=rf"student_dim=2 and teacher_dims=\(3, 2\), got maps with 2 and {found} channels",
         ):
             call(loss, f, teachers, **extra)
     with pytest.raises(ValueError, match=r"student_dim=2 .*got maps with 3"):
         call(loss, ts[0], ts, **extra)
     for wrong, found in ((f.mean((2, 3)), r"\[2, 2\]"), (inputs(b=3)[0], r"\[3, 2, 2, 2\]")):
-        with pytest.raises(ValueError, match=rf"expected a map \[2, D, h, w\] at layer -\d, got {found}"):
+        with pytest.raises(
+            ValueError, match=rf"expected a map \[2, D, h, w\] at layer -\d, got {found}"
+        ):
             loss(Z, Y, features=wrong, teacher_features=ts, **extra)
 
 
@@ -224,7 +269,11 @@ def test_the_layer_is_read_of_all(layer, read):
 
 def test_a_layer_that_is_not_there():
     f, ts = inputs()
-    for loss in (FitNet(S, DIMS, layer=-4).double(), FitNet(S, DIMS, layer=3).double(), AT(layers=(-4,))):
+    for loss in (
+        FitNet(S, DIMS, layer=-4).double(),
+        FitNet(S, DIMS, layer=3).double(),
+        AT(layers=(-4,)),
+    ):
         with pytest.raises(ValueError, match=r"reads layer (-4|3), got the maps of 3 layers"):
             call(loss, [f] * 3, [[t] * 3 for t in ts])
     with pytest.raises(ValueError, match=r"layers=\(\)"):
@@ -238,14 +287,18 @@ def test_at_sums_layers_and_counts_one_map_once():
     several = call(AT(), [f for f, _ in maps], [[ts[k] for _, ts in maps] for k in range(2)])
     torch.testing.assert_close(several, sum(call(AT(), *m) for m in maps[1:]))
     last = call(AT(), *maps[3])
-    torch.testing.assert_close(call(AT(), maps[3][0], [[ts[k] for _, ts in maps] for k in range(2)]), last)
+    torch.testing.assert_close(
+        call(AT(), maps[3][0], [[ts[k] for _, ts in maps] for k in range(2)]), last
+    )
     torch.testing.assert_close(call(AT(), [f for f, _ in maps], maps[3][1]), last)
 
 
 def test_at_sees_where_and_not_how_much():
     f, ts = inputs()
     torch.testing.assert_close(call(AT(), 1e3 * f, [1e-3 * t for t in ts]), call(AT(), f, ts))
-    torch.testing.assert_close(call(AT(), f, [-7.0 * f.detach()] * 2), torch.zeros((), dtype=torch.float64))
+    torch.testing.assert_close(
+        call(AT(), f, [-7.0 * f.detach()] * 2), torch.zeros((), dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-8, 1e8])
@@ -306,27 +359,38 @@ def dot(a, b):
 
 def nce(banks, anchors, index, negatives, n, tau, z, momentum):
     """The loss of each sample, Z, and the banks after it. Everything is a pair: of the student, of the teacher."""
-    powers = [[[math.exp(dot(v, banks[1 - a][j]) / tau) for j in (i, *negatives)] for v, i in zip(anchors[a], index, strict=True)]
-              for a in range(2)]  # fmt: skip
+    powers = [
+        [
+            [math.exp(dot(v, banks[1 - a][j]) / tau) for j in (i, *negatives)]
+            for v, i in zip(anchors[a], index, strict=True)
+        ]
+        for a in range(2)
+    ]
     z = z or [n * mean([x for line in p for x in line]) for p in powers]
     noise, losses = len(negatives) / n, []
     for b in range(len(index)):
         total = 0.0
         for a in range(2):
             p = [x / z[a] for x in powers[a][b]]
-            total -= math.log(p[0] / (p[0] + noise)) + sum(math.log(noise / (x + noise)) for x in p[1:])
+            total -= math.log(p[0] / (p[0] + noise)) + sum(
+                math.log(noise / (x + noise)) for x in p[1:]
+            )
         losses.append(total)
     banks = copy.deepcopy(banks)
     for a in range(2):
         for v, i in zip(anchors[a], index, strict=True):
-            banks[a][i] = unit([momentum * m + (1 - momentum) * x for m, x in zip(banks[a][i], v, strict=True)])
+            banks[a][i] = unit(
+                [momentum * m + (1 - momentum) * x for m, x in zip(banks[a][i], v, strict=True)]
+            )
     return losses, z, banks
 
 
 def test_crd_by_loops():
     """Two steps with one teacher each for two: the second one reads what the first one wrote, and its Z."""
     n, tau, momentum = 9, 0.3, 0.25
-    loss = CRD(n, S, DIMS, feat_dim=4, negatives=5, tau=tau, momentum=momentum, reduction="none").double()
+    loss = CRD(
+        n, S, DIMS, feat_dim=4, negatives=5, tau=tau, momentum=momentum, reduction="none"
+    ).double()
     zs, banks = [None, None], [[bank.rows.tolist() for bank in c.banks] for c in loss.contrasts]
     for step, index in enumerate(([4, 7], [7, 0])):
         f, ts = inputs(step, (2, 4), ((4, 4), (1, 3)))
@@ -336,14 +400,28 @@ def test_crd_by_loops():
         values = call(loss, f, ts, index=torch.tensor(index))
         expected = []
         for k, c in enumerate(loss.contrasts):
-            anchors = [[unit([dot(w, gap(m)) + b for w, b in zip(e.weight.tolist(), e.bias.tolist(), strict=True)])
-                        for m in maps.tolist()] for e, maps in zip(c.embeds, (f, ts[k]), strict=True)]  # fmt: skip
-            losses, zs[k], banks[k] = nce(banks[k], anchors, index, negatives, n, tau, zs[k], momentum)
+            anchors = [
+                [
+                    unit(
+                        [
+                            dot(w, gap(m)) + b
+                            for w, b in zip(e.weight.tolist(), e.bias.tolist(), strict=True)
+                        ]
+                    )
+                    for m in maps.tolist()
+                ]
+                for e, maps in zip(c.embeds, (f, ts[k]), strict=True)
+            ]
+            losses, zs[k], banks[k] = nce(
+                banks[k], anchors, index, negatives, n, tau, zs[k], momentum
+            )
             expected.append(losses)
             assert c.z.tolist() == pytest.approx(zs[k], rel=1e-6)
             for bank, rows in zip(c.banks, banks[k], strict=True):
                 torch.testing.assert_close(bank.rows, torch.tensor(rows))
-        assert values.tolist() == pytest.approx([mean(v) for v in zip(*expected, strict=True)], rel=1e-6)
+        assert values.tolist() == pytest.approx(
+            [mean(v) for v in zip(*expected, strict=True)], rel=1e-6
+        )
 
 
 def test_a_bank_is_read_before_it_is_written():
@@ -354,7 +432,9 @@ def test_a_bank_is_read_before_it_is_written():
     index = torch.tensor([1, 2])
     before = [bank.rows.clone() for bank in contrast.banks]
     call(loss, f, ts[:1], index=index)
-    for bank, old, embed, m in zip(contrast.banks, before, contrast.embeds, (f, ts[0]), strict=True):
+    for bank, old, embed, m in zip(
+        contrast.banks, before, contrast.embeds, (f, ts[0]), strict=True
+    ):
         changed = (bank.rows != old).any(1).nonzero().flatten().tolist()
         assert changed == [1, 2]
         torch.testing.assert_close(
@@ -396,10 +476,17 @@ def test_negatives_are_no_more_than_there_are():
     assert [CRD(9, S, 3, negatives=k).negatives for k in (3, 8, 9, 16384)] == [3, 8, 8, 8]
 
 
-@pytest.mark.parametrize(("kwargs", "match"), [
-    ({"num_samples": 1}, "num_samples=1"), ({"negatives": 0}, "negatives=0"), ({"tau": 0.0}, r"tau=0\.0"),
-    ({"tau": float("nan")}, "tau=nan"), ({"momentum": 1.0}, r"momentum=1\.0"), ({"momentum": -0.1}, r"momentum=-0\.1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kwargs", "match"),
+    [
+        ({"num_samples": 1}, "num_samples=1"),
+        ({"negatives": 0}, "negatives=0"),
+        ({"tau": 0.0}, r"tau=0\.0"),
+        ({"tau": float("nan")}, "tau=nan"),
+        ({"momentum": 1.0}, r"momentum=1\.0"),
+        ({"momentum": -0.1}, r"momentum=-0\.1"),
+    ],
+)
 def test_bad_values_of_crd(kwargs, match):
     with pytest.raises(ValueError, match=match):
         CRD(**{"num_samples": 9, "student_dim": S, "teacher_dims": 3} | kwargs)
@@ -459,15 +546,26 @@ def camkd(loss, head_weights, f, ts, target, scale):
             mu, var = mean(values), mean([(x - mean(values)) ** 2 for x in values])
             g, beta = norm.weight[c].item(), norm.bias[c].item()
             for m in maps:
-                m[c] = [[g * (x - mu) / math.sqrt(var + 1e-5) + beta for x in line] for line in m[c]]
+                m[c] = [
+                    [g * (x - mu) / math.sqrt(var + 1e-5) + beta for x in line] for line in m[c]
+                ]
         maps = [relu(m) for m in maps]
         logits = [[dot(line, gap(m)) + bias for line, bias in zip(w, b, strict=True)] for m in maps]
-        losses.append([naive.cross_entropy(q, naive.softmax(z)) for q, z in zip(target, logits, strict=True)])
+        losses.append(
+            [naive.cross_entropy(q, naive.softmax(z)) for q, z in zip(target, logits, strict=True)]
+        )
         squares = [square(m, goal) for m, (_, goal) in zip(maps, pairs, strict=True)]
         distances.append([mean(x) / count if scale == "code" else sum(x) for x in squares])
-    weights = [[(1 - math.exp(losses[k][i]) / sum(math.exp(other[i]) for other in losses)) / (count - 1)
-                for i in range(len(target))] for k in range(count)]  # fmt: skip
-    return [sum(weights[k][i] * distances[k][i] for k in range(count)) for i in range(len(target))], weights
+    weights = [
+        [
+            (1 - math.exp(losses[k][i]) / sum(math.exp(other[i]) for other in losses)) / (count - 1)
+            for i in range(len(target))
+        ]
+        for k in range(count)
+    ]
+    return [
+        sum(weights[k][i] * distances[k][i] for k in range(count)) for i in range(len(target))
+    ], weights
 
 
 @pytest.mark.parametrize("scale", ["code", "paper"])
@@ -483,7 +581,9 @@ def test_camkd_features_by_loops(scale):
     values = loss(Z, torch.tensor(target), features=f, teacher_features=ts)
     expected, weights = camkd(loss, known, f, ts, target, scale)
     assert values.tolist() == pytest.approx(expected, rel=1e-6)
-    assert [loss.stats[f"weight_{k}"].item() for k in range(2)] == pytest.approx([mean(w) for w in weights], rel=1e-6)
+    assert [loss.stats[f"weight_{k}"].item() for k in range(2)] == pytest.approx(
+        [mean(w) for w in weights], rel=1e-6
+    )
     values.mean().backward()
     far = slope(lambda x: mean(camkd(loss, known, x, ts, target, scale)[0]), f)
     torch.testing.assert_close(f.grad, far, atol=1e-6, rtol=1e-4)
@@ -505,7 +605,10 @@ def test_weights_as_constants():
     total = 0.0
     ours = [embed(s) for embed, (s, _) in zip(held.embeds, held.pairs(Z, f, ts), strict=True)]
     doubt = torch.stack(
-        [nn.functional.cross_entropy(h(s), Y, reduction="none") for h, s in zip(held.heads, ours, strict=True)]
+        [
+            nn.functional.cross_entropy(h(s), Y, reduction="none")
+            for h, s in zip(held.heads, ours, strict=True)
+        ]
     )
     for w, s, (_, t) in zip(1 - doubt.softmax(0), ours, held.pairs(Z, f, ts), strict=True):
         total = total + (w.detach() * (s - t).square().flatten(1).mean(1) / 2).mean()
@@ -521,7 +624,9 @@ def test_equal_teachers_weigh_the_same(count):
     f, ts = inputs(9)
     value = call(loss, f, ts[:1] * count)
     small, goal = loss.pairs(Z, f, ts[:1] * count)[0]
-    torch.testing.assert_close(value, (loss.embeds[0](small) - goal).square().flatten(1).sum(1).mean())
+    torch.testing.assert_close(
+        value, (loss.embeds[0](small) - goal).square().flatten(1).sum(1).mean()
+    )
     assert [w.item() for w in loss.stats.values()] == pytest.approx([1 / count] * count)
 
 
@@ -543,7 +648,9 @@ def test_scales():
         paper = copy.deepcopy(code)
         paper.scale = "paper"
         f, ts = inputs(9)
-        torch.testing.assert_close(call(paper, f, ts[:1] * count), 12 * count * call(code, f, ts[:1] * count))
+        torch.testing.assert_close(
+            call(paper, f, ts[:1] * count), 12 * count * call(code, f, ts[:1] * count)
+        )
 
 
 class Deep(nn.Module):
@@ -563,7 +670,9 @@ def test_heads_stay_frozen(kind):
     linear = [nn.Linear(d, C, bias=kind != "no bias") for d in DIMS]
     given = [Deep(h) for h in linear] if kind in ("module", "function") else linear
     loss = (
-        CAMKDFeatures(S, DIMS, [g.double().eval().forward for g in given] if kind == "function" else given)
+        CAMKDFeatures(
+            S, DIMS, [g.double().eval().forward for g in given] if kind == "function" else given
+        )
         .double()
         .train()
     )
@@ -575,11 +684,18 @@ def test_heads_stay_frozen(kind):
     for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert call(other, f, ts) == value
     value.backward()
-    assert all(key.startswith("embeds.") for key in loss.state_dict()) and len(list(loss.parameters())) == 6
-    assert all(p.requires_grad for h in linear for p in h.parameters())  # the teacher's own are as they were
+    assert (
+        all(key.startswith("embeds.") for key in loss.state_dict())
+        and len(list(loss.parameters())) == 6
+    )
+    assert all(
+        p.requires_grad for h in linear for p in h.parameters()
+    )  # the teacher's own are as they were
     if kind != "function":  # a function is used as it is
         assert all(p.grad is None for h in linear for p in h.parameters())
-        assert not any(p.requires_grad for h in loss.heads for own in h.hidden for p in own.parameters())
+        assert not any(
+            p.requires_grad for h in loss.heads for own in h.hidden for p in own.parameters()
+        )
         with torch.no_grad():
             linear[0].weight += 1.0
         assert call(loss, f, ts) == value

@@ -38,7 +38,9 @@ def test_entropy_by_hand():
 def test_cross_entropy_by_hand():
     q = torch.tensor([[0.0, 0.5, 0.5], [0.25, 0.75, 0.0]], dtype=torch.float64)
     # 2 * 0.5 ln 4                             0.25 ln(5/4) + 0.75 ln 10
-    assert F.cross_entropy(log64(P), q).tolist() == pytest.approx([2 * LN2, 0.25 * (LN5 - 2 * LN2) + 0.75 * LN10])
+    assert F.cross_entropy(log64(P), q).tolist() == pytest.approx(
+        [2 * LN2, 0.25 * (LN5 - 2 * LN2) + 0.75 * LN10]
+    )
 
 
 def test_kl_by_hand_and_in_its_direction():
@@ -53,9 +55,18 @@ def test_a_class_at_probability_zero():
     """0 log 0 = 0, in value and in gradient; mass on an impossible class costs infinity and does not cost NaN."""
     z = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, -torch.inf, -torch.inf]], requires_grad=True)
     log_p = torch.log_softmax(z, -1)
-    assert F.entropy(log_p).tolist() == F.Prediction(log_p).entropy.tolist() == pytest.approx([LN2, 0.0])
-    assert F.cross_entropy(log_p, torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])).tolist() == pytest.approx([LN2, 0])
-    assert F.cross_entropy(log_p, torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])).tolist() == [math.inf, 0.0]
+    assert (
+        F.entropy(log_p).tolist()
+        == F.Prediction(log_p).entropy.tolist()
+        == pytest.approx([LN2, 0.0])
+    )
+    assert F.cross_entropy(
+        log_p, torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])
+    ).tolist() == pytest.approx([LN2, 0])
+    assert F.cross_entropy(log_p, torch.tensor([[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])).tolist() == [
+        math.inf,
+        0.0,
+    ]
     uniform = torch.full((2, 3), 1 / 3).log()
     assert F.kl(log_p, uniform).tolist() == pytest.approx([math.log(1.5), math.log(3)])
 
@@ -84,7 +95,9 @@ def test_certainty_stays_in_its_range():
 def test_logistic_of_a_number_and_of_a_tensor(x, b):
     expected = 1 / (1 + math.exp(-b * x))
     assert F.logistic(x, b) == pytest.approx(expected, rel=1e-12)
-    assert F.logistic(torch.tensor(x, dtype=torch.float64), b).item() == pytest.approx(expected, rel=1e-12)
+    assert F.logistic(torch.tensor(x, dtype=torch.float64), b).item() == pytest.approx(
+        expected, rel=1e-12
+    )
 
 
 def test_logistic_does_not_overflow():
@@ -109,8 +122,14 @@ logits = st.lists(st.floats(-50, 50), min_size=2, max_size=6)
 def test_against_loops(row, random):
     other = [z + random.uniform(-3, 3) for z in row]
     p, q = naive.softmax(row), naive.softmax(other)
-    log_p, log_q = (torch.log_softmax(torch.tensor(z, dtype=torch.float64), -1) for z in (row, other))
+    log_p, log_q = (
+        torch.log_softmax(torch.tensor(z, dtype=torch.float64), -1) for z in (row, other)
+    )
     assert F.entropy(log_p).item() == pytest.approx(naive.entropy(p), abs=1e-9)
-    assert F.kl(log_p, log_q).item() == pytest.approx(naive.cross_entropy(p, q) - naive.entropy(p), abs=1e-9)
-    assert F.cross_entropy(log_q, log_p.exp()).item() == pytest.approx(naive.cross_entropy(p, q), abs=1e-9)
+    assert F.kl(log_p, log_q).item() == pytest.approx(
+        naive.cross_entropy(p, q) - naive.entropy(p), abs=1e-9
+    )
+    assert F.cross_entropy(log_q, log_p.exp()).item() == pytest.approx(
+        naive.cross_entropy(p, q), abs=1e-9
+    )
     assert F.certainty(F.entropy(log_p), len(row)).item() == pytest.approx(naive.sure(p), abs=1e-9)

@@ -27,7 +27,9 @@ def parameter(values, grad, dtype=torch.float32):
 
 def network(seed=0):
     torch.manual_seed(seed)
-    net = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 36, 4))
+    net = nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 36, 4)
+    )
     nn.functional.cross_entropy(net(torch.randn(6, 3, 8, 8)), torch.arange(6) % 4).backward()
     return net
 
@@ -42,7 +44,9 @@ def grads(net):
 def test_by_hand_over_all_layers_together():
     """s = 6, 2, 1, 1, 8, 3, .5, 4 over a [2, 2] and a [4, 1, 1, 1]: of eight, tau = 1/4 keeps the six of 1 and more."""
     a = parameter([[2.0, -1.0], [0.5, 1.0]], [[3.0, 2.0], [-2.0, 1.0]])
-    b = parameter([[[[4.0]]], [[[3.0]]], [[[0.1]]], [[[-4.0]]]], [[[[2.0]]], [[[-1.0]]], [[[5.0]]], [[[1.0]]]])
+    b = parameter(
+        [[[[4.0]]], [[[3.0]]], [[[0.1]]], [[[-4.0]]]], [[[[2.0]]], [[[-1.0]]], [[[5.0]]], [[[1.0]]]]
+    )
     mask_noncritical_([a, b], 0.5)
     # the four largest: 6, 8, 3, 4; two layers masked apart would keep s = 2 of the first
     torch.testing.assert_close(a.grad, torch.tensor([[1.5, 0.0], [0.0, 0.0]]))
@@ -66,7 +70,9 @@ def test_the_score_is_weight_times_gradient():
 def test_against_loops(tau):
     net, count = network(), 0
     before = [(p, p.flatten().tolist(), p.grad.flatten().tolist()) for p in net.parameters()]
-    scores = sorted(abs(w * g) for p, ws, gs in before if p.dim() in (2, 4) for w, g in zip(ws, gs, strict=True))
+    scores = sorted(
+        abs(w * g) for p, ws, gs in before if p.dim() in (2, 4) for w, g in zip(ws, gs, strict=True)
+    )
     last = scores[-int((1 - Fraction(tau)) * len(scores))]
     mask_noncritical_(net.parameters(), float(tau))
     for p, ws, gs in before:
@@ -75,14 +81,25 @@ def test_against_loops(tau):
         else:
             critical = [abs(w * g) >= last for w, g in zip(ws, gs, strict=True)]
             count += sum(critical)
-            expected = [(1 - float(tau)) * g if c else 0.0 for c, g in zip(critical, gs, strict=True)]
+            expected = [
+                (1 - float(tau)) * g if c else 0.0 for c, g in zip(critical, gs, strict=True)
+            ]
         assert p.grad.flatten().tolist() == pytest.approx(expected, rel=1e-6)
     assert count == int((1 - Fraction(tau)) * len(scores))
 
 
-@pytest.mark.parametrize(("n", "tau", "kept"), [
-    (10, 0.9, 1), (10, 0.8, 2), (10, 0.7, 3), (5, 0.4, 3), (7, 0.5, 3), (3, 0.9, 1), (100, 0.29, 71),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("n", "tau", "kept"),
+    [
+        (10, 0.9, 1),
+        (10, 0.8, 2),
+        (10, 0.7, 3),
+        (5, 0.4, 3),
+        (7, 0.5, 3),
+        (3, 0.9, 1),
+        (100, 0.29, 71),
+    ],
+)
 def test_how_many_are_critical(n, tau, kept):
     """int((1 - .9) · 10) is 0 in floats, as is 1 - .8 short of .2; one weight learns in any case."""
     w = parameter([[float(k + 1) for k in range(n)]], [[1.0] * n])
@@ -159,7 +176,10 @@ def test_scores_are_taken_in_single_precision_at_least(dtype):
 
 
 def test_parameters_of_several_precisions_share_a_threshold():
-    a, b = parameter([[1.0, 4.0]], [[1.0, 1.0]]), parameter([[2.0, 3.0]], [[1.0, 1.0]], torch.float16)
+    a, b = (
+        parameter([[1.0, 4.0]], [[1.0, 1.0]]),
+        parameter([[2.0, 3.0]], [[1.0, 1.0]], torch.float16),
+    )
     mask_noncritical_([a, b], 0.5)
     assert a.grad.tolist() == [[0.0, 0.5]] and b.grad.tolist() == [[0.0, 0.5]]
 
@@ -183,7 +203,10 @@ def test_an_overflow_still_reaches_the_scaler(bad, weight):
         net[4].weight[0, 0] = weight
     net[4].weight.grad[0, 0] = bad
     before = [p.detach().clone() for p in net.parameters()]
-    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=8.0), torch.optim.SGD(net.parameters(), lr=0.1)
+    scaler, optimizer = (
+        torch.amp.GradScaler("cpu", init_scale=8.0),
+        torch.optim.SGD(net.parameters(), lr=0.1),
+    )
     scaler.scale(torch.ones(()))
     mask_noncritical_(net.parameters(), TAU)
     scaler.step(optimizer)
@@ -218,32 +241,54 @@ def mutual(folder, rows=8, tau=TAU, callbacks=None, models=None, **kwargs):
 
 def masked(gradients, net, tau=TAU):
     """What the mask makes of these gradients, by numpy's sort."""
-    weights = [(p, g) for p, g in zip(net.parameters(), gradients, strict=True) if p.dim() in (2, 4)]
+    weights = [
+        (p, g) for p, g in zip(net.parameters(), gradients, strict=True) if p.dim() in (2, 4)
+    ]
     scores = torch.cat([(p * g).abs().flatten() for p, g in weights]).sort(descending=True).values
     last = scores[int((1 - tau) * len(scores)) - 1]
-    return [g * ((p * g).abs() >= last) * (1 - tau) if p.dim() in (2, 4) else g
-            for p, g in zip(net.parameters(), gradients, strict=True)]  # fmt: skip
+    return [
+        g * ((p * g).abs() >= last) * (1 - tau) if p.dim() in (2, 4) else g
+        for p, g in zip(net.parameters(), gradients, strict=True)
+    ]
 
 
 def test_each_network_is_masked_by_itself_after_clipping(tmp_path):
     models = [Net(1), Net(2, scale=3.0)]
     first, last = Watch(models), Watch(models)
-    mutual(tmp_path, models=models, callbacks=[first, CDRCallback(TAU), last], max_steps=1, learning_rate=0.0).train()
+    mutual(
+        tmp_path,
+        models=models,
+        callbacks=[first, CDRCallback(TAU), last],
+        max_steps=1,
+        learning_rate=0.0,
+    ).train()
     shares = []
     for net, before, after in zip(models, first.seen[0], last.seen[0], strict=True):
         assert torch.stack([g.norm() for g in before]).norm() <= 1.0 + 1e-5  # clipped already
         torch.testing.assert_close(after, masked(before, net))
-        weights = torch.cat([g.flatten() for p, g in zip(net.parameters(), after, strict=True) if p.dim() > 1])
+        weights = torch.cat(
+            [g.flatten() for p, g in zip(net.parameters(), after, strict=True) if p.dim() > 1]
+        )
         shares.append((weights != 0).float().mean().item())
-    assert shares == pytest.approx([1 - TAU] * 2, abs=0.01)  # pooled over both, the large one would have more
+    assert shares == pytest.approx(
+        [1 - TAU] * 2, abs=0.01
+    )  # pooled over both, the large one would have more
 
 
 def test_accumulation(tmp_path):
     """2 x 4 rows are 1 x 8: the mask is that of the whole gradient, once a step."""
     watch = Watch([])
-    runs = [mutual(tmp_path, 8, models=[Net(1), Net(2)]),
-            mutual(tmp_path, 4, models=[Net(1), Net(2)], callbacks=[CDRCallback(TAU), watch], gradient_accumulation_steps=2),
-            mutual(tmp_path, 8, models=[Net(1), Net(2)], callbacks=[])]  # fmt: skip
+    runs = [
+        mutual(tmp_path, 8, models=[Net(1), Net(2)]),
+        mutual(
+            tmp_path,
+            4,
+            models=[Net(1), Net(2)],
+            callbacks=[CDRCallback(TAU), watch],
+            gradient_accumulation_steps=2,
+        ),
+        mutual(tmp_path, 8, models=[Net(1), Net(2)], callbacks=[]),
+    ]
     for run in runs:
         run.train()
     whole, parts, without = (state(run.model.peers) for run in runs)

@@ -45,25 +45,37 @@ def own_loop(kind, zs, consts, targets, live, **how):
     for k, rows in enumerate(zs):
         for i, row in enumerate(rows):
             p, c = naive.softmax(row), naive.softmax(consts[k][i])
-            total += naive.cross_entropy(label(kind, targets[i], p if live else c, c, k, how), p) / len(rows)
+            total += naive.cross_entropy(
+                label(kind, targets[i], p if live else c, c, k, how), p
+            ) / len(rows)
     return total
 
 
 def taught_loop(kind, zs, consts, targets, chi, normalize, **how):
     """Σ_k Σ_{j≠k} (1/n_j) Σ_{i: H(p_ji) < chi} H(q~_ji, p_ki), and the counts n_j."""
-    total, counts = 0.0, [sum(naive.entropy(naive.softmax(row)) < chi for row in rows) for rows in consts]
+    total, counts = (
+        0.0,
+        [sum(naive.entropy(naive.softmax(row)) < chi for row in rows) for rows in consts],
+    )
     for k in range(len(zs)):
         for j in range(len(zs)):
             for i, row in enumerate(zs[k]):
                 c = naive.softmax(consts[j][i])
                 if j != k and naive.entropy(c) < chi:
                     n = counts[j] if normalize == "selected" else len(zs[k])
-                    total += naive.cross_entropy(label(kind, targets[i], c, c, j, how), naive.softmax(row)) / n
+                    total += (
+                        naive.cross_entropy(
+                            label(kind, targets[i], c, c, j, how), naive.softmax(row)
+                        )
+                        / n
+                    )
     return total, counts
 
 
 def label(kind, q, p, const, peer, how):
-    return naive.refined(kind, q, p, const, **{key: v[peer] if key == "g" else v for key, v in how.items()})
+    return naive.refined(
+        kind, q, p, const, **{key: v[peer] if key == "g" else v for key, v in how.items()}
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- by hand
@@ -85,7 +97,13 @@ def test_smkd_by_hand():
     loss = SMKD(LabelSmoothing(eps=0.3), eta=2, b2=0)
     assert loss(logits_of(a, b), y).item() == pytest.approx(own + teach_a + teach_b, abs=1e-12)
     assert loss.stats["selected_a"].item() == 0.5 and loss.stats["selected_b"].item() == 1.0
-    expected = {"own_a": sum(h_a) / 2, "own_b": sum(h_b) / 2, "taught_a": teach_a, "taught_b": teach_b, "chi": LN3 / 2}
+    expected = {
+        "own_a": sum(h_a) / 2,
+        "own_b": sum(h_b) / 2,
+        "taught_a": teach_a,
+        "taught_b": teach_b,
+        "chi": LN3 / 2,
+    }
     assert {k: loss.stats[k].item() for k in expected} == pytest.approx(expected)
 
 
@@ -95,10 +113,15 @@ def test_each_direction_divides_by_its_own_count():
     a, b = [sure, unsure, unsure, unsure], [unsure, sure, sure, sure]
     y = torch.zeros(4, dtype=torch.long)
     low, high = -math.log(0.9), LN3  # H(q, p) of a sure and of an unsure row
-    to_a, to_b = 3 * high, 1 * high  # b teaches a samples 1, 2, 3 (unsure there), a teaches b sample 0 (unsure there)
+    to_a, to_b = (
+        3 * high,
+        1 * high,
+    )  # b teaches a samples 1, 2, 3 (unsure there), a teaches b sample 0 (unsure there)
     own = (low + 3 * high) / 4 + (3 * low + high) / 4
     zs = logits_of(a, b)
-    ours = {n: SMKD(CE(), eta=2, b2=0, normalize=n)(zs, y).item() - own for n in ("selected", "batch")}
+    ours = {
+        n: SMKD(CE(), eta=2, b2=0, normalize=n)(zs, y).item() - own for n in ("selected", "batch")
+    }
     assert ours["selected"] == pytest.approx(to_a / 3 + to_b / 1)
     assert ours["batch"] == pytest.approx(to_a / 4 + to_b / 4)
     assert to_a / 1 + to_b / 3 != pytest.approx(ours["selected"])  # the swap
@@ -108,7 +131,10 @@ def test_mkd_by_hand():
     """eps = 0.25; KL(b||a) = 0.8 ln(8/5) + 0.2 ln(2/5), KL(a||b) = 0.5 ln(5/8) + 0.5 ln(5/2); the second rows agree."""
     a, b = [[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]], [[0.8, 0.1, 0.1], [0.2, 0.4, 0.4]]
     ce_a, ce_b = (LN2 + LN5) / 2, (LN5 - 2 * LN2 + LN5) / 2
-    kl_ba, kl_ab = 0.8 * (3 * LN2 - LN5) + 0.2 * (LN2 - LN5), 0.5 * (LN5 - 3 * LN2) + 0.5 * (LN5 - LN2)
+    kl_ba, kl_ab = (
+        0.8 * (3 * LN2 - LN5) + 0.2 * (LN2 - LN5),
+        0.5 * (LN5 - 3 * LN2) + 0.5 * (LN5 - LN2),
+    )
     loss = MKD(eps=0.25)
     value = loss(logits_of(a, b), torch.tensor([0, 0])).item()
     assert value == pytest.approx(0.75 * (ce_a + ce_b) + 0.25 * (kl_ba + kl_ab) / 2)
@@ -134,8 +160,10 @@ def peers_batch(num_peers):
     """Logits of growing sharpness, so that each peer is sure of another number of samples."""
     generator = torch.Generator().manual_seed(num_peers)
     scale = torch.tensor([0.2, 0.5, 2.0, 4.0, 8.0], dtype=torch.float64)[:, None]
-    zs = [torch.randn(5, 4, generator=generator, dtype=torch.float64) * scale.roll(k, 0) * (1 + k) / 2
-          for k in range(num_peers)]  # fmt: skip
+    zs = [
+        torch.randn(5, 4, generator=generator, dtype=torch.float64) * scale.roll(k, 0) * (1 + k) / 2
+        for k in range(num_peers)
+    ]
     return zs, torch.tensor([0, 3, 1, 2, 2])
 
 
@@ -167,9 +195,13 @@ def test_smkd_against_loops(name, num_peers, normalize, progress):
     value = loss(zs, y)
     assert value.item() == pytest.approx(expected(consts), abs=2e-6)
     counts = taught_loop(kind, consts, consts, targets, chi, normalize, **how)[1]
-    assert [round(loss.stats[f"selected_{'abc'[k]}"].item() * 5) for k in range(num_peers)] == counts
+    assert [
+        round(loss.stats[f"selected_{'abc'[k]}"].item() * 5) for k in range(num_peers)
+    ] == counts
     if progress != 0.2:
-        assert len(set(counts)) > 1 and 0 < sum(counts) < 5 * num_peers  # or the test would see no difference
+        assert (
+            len(set(counts)) > 1 and 0 < sum(counts) < 5 * num_peers
+        )  # or the test would see no difference
     for grad, slope in zip(gradients(value, zs), naive.slope(expected, consts), strict=True):
         torch.testing.assert_close(grad, torch.tensor(slope).double(), atol=3e-6, rtol=1e-5)
 
@@ -187,7 +219,9 @@ def test_mkd_against_loops(num_peers, eps):
             for i, row in enumerate(rows):
                 p = naive.softmax(row)
                 teachers = [naive.softmax(consts[j][i]) for j in range(num_peers) if j != k]
-                kl = sum(naive.cross_entropy(t, p) - naive.entropy(t) for t in teachers) / len(teachers)
+                kl = sum(naive.cross_entropy(t, p) - naive.entropy(t) for t in teachers) / len(
+                    teachers
+                )
                 total += ((1 - eps) * -math.log(p[y[i]]) + eps * kl) / len(rows)
         return total
 
@@ -247,7 +281,9 @@ def test_zero_knowledge_of_the_grid_is_independent_training(pair):
     torch.testing.assert_close(Mutual(CE(), Nothing())(zs, y), CE()(zs[0], y) + CE()(zs[1], y))
 
 
-@pytest.mark.parametrize(("b2", "first", "last"), [(-6.0, 1.905, 0.095), (-10.0, 1.987, 0.0134), (6.0, 0.095, 1.905)])
+@pytest.mark.parametrize(
+    ("b2", "first", "last"), [(-6.0, 1.905, 0.095), (-10.0, 1.987, 0.0134), (6.0, 0.095, 1.905)]
+)
 def test_progressive_threshold(b2, first, last):
     select = Confident(eta=2, b2=b2)
     for t, factor in [(0.0, first), (1.0, last)]:
@@ -283,7 +319,9 @@ def test_smkd_without_schedule_asks_for_no_progress(pair):
 def test_equal_peers_have_nothing_to_teach_in_mkd(num_peers):
     z, y = torch.randn(6, 4, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, 1])
     expected = (1 - 0.4) * torch.nn.functional.cross_entropy(z, y) * num_peers
-    torch.testing.assert_close(MKD(eps=0.4, num_peers=num_peers)([z.clone() for _ in range(num_peers)], y), expected)
+    torch.testing.assert_close(
+        MKD(eps=0.4, num_peers=num_peers)([z.clone() for _ in range(num_peers)], y), expected
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- who teaches whom
@@ -308,7 +346,9 @@ def lesson_of_b_only(refine, own=0.0):
     return Mutual(refine, Confident(eta=4, b2=0), own=own), zs, y
 
 
-@pytest.mark.parametrize("refine", [BootSoft(), ConfidencePenalty(eps=0.3), BootHard(), MyLC(detach=False)], ids=repr)
+@pytest.mark.parametrize(
+    "refine", [BootSoft(), ConfidencePenalty(eps=0.3), BootHard(), MyLC(detach=False)], ids=repr
+)
 def test_knowledge_is_a_constant_for_who_hands_it_over(refine):
     loss, zs, y = lesson_of_b_only(refine)
     grad_a, grad_b = gradients(loss(zs, y), zs)
@@ -321,11 +361,17 @@ def test_the_teachers_entropy_selects_and_its_label_is_what_is_taught():
     """Were the receiver's entropy asked, a would learn nothing here; were p_b taught and not q~_b, another number."""
     loss, zs, y = lesson_of_b_only(BootHard(eps=0.5))
     p_a = [naive.softmax(row) for row in zs[0].tolist()]
-    taught = [(naive.onehot(t, 3), naive.onehot(g, 3)) for t, g in zip([0, 1, 2, 0], y.tolist(), strict=True)]
+    taught = [
+        (naive.onehot(t, 3), naive.onehot(g, 3))
+        for t, g in zip([0, 1, 2, 0], y.tolist(), strict=True)
+    ]
     q = [[0.5 * u + 0.5 * v for u, v in zip(*pair, strict=True)] for pair in taught]
     expected = sum(map(naive.cross_entropy, q, p_a)) / 4
     assert loss(zs, y).item() == pytest.approx(expected)
-    assert loss.stats["taught_a"].item() == pytest.approx(expected) and loss.stats["taught_b"].item() == 0
+    assert (
+        loss.stats["taught_a"].item() == pytest.approx(expected)
+        and loss.stats["taught_b"].item() == 0
+    )
 
 
 def test_own_weighs_the_own_loss(pair):
@@ -345,12 +391,16 @@ def test_batch_normalisation_does_not_depend_on_how_a_batch_is_cut():
         whole[n] = loss(zs, y)
         cut[n] = (loss([z[:4] for z in zs], y[:4]) + loss([z[4:] for z in zs], y[4:])) / 2
     torch.testing.assert_close(whole["batch"], cut["batch"])
-    assert (whole["selected"] - cut["selected"]).abs() > 1e-3  # the test's batch does tell them apart
+    assert (
+        whole["selected"] - cut["selected"]
+    ).abs() > 1e-3  # the test's batch does tell them apart
 
 
 def test_reductions_agree(pair):
     zs, y = pair
-    none, mean, total = (SMKD(CE(), eta=1.5, b2=0, reduction=r)(zs, y) for r in ("none", "mean", "sum"))
+    none, mean, total = (
+        SMKD(CE(), eta=1.5, b2=0, reduction=r)(zs, y) for r in ("none", "mean", "sum")
+    )
     assert none.shape == (5,)
     torch.testing.assert_close([none.mean(), none.sum()], [mean, total])
 
@@ -386,13 +436,20 @@ class Linear(Loss):
 def test_a_loss_that_does_not_refine_hands_over_samples_with_their_labels(num_peers):
     zs, y = peers_batch(num_peers)
     loss = Mutual(Linear(), Confident(eta=1.5, b2=0), num_peers=num_peers)
-    errors = [[1 - naive.softmax(row)[t] for row, t in zip(z.tolist(), y.tolist(), strict=True)] for z in zs]
-    sure = [[naive.entropy(naive.softmax(row)) < math.log(4) / 1.5 for row in z.tolist()] for z in zs]
+    errors = [
+        [1 - naive.softmax(row)[t] for row, t in zip(z.tolist(), y.tolist(), strict=True)]
+        for z in zs
+    ]
+    sure = [
+        [naive.entropy(naive.softmax(row)) < math.log(4) / 1.5 for row in z.tolist()] for z in zs
+    ]
     expected = sum(sum(e) / 5 for e in errors)
     for k in range(num_peers):
         for j in range(num_peers):
             if j != k:
-                expected += sum(e for e, s in zip(errors[k], sure[j], strict=True) if s) / sum(sure[j])
+                expected += sum(e for e, s in zip(errors[k], sure[j], strict=True) if s) / sum(
+                    sure[j]
+                )
     assert loss(zs, y).item() == pytest.approx(expected)
 
 
@@ -442,28 +499,37 @@ def test_watch_keeps_the_last_selection(pair):
         loss(zs, y)
     assert len(loss.selection) == 2
     for (mask, taught), z, name in zip(loss.selection, zs, "ab", strict=True):
-        assert mask.dtype == torch.bool and mask.to(z.dtype).mean() == loss.stats[f"selected_{name}"]
-        assert mask.tolist() == [naive.entropy(naive.softmax(row)) < math.log(4) / 1.5 for row in z.tolist()]
+        assert (
+            mask.dtype == torch.bool and mask.to(z.dtype).mean() == loss.stats[f"selected_{name}"]
+        )
+        assert mask.tolist() == [
+            naive.entropy(naive.softmax(row)) < math.log(4) / 1.5 for row in z.tolist()
+        ]
         assert torch.equal(taught, y)  # the class its target names
 
 
-@pytest.mark.parametrize(("make", "error", "message"), [
-    (lambda: Confident(eta=0), ValueError, "eta=0"),
-    (lambda: SMKD(eta=float("nan")), ValueError, "eta=nan"),
-    (lambda: SMKD(normalize="select"), ValueError, "normalize='select'.*'selected', 'batch'"),
-    (lambda: SMKD(num_peers=1), ValueError, "num_peers=1"),
-    (lambda: Mutual(MKD(), Everything()), TypeError, "refine must be"),
-    (lambda: Mutual(CE, Everything()), TypeError, "refine must be"),
-    (lambda: MKD(eps=1.5), ValueError, "eps=1.5"),
-    (lambda: MKD(eps=-0.5), ValueError, "eps=-0.5"),
-    (lambda: Mutual(CE(), Everything()).prime([], []), TypeError, "CE, which has none"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: Confident(eta=0), ValueError, "eta=0"),
+        (lambda: SMKD(eta=float("nan")), ValueError, "eta=nan"),
+        (lambda: SMKD(normalize="select"), ValueError, "normalize='select'.*'selected', 'batch'"),
+        (lambda: SMKD(num_peers=1), ValueError, "num_peers=1"),
+        (lambda: Mutual(MKD(), Everything()), TypeError, "refine must be"),
+        (lambda: Mutual(CE, Everything()), TypeError, "refine must be"),
+        (lambda: MKD(eps=1.5), ValueError, "eps=1.5"),
+        (lambda: MKD(eps=-0.5), ValueError, "eps=-0.5"),
+        (lambda: Mutual(CE(), Everything()).prime([], []), TypeError, "CE, which has none"),
+    ],
+)
 def test_refuses(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
 
-@pytest.mark.parametrize("loss", [SMKD(CE(), b2=0, num_peers=3), MKD(num_peers=3)], ids=["smkd", "mkd"])
+@pytest.mark.parametrize(
+    "loss", [SMKD(CE(), b2=0, num_peers=3), MKD(num_peers=3)], ids=["smkd", "mkd"]
+)
 def test_wrong_number_of_peers(pair, loss):
     zs, y = pair
     with pytest.raises(ValueError, match=r"num_peers=3.*got 2"):
@@ -488,7 +554,9 @@ def test_teachers_teach_each_peer_and_peers_each_other():
 
 def test_peers_of_different_precision():
     """Each gets its gradient in its own dtype: the one of float32 logits of the same values."""
-    zs = [torch.randn(6, 5, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(2)]
+    zs = [
+        torch.randn(6, 5, generator=torch.Generator().manual_seed(k)).bfloat16() for k in range(2)
+    ]
     mixed = [zs[0].clone().requires_grad_(), zs[1].float().requires_grad_()]
     full = [z.float().requires_grad_() for z in zs]
     for peers in (mixed, full):

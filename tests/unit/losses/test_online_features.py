@@ -36,8 +36,13 @@ def ce(z, y):
 
 
 def heads(x, layer):
-    return [[sum(w * v for w, v in zip(row, r, strict=True)) + b for row, b in
-             zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)] for r in x]  # fmt: skip
+    return [
+        [
+            sum(w * v for w, v in zip(row, r, strict=True)) + b
+            for row, b in zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
+        ]
+        for r in x
+    ]
 
 
 def test_ffl_by_loops():
@@ -48,8 +53,13 @@ def test_ffl_by_loops():
     value = loss(zs, y, features=fs)
     small = nn.functional.adaptive_avg_pool2d(fs[0], (2, 2))
     x = torch.cat([small, fs[1]], dim=1)
-    depth = torch.stack([nn.functional.conv2d(x[:, c : c + 1], loss.fuse[0].weight[c : c + 1], padding=1)[:, 0]
-                         for c in range(5)], dim=1)  # fmt: skip
+    depth = torch.stack(
+        [
+            nn.functional.conv2d(x[:, c : c + 1], loss.fuse[0].weight[c : c + 1], padding=1)[:, 0]
+            for c in range(5)
+        ],
+        dim=1,
+    )
 
     def standardised(m):
         mean, var = m.mean((0, 2, 3), keepdim=True), m.var((0, 2, 3), unbiased=False, keepdim=True)
@@ -78,7 +88,11 @@ def test_pcl_by_loops():
         total += ce(ensemble[i], y[i])
         for k, z in enumerate(zs):
             row = z[i].tolist()
-            total += ce(row, y[i]) + soft_kl(ensemble[i], row, 3.0) + soft_kl(teacher[1 - k, i].tolist(), row, 3.0)
+            total += (
+                ce(row, y[i])
+                + soft_kl(ensemble[i], row, 3.0)
+                + soft_kl(teacher[1 - k, i].tolist(), row, 3.0)
+            )
     assert value.item() == pytest.approx(total / B, rel=1e-9)
 
 
@@ -99,7 +113,9 @@ def test_the_ensemble_learns_from_labels_only():
     zs, y, fs = inputs(2)
     loss(zs, y, features=fs, teacher=torch.randn(2, B, C, dtype=torch.float64)).backward()
     ours = loss.head.weight.grad.clone()
-    alone = nn.functional.cross_entropy(loss.head(torch.cat([f.detach().mean((2, 3)) for f in fs], 1)), y)
+    alone = nn.functional.cross_entropy(
+        loss.head(torch.cat([f.detach().mean((2, 3)) for f in fs], 1)), y
+    )
     torch.testing.assert_close(ours, torch.autograd.grad(alone, loss.head.weight)[0])
 
 
@@ -145,7 +161,9 @@ def test_afd_is_two_games():
     logits = sum(nn.functional.cross_entropy(z, y) for z in zs)
     for a, b in (zs, zs[::-1]):
         target = (b.detach() / 3).softmax(1)
-        logits = logits + 9 * nn.functional.kl_div((a / 3).log_softmax(1), target, reduction="batchmean")
+        logits = logits + 9 * nn.functional.kl_div(
+            (a / 3).log_softmax(1), target, reduction="batchmean"
+        )
     fool = tell = 0.0
     for k, (r, d) in enumerate(zip(loss.transfer, loss.adversaries, strict=True)):
         real = fs[1 - k].detach()
@@ -155,7 +173,9 @@ def test_afd_is_two_games():
         tell = tell + ((1 - score(d, real)) ** 2 + score(d, fake.detach()) ** 2).mean()
     assert value.item() == pytest.approx((logits + 0.7 * fool + tell).item(), rel=1e-9)
     learned = [*fs, *loss.transfer.parameters()]
-    for ours, grad in zip(learned, torch.autograd.grad(0.7 * fool, learned, retain_graph=True), strict=True):
+    for ours, grad in zip(
+        learned, torch.autograd.grad(0.7 * fool, learned, retain_graph=True), strict=True
+    ):
         torch.testing.assert_close(ours.grad, grad)
     theirs = list(loss.adversaries.parameters())
     for ours, grad in zip(theirs, torch.autograd.grad(tell, theirs), strict=True):
@@ -176,8 +196,14 @@ def test_what_does_not_fit_is_named(make):
         loss(zs, y, features=fs[:1], **extra)
 
 
-@pytest.mark.parametrize("build", [lambda: FFL(DIMS, C, ramp=1.1), lambda: PCL(DIMS, C, temperature=0.0),
-                                   lambda: PCL(DIMS, C, ema=1.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: FFL(DIMS, C, ramp=1.1),
+        lambda: PCL(DIMS, C, temperature=0.0),
+        lambda: PCL(DIMS, C, ema=1.0),
+    ],
+)
 def test_bad_values(build):
     with pytest.raises(ValueError, match=r"ramp=1\.1|temperature=0\.0|ema=1\.0"):
         build()
@@ -185,21 +211,36 @@ def test_bad_values(build):
 
 # -------------------------------------------------------------------------------------------------------------- hosting
 
-SMALL = ["test_resnet", "test_convnext", "test_efficientnet", "test_vit", "test_vit2", "test_byobnet"]
+SMALL = [
+    "test_resnet",
+    "test_convnext",
+    "test_efficientnet",
+    "test_vit",
+    "test_vit2",
+    "test_byobnet",
+]
 OTHERS = ["mobilenetv3_small_050", "swin_tiny_patch4_window7_224", "inception_resnet_v2"]
 
 
 @pytest.mark.parametrize("name", [*SMALL, *OTHERS])
 def test_logits_with_features_are_the_networks(name):
-    depth = {"depths": (1, 1, 1, 1), "embed_dim": 12, "num_heads": (1, 1, 2, 2)} if "swin" in name else {}
+    depth = (
+        {"depths": (1, 1, 1, 1), "embed_dim": 12, "num_heads": (1, 1, 2, 2)}
+        if "swin" in name
+        else {}
+    )
     model = timm.create_model(name, num_classes=C, **depth).eval()
-    x = torch.randn(2, 3, *(model.patch_embed.img_size if hasattr(model, "patch_embed") else (96, 96)))
+    x = torch.randn(
+        2, 3, *(model.patch_embed.img_size if hasattr(model, "patch_embed") else (96, 96))
+    )
     with torch.no_grad():
         for deep in (False, True):
             logits, maps = with_features(model, x, deep)
             assert torch.equal(logits, model(x))
             assert all(m.dim() == 4 and len(m) == 2 for m in maps)
-            assert [m.shape[1] for m in maps] == (feature_dims(model) if deep else [model.num_features])
+            assert [m.shape[1] for m in maps] == (
+                feature_dims(model) if deep else [model.num_features]
+            )
             sizes = [m.shape[-1] for m in maps]
             assert sizes == sorted(sizes, reverse=True)
 
@@ -226,8 +267,12 @@ def test_trained_and_resumed(name, tmp_path):
     before = state(whole.model.criterion)
     whole.train()
     learned = [k for k, _ in whole.model.criterion.named_parameters()]
-    assert learned and all(not torch.equal(before[k], state(whole.model.criterion)[k]) for k in learned)
-    again = trainer(tmp_path / "again", peers(1), losses()[name], view(transform=larger), **settings)
+    assert learned and all(
+        not torch.equal(before[k], state(whole.model.criterion)[k]) for k in learned
+    )
+    again = trainer(
+        tmp_path / "again", peers(1), losses()[name], view(transform=larger), **settings
+    )
     again.train(str(tmp_path / "run" / "checkpoint-6"))
     assert difference(state(whole.model), state(again.model)) == 0
 
@@ -250,7 +295,9 @@ def test_averages_over_time():
     assert not any(p.requires_grad for p in hosted.averages.parameters())
     hosted.criterion.set_progress(1.0)
     seen = {}
-    hosted.criterion.register_forward_pre_hook(lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True)
+    hosted.criterion.register_forward_pre_hook(
+        lambda m, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
     x = torch.randn(4, 3, 32, 32)
     hosted(x, torch.tensor([0, 1, 2, 0]))["loss"].backward()
     with torch.no_grad():
@@ -261,7 +308,12 @@ def test_averages_over_time():
 def test_averages_move_once_a_step(tmp_path):
     """Not once a micro-batch: two accumulated batches are one step."""
     run = trainer(
-        tmp_path, peers(), losses()["pcl"], view(transform=larger), gradient_accumulation_steps=2, max_steps=3
+        tmp_path,
+        peers(),
+        losses()["pcl"],
+        view(transform=larger),
+        gradient_accumulation_steps=2,
+        max_steps=3,
     )
     run.train()
     assert [m.n_averaged.item() for m in run.model.averages] == [3, 3]

@@ -21,10 +21,18 @@ U = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SCALE = 2.0**10  # of the gradients in float16: no overflow in these networks
 STEPS, SEEDS = 12, range(5)
 dtypes = pytest.mark.parametrize("dtype", list(U), ids=["bfloat16", "float16"])
-devices = pytest.mark.parametrize("device", [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.device_count() != 1, reason="needs one accelerator")),
-])  # fmt: skip
+devices = pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(
+                torch.cuda.device_count() != 1, reason="needs one accelerator"
+            ),
+        ),
+    ],
+)
 
 
 EXACT = {"cpu": 0.0, "cuda": 1e-4}  # where sums are not always taken in the same order
@@ -40,7 +48,11 @@ class Smooth(Net):
 
 
 def pair(seed):
-    return [Smooth(2 * seed), Smooth(2 * seed + 1)], SMKD(MyLC(window=ROWS), eta=1.5, b2=-4, normalize="batch"), []
+    return (
+        [Smooth(2 * seed), Smooth(2 * seed + 1)],
+        SMKD(MyLC(window=ROWS), eta=1.5, b2=-4, normalize="batch"),
+        [],
+    )
 
 
 def alone(loss, teachers=0):
@@ -60,7 +72,9 @@ FAMILIES = {  # seed -> networks, loss, teachers
 def train(host, data, device="cpu", dtype=None, steps=STEPS, scaler=None, skip=()):
     """A plain loop of SGD on batches of eight; the loss at each step. At the steps in ``skip`` nothing is learned."""
     optimizer = torch.optim.SGD(host.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
-    scaler = scaler or torch.amp.GradScaler(device, init_scale=SCALE, enabled=dtype == torch.float16)
+    scaler = scaler or torch.amp.GradScaler(
+        device, init_scale=SCALE, enabled=dtype == torch.float16
+    )
     batches, curve = list(torch.utils.data.DataLoader(data, 8)), []
     for step in range(steps):
         host.criterion.set_progress(step / steps)
@@ -84,7 +98,9 @@ def parts(tensors):
     """The networks, and what the loss remembers (its counts are the same in any precision)."""
     weights = {k: v for k, v in tensors.items() if k.startswith("peers.")}
     own = {
-        k: v for k, v in tensors.items() if k.startswith("criterion.") and not k.endswith(("progress.value", "count"))
+        k: v
+        for k, v in tensors.items()
+        if k.startswith("criterion.") and not k.endswith(("progress.value", "count"))
     }
     return weights, {k: v for k, v in own.items() if v.is_floating_point()}
 
@@ -168,8 +184,12 @@ def test_logits_that_overflow(name, device, monkeypatch):
         host, scaler = stateful(name, device), torch.amp.GradScaler(device, init_scale=SCALE)
         train(host, data, device, torch.float16, 1, scaler)
         before, kept = parts(state(host))[0], state(host.criterion)
-        too_much = torch.ones(8, 1, device=device).index_fill(0, torch.tensor(2, device=device), math.inf)
-        handle = host.peers[0].register_forward_hook(lambda _, args, z, m=too_much: z * m.to(z.dtype))
+        too_much = torch.ones(8, 1, device=device).index_fill(
+            0, torch.tensor(2, device=device), math.inf
+        )
+        handle = host.peers[0].register_forward_hook(
+            lambda _, args, z, m=too_much: z * m.to(z.dtype)
+        )
         if refuses:
             with pytest.raises(ValueError, match="NaN"):
                 train(host, data, device, torch.float16, 1, scaler)
@@ -184,19 +204,30 @@ def test_logits_that_overflow(name, device, monkeypatch):
                 assert torch.equal(value[2], kept[key][2]), key
         if name == "mylc":  # seven samples of the bad batch count
             assert host.criterion.mean_certainty.count == 15
-        assert all(math.isfinite(value) for value in train(host, data, device, torch.float16, 2, scaler))
+        assert all(
+            math.isfinite(value) for value in train(host, data, device, torch.float16, 2, scaler)
+        )
         assert difference(parts(state(host))[0], before) > 1e-3
 
 
 # -------------------------------------------------------------------------------------------------------- in the Trainer
 
 
-def trained(folder, seed, device, dtype=None, loss=None, rows=ROWS, scaler=None, resume=None, **kwargs):
+def trained(
+    folder, seed, device, dtype=None, loss=None, rows=ROWS, scaler=None, resume=None, **kwargs
+):
     """Two networks in the Trainer; (start, end, Trainer). The scaler of a CPU is put where accelerate has that of a GPU."""
     networks, smkd, _ = pair(seed)
     names = {torch.bfloat16: {"bf16": True}, torch.float16: {"fp16": True}, None: {}}[dtype]
-    run = trainer(folder, networks, loss or smkd, view(rows, seed=seed, clean=False), learning_rate=0.02,
-                  use_cpu=device == "cpu", **names | kwargs)  # fmt: skip
+    run = trainer(
+        folder,
+        networks,
+        loss or smkd,
+        view(rows, seed=seed, clean=False),
+        learning_rate=0.02,
+        use_cpu=device == "cpu",
+        **names | kwargs,
+    )
     if dtype == torch.float16:
         run.accelerator.native_amp = True
         run.accelerator.scaler = scaler or torch.amp.GradScaler(device, init_scale=SCALE)
@@ -225,13 +256,17 @@ def test_clipped_in_the_trainer(tmp_path, dtype, device):
 def test_an_overflow_in_the_trainer(tmp_path, device):
     """The step is skipped, the batch seen, and the run goes on; its checkpoint has the scale, and it resumes bit-equal."""
     settings = {"max_grad_norm": 0.1, "save_strategy": "steps", "save_steps": 6, "logging_steps": 1}
-    start, end, run = trained(tmp_path, 0, device, torch.float16, scaler=overflowing(device), **settings)
+    start, end, run = trained(
+        tmp_path, 0, device, torch.float16, scaler=overflowing(device), **settings
+    )
     assert run.accelerator.scaler.get_scale() == SCALE
     assert run.state.global_step == STEPS
     assert all(math.isfinite(log["loss"]) for log in run.state.log_history if "loss" in log)
     assert run.model.criterion.refine[0].mean_certainty.count == ROWS
     assert difference(end, start) > 1e-3
-    _, first, run = trained(tmp_path / "first", 0, device, torch.float16, scaler=overflowing(device), max_steps=1)
+    _, first, run = trained(
+        tmp_path / "first", 0, device, torch.float16, scaler=overflowing(device), max_steps=1
+    )
     assert difference(first, start) == 0.0
     assert run.model.criterion.refine[0].mean_certainty.count == 8
     settings |= {"scaler": overflowing(device), "resume": str(tmp_path / "checkpoint-6")}
@@ -241,7 +276,10 @@ def test_an_overflow_in_the_trainer(tmp_path, device):
 
 def test_fp16_on_a_cpu_is_float32_and_says_so(tmp_path, caplog):
     """accelerate leaves it out there; tested, so that it is seen when that changes."""
-    runs = [trainer(tmp_path, [Smooth(0), Smooth(1)], max_steps=2, **kwargs) for kwargs in ({}, {"fp16": True})]
+    runs = [
+        trainer(tmp_path, [Smooth(0), Smooth(1)], max_steps=2, **kwargs)
+        for kwargs in ({}, {"fp16": True})
+    ]
     for run in runs:
         run.train()
     assert difference(*(state(run.model) for run in runs)) == 0.0
@@ -257,7 +295,10 @@ def test_accumulation_in_half_precision(tmp_path, dtype, device):
         ends = []
         for precision, size in ((None, 8), (dtype, 8), (dtype, 2)):
             loss = SMKD(ProSelfLC(b1=4.0), eta=1.5, b2=-4, normalize="batch")
-            settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 8 // size}
+            settings = {
+                "per_device_train_batch_size": size,
+                "gradient_accumulation_steps": 8 // size,
+            }
             start, end, run = trained(tmp_path, seed, device, precision, loss, 44, **settings)
             assert run.state.global_step == 12
             ends.append(end)

@@ -9,7 +9,12 @@ from test_contract import batch_for, leaves, make
 
 from kd_plugins import list_losses
 
-DTYPES = {"float32": 1e4, "float64": 1e4, "bfloat16": 1e4, "float16": 3e4}  # and the largest logit tried in them
+DTYPES = {
+    "float32": 1e4,
+    "float64": 1e4,
+    "bfloat16": 1e4,
+    "float16": 3e4,
+}  # and the largest logit tried in them
 PATTERNS = ("random", "uniform", "certain", "one class for all", "two alike", "huge", "tiny")
 FEATURES_ONLY = {"fitnet", "at", "vid", "crd", "camkd_features"}  # these never look at the logits
 TARGETS = ("index", "one-hot", "soft", "with zeros", "uniform")
@@ -57,7 +62,9 @@ def targets_like(kind, b, classes, generator):
     return {"index": index, "one-hot": onehot}.get(kind, soft / soft.sum(-1, keepdim=True))
 
 
-@pytest.mark.filterwarnings("ignore:DMI on a batch:UserWarning")  # smaller than the classes: its determinant is zero
+@pytest.mark.filterwarnings(
+    "ignore:DMI on a batch:UserWarning"
+)  # smaller than the classes: its determinant is zero
 @pytest.mark.parametrize("name", list_losses())
 @settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(case=inputs())
@@ -70,7 +77,10 @@ def test_any_batch_gives_finite_figures(name, case):
     x = batch_for(loss, b, classes)
     largest = DTYPES[case["dtype"]]
     patterns = (case["patterns"] * len(x.logits))[: len(x.logits)]
-    x.logits = [logits_like(p, (b, classes), largest, generator).to(dtype).requires_grad_() for p in patterns]
+    x.logits = [
+        logits_like(p, (b, classes), largest, generator).to(dtype).requires_grad_()
+        for p in patterns
+    ]
     if "teacher" in x.extra:
         drawn = [logits_like(p, (b, classes), largest, generator) for p in case["patterns"]]
         x.extra["teacher"] = torch.stack(drawn).to(dtype)
@@ -96,7 +106,10 @@ def nonsense(draw):
         "outside the": lambda: (z, y - draw(st.integers(1, 99))),
         "integers": lambda: (z, y.float()),
         "target": lambda: (z, y[: draw(st.integers(0, b - 1))]),
-        "NaN": lambda: (z.index_put((torch.tensor(draw(st.integers(0, b - 1))),), torch.tensor(torch.nan)), y),
+        "NaN": lambda: (
+            z.index_put((torch.tensor(draw(st.integers(0, b - 1))),), torch.tensor(torch.nan)),
+            y,
+        ),
         "empty": lambda: (z[:0], y[:0]),
         "logits": lambda: (draw(st.sampled_from([z[0], z[None], z[:, :1], z.long()])), y),
     }

@@ -11,8 +11,10 @@ from kd_plugins import CE, BootHard, BootSoft, ConfidencePenalty, LabelSmoothing
 LN3 = math.log(3)
 P = [[0.95, 0.01, 0.04], [0.2, 0.5, 0.3]]  # two samples, three classes
 Y = [2, 0]
-H = [-(0.95 * math.log(0.95) + 0.01 * math.log(0.01) + 0.04 * math.log(0.04)),
-     -(0.2 * math.log(0.2) + 0.5 * math.log(0.5) + 0.3 * math.log(0.3))]  # fmt: skip
+H = [
+    -(0.95 * math.log(0.95) + 0.01 * math.log(0.01) + 0.04 * math.log(0.04)),
+    -(0.2 * math.log(0.2) + 0.5 * math.log(0.5) + 0.3 * math.log(0.3)),
+]
 L = [1 - H[0] / LN3, 1 - H[1] / LN3]  # 0.7965, 0.0628
 
 
@@ -45,16 +47,32 @@ def test_ce_by_hand():
     assert q_of(CE()) == rows([0, 0, 1], [1, 0, 0])
 
 
-@pytest.mark.parametrize(("loss", "expected"), [
-    (LabelSmoothing(eps=0.3), [[0.1, 0.1, 0.8], [0.8, 0.1, 0.1]]),
-    (ConfidencePenalty(eps=0.2), [[-0.19, -0.002, 0.792], [0.76, -0.1, -0.06]]),  # 0.8 q - 0.2 p
-    (BootSoft(eps=0.8), [[0.76, 0.008, 0.232], [0.36, 0.4, 0.24]]),  # the first is ProSelfLC's worked example
-    (BootHard(eps=0.2), [[0.2, 0, 0.8], [0.8, 0.2, 0]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (LabelSmoothing(eps=0.3), [[0.1, 0.1, 0.8], [0.8, 0.1, 0.1]]),
+        (
+            ConfidencePenalty(eps=0.2),
+            [[-0.19, -0.002, 0.792], [0.76, -0.1, -0.06]],
+        ),  # 0.8 q - 0.2 p
+        (
+            BootSoft(eps=0.8),
+            [[0.76, 0.008, 0.232], [0.36, 0.4, 0.24]],
+        ),  # the first is ProSelfLC's worked example
+        (BootHard(eps=0.2), [[0.2, 0, 0.8], [0.8, 0.2, 0]]),
+    ],
+)
 def test_refined_label_by_hand(loss, expected):
     assert q_of(loss) == rows(*expected)
     z, y = case()
-    value = sum(-q * math.log(p) for qs, ps in zip(expected, P, strict=True) for q, p in zip(qs, ps, strict=True)) / 2
+    value = (
+        sum(
+            -q * math.log(p)
+            for qs, ps in zip(expected, P, strict=True)
+            for q, p in zip(qs, ps, strict=True)
+        )
+        / 2
+    )
     assert loss(z, y).item() == pytest.approx(value)
 
 
@@ -63,15 +81,24 @@ def test_entropies_of_the_example():
     assert [*H, *L] == pytest.approx([0.2235, 1.0297, 0.7965, 0.0628], abs=5e-5)
 
 
-@pytest.mark.parametrize(("b1", "shift", "progress", "g"), [
-    (10.0, 0.5, 0.5, 0.5), (10.0, 0.5, 0.0, 0.00669285), (10.0, 0.5, 1.0, 0.99330715),
-    (8.0, 0.25, 0.5, 0.88079708), (0.0, 0.5, 0.9, 0.5), (1e4, 0.5, 1.0, 1.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("b1", "shift", "progress", "g"),
+    [
+        (10.0, 0.5, 0.5, 0.5),
+        (10.0, 0.5, 0.0, 0.00669285),
+        (10.0, 0.5, 1.0, 0.99330715),
+        (8.0, 0.25, 0.5, 0.88079708),
+        (0.0, 0.5, 0.9, 0.5),
+        (1e4, 0.5, 1.0, 1.0),
+    ],
+)
 def test_proselflc_by_hand(b1, shift, progress, g):
     """g = 1/(1 + exp(-b1 (t - shift))): exp(5) = 148.41, exp(2) = 7.389."""
     loss = at(ProSelfLC(b1=b1, shift=shift), progress)
     e0, e1 = g * L[0], g * L[1]
-    assert q_of(loss) == rows([e0 * 0.95, e0 * 0.01, 1 - e0 * 0.96], [1 - e1 * 0.8, e1 * 0.5, e1 * 0.3])
+    assert q_of(loss) == rows(
+        [e0 * 0.95, e0 * 0.01, 1 - e0 * 0.96], [1 - e1 * 0.8, e1 * 0.5, e1 * 0.3]
+    )
     assert loss.stats["eps"].item() == pytest.approx((e0 + e1) / 2, abs=1e-6)
 
 
@@ -89,8 +116,12 @@ def test_mylc_by_hand():
     r = (L[0] + L[1]) / 2  # 0.4296
     g = 1 / (1 + math.exp(-4 * (r - 0.25)))
     e0, e1 = g * L[0], g * L[1]
-    assert q_of(loss) == rows([e0 * 0.95, e0 * 0.01, 1 - e0 * 0.96], [1 - e1 * 0.8, e1 * 0.5, e1 * 0.3])
-    assert loss.r.item() == pytest.approx(r, abs=1e-7) and loss.stats["r"].item() == pytest.approx(r, abs=1e-7)
+    assert q_of(loss) == rows(
+        [e0 * 0.95, e0 * 0.01, 1 - e0 * 0.96], [1 - e1 * 0.8, e1 * 0.5, e1 * 0.3]
+    )
+    assert loss.r.item() == pytest.approx(r, abs=1e-7) and loss.stats["r"].item() == pytest.approx(
+        r, abs=1e-7
+    )
 
 
 def test_mylc_r_runs_over_batches_and_stands_still_in_eval():
@@ -142,8 +173,18 @@ CASES = [
     ("boot_soft", {"eps": 0.3}, lambda: BootSoft(eps=0.3), True),
     ("boot_soft", {"eps": 0.3}, lambda: BootSoft(eps=0.3, detach=True), False),
     ("boot_hard", {"eps": 0.3}, lambda: BootHard(eps=0.3), False),
-    ("trust", {"g": naive.sigmoid(8 * (0.7 - 0.4))}, lambda: at(ProSelfLC(b1=8, shift=0.4), 0.7), False),
-    ("trust", {"g": naive.sigmoid(8 * (0.7 - 0.4))}, lambda: at(ProSelfLC(b1=8, shift=0.4, detach=False), 0.7), True),
+    (
+        "trust",
+        {"g": naive.sigmoid(8 * (0.7 - 0.4))},
+        lambda: at(ProSelfLC(b1=8, shift=0.4), 0.7),
+        False,
+    ),
+    (
+        "trust",
+        {"g": naive.sigmoid(8 * (0.7 - 0.4))},
+        lambda: at(ProSelfLC(b1=8, shift=0.4, detach=False), 0.7),
+        True,
+    ),
     ("trust", {"g": None}, lambda: MyLC(b1=6, rho=0.4), False),
     ("trust", {"g": None}, lambda: MyLC(b1=6, rho=0.4, detach=False), True),
 ]
@@ -153,7 +194,9 @@ CASES = [
 @pytest.mark.parametrize(("kind", "how", "make", "live"), CASES)
 def test_value_and_gradient_against_loops(kind, how, make, live, soft):
     """``live``: the gradient also runs through the prediction inside q~ (never through the trust eps)."""
-    z = (torch.randn(5, 4, dtype=torch.float64) * torch.tensor([[0.3], [1], [2], [4], [8]])).requires_grad_()
+    z = (
+        torch.randn(5, 4, dtype=torch.float64) * torch.tensor([[0.3], [1], [2], [4], [8]])
+    ).requires_grad_()
     y = torch.rand(5, 4, dtype=torch.float64).softmax(-1) if soft else torch.tensor([0, 3, 1, 2, 2])
     qs = y.tolist() if soft else [naive.onehot(i, 4) for i in y.tolist()]
     const = [naive.softmax(row) for row in z.tolist()]
@@ -179,7 +222,13 @@ def formula_parts(eps):
     z, y = case()
     p, q = torch.tensor(P, dtype=torch.float64), torch.nn.functional.one_hot(y, 3).double()
     h = -(p * p.log()).sum(-1, keepdim=True)
-    return z, y, p, (1 - eps) * (p - q) / 2, eps * p * (p.log() + h) / 2  # d mean H(q, p) / dz, -d mean H(p) / dz
+    return (
+        z,
+        y,
+        p,
+        (1 - eps) * (p - q) / 2,
+        eps * p * (p.log() + h) / 2,
+    )  # d mean H(q, p) / dz, -d mean H(p) / dz
 
 
 @pytest.mark.parametrize("eps", [0.2, 0.7])
@@ -233,7 +282,10 @@ def test_proselflc_trusts_more_with_time_and_mylc_with_certainty():
     early(z, y), late(z, y)
     assert early.stats["eps"] < late.stats["eps"]
     few, many = MyLC(), MyLC()
-    few(torch.zeros(8, 3), torch.zeros(8, dtype=torch.long)), many(torch.eye(3) * 50, torch.tensor([0, 1, 2]))
+    (
+        few(torch.zeros(8, 3), torch.zeros(8, dtype=torch.long)),
+        many(torch.eye(3) * 50, torch.tensor([0, 1, 2])),
+    )
     few(z, y), many(z, y)
     assert few.stats["eps"] < many.stats["eps"]
 
@@ -248,7 +300,9 @@ def test_epsilon_is_a_share(cls, eps):
         cls(eps=eps)
 
 
-@pytest.mark.parametrize(("kwargs", "message"), [({"rho": 1.5}, "rho=1.5"), ({"window": 0}, "window=0")])
+@pytest.mark.parametrize(
+    ("kwargs", "message"), [({"rho": 1.5}, "rho=1.5"), ({"window": 0}, "window=0")]
+)
 def test_mylc_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
         MyLC(**kwargs)

@@ -12,7 +12,10 @@ from helpers.processes import on_ranks
 from kd_plugins import APL, CE, DMI, GCE, MAE, MKD, NCE, NFL, RCE, SCE, TruncatedGCE, create_loss
 from kd_plugins.losses.functional import as_probs
 
-P = [[0.25, 0.5, 0.25], [0.64, 0.2, 0.16]]  # two samples, three classes; p_y = 1/4 and 4/25, their roots 1/2 and 2/5
+P = [
+    [0.25, 0.5, 0.25],
+    [0.64, 0.2, 0.16],
+]  # two samples, three classes; p_y = 1/4 and 4/25, their roots 1/2 and 2/5
 Y = [0, 2]
 CLAMP = math.log(1e-4)  # what the authors' code of SCE and APL has for log 0
 
@@ -30,19 +33,35 @@ def gradient(loss, z, y, **extra):
 LN2, LN5 = math.log(2), math.log(5)
 
 
-@pytest.mark.parametrize(("loss", "first", "second"), [
-    (MAE(), 0.75, 0.84),
-    (GCE(q=0.5), 1.0, 1.2),  # (1 - 1/2) / (1/2) and (1 - 2/5) / (1/2)
-    (RCE(), 3.0, 3.36),  # 4 · 0.75 and 4 · 0.84
-    (RCE(log_zero=CLAMP), 9.210340 * 0.75, 9.210340 * 0.84),
-    (SCE(), 12 * LN2 + 0.3, 12 * (LN5 - LN2) + 0.336),  # 6 ln 4 and 6 ln(25/4)
-    (SCE(alpha=0.1, beta=1.0), 0.2 * LN2 + 3, 0.2 * (LN5 - LN2) + 3.36),
-    (NCE(), 2 / 5, 2 * (LN5 - LN2) / (5 * LN5 - 6 * LN2)),  # ln 4 / (ln 4 + ln 2 + ln 4); 0.64 = 16/25, 0.2 = 1/5
-    (NFL(gamma=1.0), 1.5 / 3.5, None),  # 3/4 · 2 ln 2 of (3/4 · 2 + 1/2 · 1 + 3/4 · 2) ln 2
-    (NFL(), math.sqrt(3) / (2 * math.sqrt(3) + math.sqrt(0.5)), None),  # √(3/4) · 2 of (√(3/4) · 4 + √(1/2)) ln 2
-    (APL(), 10 * 2 / 5 + 0.1 * 3, None),
-    (APL("nfl", MAE(), alpha=2, beta=3), 2 * math.sqrt(3) / (2 * math.sqrt(3) + math.sqrt(0.5)) + 3 * 0.75, None),
-], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    ("loss", "first", "second"),
+    [
+        (MAE(), 0.75, 0.84),
+        (GCE(q=0.5), 1.0, 1.2),  # (1 - 1/2) / (1/2) and (1 - 2/5) / (1/2)
+        (RCE(), 3.0, 3.36),  # 4 · 0.75 and 4 · 0.84
+        (RCE(log_zero=CLAMP), 9.210340 * 0.75, 9.210340 * 0.84),
+        (SCE(), 12 * LN2 + 0.3, 12 * (LN5 - LN2) + 0.336),  # 6 ln 4 and 6 ln(25/4)
+        (SCE(alpha=0.1, beta=1.0), 0.2 * LN2 + 3, 0.2 * (LN5 - LN2) + 3.36),
+        (
+            NCE(),
+            2 / 5,
+            2 * (LN5 - LN2) / (5 * LN5 - 6 * LN2),
+        ),  # ln 4 / (ln 4 + ln 2 + ln 4); 0.64 = 16/25, 0.2 = 1/5
+        (NFL(gamma=1.0), 1.5 / 3.5, None),  # 3/4 · 2 ln 2 of (3/4 · 2 + 1/2 · 1 + 3/4 · 2) ln 2
+        (
+            NFL(),
+            math.sqrt(3) / (2 * math.sqrt(3) + math.sqrt(0.5)),
+            None,
+        ),  # √(3/4) · 2 of (√(3/4) · 4 + √(1/2)) ln 2
+        (APL(), 10 * 2 / 5 + 0.1 * 3, None),
+        (
+            APL("nfl", MAE(), alpha=2, beta=3),
+            2 * math.sqrt(3) / (2 * math.sqrt(3) + math.sqrt(0.5)) + 3 * 0.75,
+            None,
+        ),
+    ],
+    ids=repr,
+)
 def test_by_hand(loss, first, second):
     z, y = case()
     assert loss(z[:1], y[:1]).item() == pytest.approx(first, rel=1e-6)
@@ -56,7 +75,9 @@ def test_dmi_by_hand():
     assert DMI()(z[:2], y[:2]).item() == pytest.approx(-math.log(0.501), abs=1e-12)
     assert DMI()(z, y).item() == pytest.approx(-math.log(0.601), abs=1e-12)
     assert DMI(eps=0)(z, y).item() == pytest.approx(-math.log(0.6), abs=1e-12)
-    assert DMI()(z, 1 - y).item() == pytest.approx(-math.log(0.601), abs=1e-12)  # of a determinant below 0
+    assert DMI()(z, 1 - y).item() == pytest.approx(
+        -math.log(0.601), abs=1e-12
+    )  # of a determinant below 0
 
 
 # ------------------------------------------------------------------------------------------ value and gradient by loops
@@ -68,7 +89,10 @@ def power(q):
 
 def reverse(log_zero):
     def loss(label, p, const):
-        return -sum(b * (max(math.log(a), log_zero) if a > 0 else log_zero) for a, b in zip(label, p, strict=True))
+        return -sum(
+            b * (max(math.log(a), log_zero) if a > 0 else log_zero)
+            for a, b in zip(label, p, strict=True)
+        )
 
     return loss
 
@@ -77,7 +101,9 @@ def normalised(gamma, detach=True):
     """(1 - p)^gamma is held where ``const`` is, unless told otherwise."""
 
     def loss(label, p, const):
-        focal = [(1 - c) ** gamma * math.log(b) for b, c in zip(p, const if detach else p, strict=True)]
+        focal = [
+            (1 - c) ** gamma * math.log(b) for b, c in zip(p, const if detach else p, strict=True)
+        ]
         return sum(a * f for a, f in zip(label, focal, strict=True)) / sum(focal)
 
     return loss
@@ -109,13 +135,18 @@ CASES = [
 def spread(soft, samples=5, classes=4):
     scale = torch.tensor([0.3, 1, 2, 4, 8], dtype=torch.float64)[:samples, None]
     z = (torch.randn(samples, classes, dtype=torch.float64) * scale).requires_grad_()
-    y = (torch.randn(samples, classes, dtype=torch.float64) * 2).softmax(-1)  # some mass below exp(-4), some above
+    y = (torch.randn(samples, classes, dtype=torch.float64) * 2).softmax(
+        -1
+    )  # some mass below exp(-4), some above
     return z, y if soft else torch.tensor([0, 3, 1, 2, 2])[:samples]
 
 
 def by_loops(per_sample, z, y):
     """Mean of per_sample(label, p, p held) over nested lists, and its slope in the same nesting."""
-    labels, const = as_probs(y, z.shape[1], z.dtype).tolist(), [naive.softmax(row) for row in z.tolist()]
+    labels, const = (
+        as_probs(y, z.shape[1], z.dtype).tolist(),
+        [naive.softmax(row) for row in z.tolist()],
+    )
 
     def value(zs):
         rows = zip(labels, zs[0], const, strict=True)
@@ -126,7 +157,9 @@ def by_loops(per_sample, z, y):
 
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "distributions"])
 @pytest.mark.parametrize(
-    ("loss", "per_sample"), CASES, ids=lambda x: repr(x).replace("\n", "") if hasattr(x, "reads") else ""
+    ("loss", "per_sample"),
+    CASES,
+    ids=lambda x: repr(x).replace("\n", "") if hasattr(x, "reads") else "",
 )
 def test_value_and_gradient_against_loops(loss, per_sample, soft):
     z, y = spread(soft)
@@ -155,12 +188,19 @@ def determinant(m):
 @pytest.mark.parametrize("eps", [1e-3, 0.0, 0.5])
 def test_dmi_against_loops(eps, soft):
     z = torch.randn(7, 3, dtype=torch.float64).requires_grad_()
-    y = torch.randn(7, 3, dtype=torch.float64).softmax(-1) if soft else torch.tensor([0, 1, 2, 2, 1, 2, 0])
+    y = (
+        torch.randn(7, 3, dtype=torch.float64).softmax(-1)
+        if soft
+        else torch.tensor([0, 1, 2, 2, 1, 2, 0])
+    )
     labels = as_probs(y, 3, z.dtype).tolist()
 
     def value(zs):
         ps = [naive.softmax(row) for row in zs[0]]
-        u = [[sum(q[i] * p[j] for q, p in zip(labels, ps, strict=True)) for j in range(3)] for i in range(3)]
+        u = [
+            [sum(q[i] * p[j] for q, p in zip(labels, ps, strict=True)) for j in range(3)]
+            for i in range(3)
+        ]
         return -math.log(abs(determinant(u)) + eps)
 
     assert DMI(eps)(z, y).item() == pytest.approx(value([z.tolist()]), abs=1e-10)
@@ -172,18 +212,26 @@ def test_dmi_against_loops(eps, soft):
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "distributions"])
-@pytest.mark.parametrize(("ours", "theirs", "tol"), [
-    (GCE(q=1e-9), CE(), 1e-7),
-    (GCE(q=1.0), MAE(), 0),
-    (NFL(gamma=0.0), NCE(), 0),
-    (SCE(alpha=0.7, beta=0.2), 0.7 * CE() + 0.2 * RCE(), 1e-12),
-    (SCE(alpha=0.7, beta=0.2, log_zero=CLAMP), 0.7 * CE() + 0.2 * RCE(log_zero=CLAMP), 1e-12),
-    (APL("nce", "mae", 10, 1), 10 * NCE() + 1 * MAE(), 1e-12),
-    (APL(NFL(gamma=2), RCE(log_zero=CLAMP), 50, 0.1), 50 * NFL(gamma=2) + 0.1 * RCE(log_zero=CLAMP), 1e-12),
-    (APL("ce", "gce", 0.5, 0.0), 0.5 * CE(), 1e-12),
-    (APL(GCE(q=0.3), SCE(), 0.0, 2), 2 * SCE(), 1e-12),
-    (APL("ce", "rce", 6, 0.1), SCE(), 1e-12),
-], ids=lambda x: type(x).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    ("ours", "theirs", "tol"),
+    [
+        (GCE(q=1e-9), CE(), 1e-7),
+        (GCE(q=1.0), MAE(), 0),
+        (NFL(gamma=0.0), NCE(), 0),
+        (SCE(alpha=0.7, beta=0.2), 0.7 * CE() + 0.2 * RCE(), 1e-12),
+        (SCE(alpha=0.7, beta=0.2, log_zero=CLAMP), 0.7 * CE() + 0.2 * RCE(log_zero=CLAMP), 1e-12),
+        (APL("nce", "mae", 10, 1), 10 * NCE() + 1 * MAE(), 1e-12),
+        (
+            APL(NFL(gamma=2), RCE(log_zero=CLAMP), 50, 0.1),
+            50 * NFL(gamma=2) + 0.1 * RCE(log_zero=CLAMP),
+            1e-12,
+        ),
+        (APL("ce", "gce", 0.5, 0.0), 0.5 * CE(), 1e-12),
+        (APL(GCE(q=0.3), SCE(), 0.0, 2), 2 * SCE(), 1e-12),
+        (APL("ce", "rce", 6, 0.1), SCE(), 1e-12),
+    ],
+    ids=lambda x: type(x).__name__,
+)
 def test_limits(ours, theirs, tol, soft):
     z, y = spread(soft)
     torch.testing.assert_close(ours(z, y), theirs(z, y), atol=tol, rtol=tol)
@@ -196,7 +244,9 @@ def test_rce_of_a_hard_label_is_mae_to_scale(log_zero):
     torch.testing.assert_close(RCE(log_zero)(z, y), -log_zero * MAE()(z, y))
 
 
-@pytest.mark.parametrize(("loss", "constant"), [(MAE(), 3), (RCE(), 12), (NCE(), 1), (NFL(), 1)], ids=repr)
+@pytest.mark.parametrize(
+    ("loss", "constant"), [(MAE(), 3), (RCE(), 12), (NCE(), 1), (NFL(), 1)], ids=repr
+)
 def test_what_makes_them_robust_is_that_the_sum_over_labels_is_constant(loss, constant):
     """Symmetric noise then changes the risk by a factor and a constant; cross-entropy's sum has no bound."""
     z, _ = spread(soft=False)
@@ -206,7 +256,10 @@ def test_what_makes_them_robust_is_that_the_sum_over_labels_is_constant(loss, co
 
 def test_label_noise_changes_dmi_by_a_constant():
     """The joint distribution under noise is Tᵀ U, and its determinant det T det U."""
-    z, transition = torch.randn(9, 3, dtype=torch.float64).requires_grad_(), torch.rand(3, 3).double().softmax(-1)
+    z, transition = (
+        torch.randn(9, 3, dtype=torch.float64).requires_grad_(),
+        torch.rand(3, 3).double().softmax(-1),
+    )
     y = as_probs(torch.tensor([0, 1, 2] * 3), 3, torch.float64)
     clean, noisy, shift = (
         DMI(eps=0)(z, y),
@@ -229,20 +282,34 @@ def test_gce_has_no_gradient_where_p_is_zero():
     assert wrong.isnan().any()
 
 
-@pytest.mark.parametrize(("loss", "slope"), [
-    (GCE(), lambda p: -(p**0.7)), (CE(), lambda p: -1.0), (SCE(6, 0), lambda p: -6.0), (RCE(), lambda p: -4 * p),
-], ids=repr)  # fmt: skip
+@pytest.mark.parametrize(
+    ("loss", "slope"),
+    [
+        (GCE(), lambda p: -(p**0.7)),
+        (CE(), lambda p: -1.0),
+        (SCE(6, 0), lambda p: -6.0),
+        (RCE(), lambda p: -4 * p),
+    ],
+    ids=repr,
+)
 def test_no_clamp_stops_the_gradient_of_a_small_probability(loss, slope):
     """With p clamped at 1e-7, as in the public code, all of them are 0 here."""
     p = 1e-9
-    z, y = torch.tensor([[0.0, math.log(p)]], dtype=torch.float64, requires_grad=True), torch.tensor([1])
+    z, y = (
+        torch.tensor([[0.0, math.log(p)]], dtype=torch.float64, requires_grad=True),
+        torch.tensor([1]),
+    )
     assert gradient(loss, z, y)[0, 1].item() == pytest.approx(slope(p), rel=1e-6)
 
 
 def test_a_mass_below_the_floor_counts_as_none():
     z = torch.tensor([[0.0, 0.0]])
-    assert RCE()(z, torch.tensor([[0.99, 0.01]])).item() == pytest.approx(0.5 * (4 - math.log(0.99)))
-    assert RCE(log_zero=CLAMP)(z, torch.tensor([[0.99, 0.01]])).item() == pytest.approx(-0.5 * math.log(0.99 * 0.01))
+    assert RCE()(z, torch.tensor([[0.99, 0.01]])).item() == pytest.approx(
+        0.5 * (4 - math.log(0.99))
+    )
+    assert RCE(log_zero=CLAMP)(z, torch.tensor([[0.99, 0.01]])).item() == pytest.approx(
+        -0.5 * math.log(0.99 * 0.01)
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- pruning
@@ -251,7 +318,9 @@ def test_a_mass_below_the_floor_counts_as_none():
 def believed(*p_y):
     """Logits [B, 2] whose p_0 are these."""
     p = torch.tensor(p_y, dtype=torch.float64)
-    return torch.stack([p, 1 - p], 1).log().requires_grad_(), torch.zeros(len(p_y), dtype=torch.long)
+    return torch.stack([p, 1 - p], 1).log().requires_grad_(), torch.zeros(
+        len(p_y), dtype=torch.long
+    )
 
 
 def visit(loss, progress, *p_y, index=None):
@@ -264,7 +333,9 @@ def visit(loss, progress, *p_y, index=None):
 
 def make(num_samples=2, q=0.5, k=0.25, start=0.5, refresh=3, reduction="none", **how):
     """L_q(k) = (1 - 1/2) / (1/2) = 1."""
-    return TruncatedGCE(num_samples, q=q, k=k, start=start, refresh=refresh, reduction=reduction, **how)
+    return TruncatedGCE(
+        num_samples, q=q, k=k, start=start, refresh=refresh, reduction=reduction, **how
+    )
 
 
 def test_a_sample_that_is_not_believed_is_pruned_by_hand():
@@ -274,7 +345,12 @@ def test_a_sample_that_is_not_believed_is_pruned_by_hand():
     assert values == pytest.approx([0.2, 1.6]) and min(grads) > 0 and loss.stats["kept"] == 1
     assert loss.visits.rows.tolist() == [0, 0]
     values, grads = visit(loss, 0.5, 0.81, 0.04)
-    assert values == pytest.approx([0.2, 1.0]) and grads[0] > 0 and grads[1] == 0 and loss.stats["kept"] == 0.5
+    assert (
+        values == pytest.approx([0.2, 1.0])
+        and grads[0] > 0
+        and grads[1] == 0
+        and loss.stats["kept"] == 0.5
+    )
     assert loss.weights.rows.tolist() == [1, 0] and loss.visits.rows.tolist() == [1, 1]
 
 
@@ -298,7 +374,15 @@ def test_exactly_k_is_pruned():
 def test_a_decision_stands_until_the_next_and_can_be_reversed():
     """Refreshed every third visit: at visits 0, 3, 6. Between them neither believing nor doubting changes anything."""
     loss, kept = make(), []
-    for p in [(0.81, 0.04), (0.04, 0.81), (0.04, 0.81), (0.04, 0.81), (0.81, 0.81), (0.81, 0.81), (0.81, 0.81)]:
+    for p in [
+        (0.81, 0.04),
+        (0.04, 0.81),
+        (0.04, 0.81),
+        (0.04, 0.81),
+        (0.81, 0.81),
+        (0.81, 0.81),
+        (0.81, 0.81),
+    ]:
         visit(loss, 0.9, *p)
         kept.append(loss.weights.rows.tolist())
     assert kept == [[1, 0]] * 3 + [[0, 1]] * 3 + [[1, 1]]
@@ -339,7 +423,9 @@ def test_without_a_threshold_it_is_gce(soft):
     for scale in (1e4, 1.0):
         scaled = (z.detach() * scale).requires_grad_()
         torch.testing.assert_close(loss(scaled, y, index=index), GCE()(scaled, y))
-        torch.testing.assert_close(gradient(loss, scaled, y, index=index), gradient(GCE(), scaled, y))
+        torch.testing.assert_close(
+            gradient(loss, scaled, y, index=index), gradient(GCE(), scaled, y)
+        )
 
 
 def test_before_the_start_it_is_gce():
@@ -361,7 +447,9 @@ def test_many_epochs_against_loops(soft):
         for index in torch.randperm(n).split(3):
             z = torch.randn(len(index), 3, dtype=torch.float64) * 2
             expected = []
-            for i, row, label in zip(index.tolist(), z.tolist(), as_probs(labels[index], 3).tolist(), strict=True):
+            for i, row, label in zip(
+                index.tolist(), z.tolist(), as_probs(labels[index], 3).tolist(), strict=True
+            ):
                 each = power(q)(label, naive.softmax(row), None)
                 if epoch >= 3:
                     if visits[i] % refresh == 0:
@@ -370,7 +458,9 @@ def test_many_epochs_against_loops(soft):
                     visits[i] += 1
                 expected.append(each if kept[i] else limit)
             assert loss(z, labels[index], index=index).tolist() == pytest.approx(expected, abs=1e-6)
-            assert loss.stats["kept"].item() == pytest.approx(sum(kept[i] for i in index.tolist()) / len(index))
+            assert loss.stats["kept"].item() == pytest.approx(
+                sum(kept[i] for i in index.tolist()) / len(index)
+            )
     assert loss.weights.rows.tolist() == kept and loss.visits.rows.tolist() == visits == [9] * n
     assert changes > n  # samples did leave and return
 
@@ -397,8 +487,13 @@ def test_an_index_outside_the_table_is_named():
 
 
 INDEX = [  # samples of rank 0 and of rank 1 in each step; sample 3 is once seen by both
-    ([0, 1, 2], [3]), ([4], [5, 6, 7]), ([3, 0], [1, 3]), ([4, 5, 6], [2, 7]), ([0, 2, 4], [1, 3, 5]), ([6, 7], [0, 1, 2, 3]),
-]  # fmt: skip
+    ([0, 1, 2], [3]),
+    ([4], [5, 6, 7]),
+    ([3, 0], [1, 3]),
+    ([4, 5, 6], [2, 7]),
+    ([0, 2, 4], [1, 3, 5]),
+    ([6, 7], [0, 1, 2, 3]),
+]
 WORKER = """
 from kd_plugins import TruncatedGCE
 loss = TruncatedGCE(8, start=0.1, refresh=2, reduction="none")
@@ -415,7 +510,10 @@ for step, batch in enumerate(steps):
 
 def test_two_processes_prune_the_same(tmp_path):
     """One table on both, equal to that of one process on the joined batch, and so are the values."""
-    batches = [[[torch.randn(len(i), 3) * 2 for i in both], [torch.tensor(i) for i in both]] for both in INDEX]
+    batches = [
+        [[torch.randn(len(i), 3) * 2 for i in both], [torch.tensor(i) for i in both]]
+        for both in INDEX
+    ]
     results = on_ranks(WORKER, batches, tmp_path)
     for first, second, single in zip(*results, strict=True):
         assert first[1:] == second[1:] == single[1:]
@@ -432,9 +530,15 @@ def test_two_processes_prune_the_same(tmp_path):
 def test_a_pair_is_its_weighted_sum(active, passive):
     z, y = spread(soft=False)
     a, b = create_loss(active), create_loss(passive)
-    for pair in (APL(active, passive, 3, 0.2), APL(a, passive, 3, 0.2), APL(active, b, alpha=3, beta=0.2)):
+    for pair in (
+        APL(active, passive, 3, 0.2),
+        APL(a, passive, 3, 0.2),
+        APL(active, b, alpha=3, beta=0.2),
+    ):
         torch.testing.assert_close(pair(z, y), 3 * a(z, y) + 0.2 * b(z, y))
-        torch.testing.assert_close(gradient(pair, z, y), 3 * gradient(a, z, y) + 0.2 * gradient(b, z, y))
+        torch.testing.assert_close(
+            gradient(pair, z, y), 3 * gradient(a, z, y) + 0.2 * gradient(b, z, y)
+        )
 
 
 @pytest.mark.parametrize("active", ["nce", "nfl", "gce"])
@@ -469,13 +573,26 @@ def test_apl_keeps_what_it_and_its_parts_were_made_with():
 # ------------------------------------------------------------------------------------------------------------------ DMI
 
 SINGULAR = {  # label [B], p [B, C]
-    "a class is missing": ([0, 0, 1, 1], [[0.6, 0.3, 0.1], [0.5, 0.2, 0.3], [0.1, 0.7, 0.2], [0.2, 0.3, 0.5]]),
+    "a class is missing": (
+        [0, 0, 1, 1],
+        [[0.6, 0.3, 0.1], [0.5, 0.2, 0.3], [0.1, 0.7, 0.2], [0.2, 0.3, 0.5]],
+    ),
     "equal rows": ([0, 1, 2], [[0.5, 0.3, 0.2], [0.5, 0.3, 0.2], [0.1, 0.2, 0.7]]),
-    "equal but for rounding": ([0, 0, 0, 1, 1, 1, 2], [[0.1, 0.2, 0.7], [0.3, 0.6, 0.1], [0.7, 0.1, 0.2],
-                               [0.7, 0.1, 0.2], [0.3, 0.6, 0.1], [0.1, 0.2, 0.7], [0.2, 0.5, 0.3]]),
+    "equal but for rounding": (
+        [0, 0, 0, 1, 1, 1, 2],
+        [
+            [0.1, 0.2, 0.7],
+            [0.3, 0.6, 0.1],
+            [0.7, 0.1, 0.2],
+            [0.7, 0.1, 0.2],
+            [0.3, 0.6, 0.1],
+            [0.1, 0.2, 0.7],
+            [0.2, 0.5, 0.3],
+        ],
+    ),
     "a class is never predicted": ([0, 1, 2], [[0.6, 0.4, 0.0], [0.3, 0.7, 0.0], [0.5, 0.5, 0.0]]),
     "uniform": ([0, 1, 2, 0], [[1 / 3] * 3] * 4),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", SINGULAR)
@@ -531,7 +648,10 @@ def test_a_hundred_classes_do_not_leave_the_range_of_numbers(per_class, strength
     assert not 1e-38 < math.exp(log_det) < 1e38
     loss = DMI(eps=0)(z, y)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(-log_det, rel=1e-5)
-    assert gradient(DMI(eps=0), z, y).isfinite().all() and gradient(DMI(eps=0), z, y).abs().max() > 1e-12
+    assert (
+        gradient(DMI(eps=0), z, y).isfinite().all()
+        and gradient(DMI(eps=0), z, y).abs().max() > 1e-12
+    )
 
 
 def test_with_many_classes_eps_drowns_the_gradient():
@@ -567,31 +687,38 @@ def test_soft_labels_do_not_fill_a_small_batch_either(eps):
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize(("make", "error", "message"), [
-    (lambda: GCE(q=0), ValueError, r"q=0: .*q -> 0 is cross-entropy"),
-    (lambda: GCE(q=1.1), ValueError, r"q=1.1: .*0 < q <= 1"),
-    (lambda: GCE(q=math.nan), ValueError, "q=nan"),
-    (lambda: TruncatedGCE(8, q=-0.5), ValueError, "q=-0.5"),
-    (lambda: TruncatedGCE(8, k=1.0), ValueError, "k=1.0.*every sample would be pruned"),
-    (lambda: TruncatedGCE(8, k=-0.1), ValueError, "k=-0.1"),
-    (lambda: TruncatedGCE(8, start=40), ValueError, "start=40.*not an epoch"),
-    (lambda: TruncatedGCE(8, refresh=0), ValueError, "refresh=0"),
-    (lambda: TruncatedGCE(0), ValueError, "num_samples=0"),
-    (lambda: RCE(log_zero=4.0), ValueError, "log_zero=4.0.*below 0"),
-    (lambda: SCE(log_zero=0.0), ValueError, "log_zero=0.0"),
-    (lambda: SCE(log_zero=-math.inf), ValueError, "log_zero=-inf"),
-    (lambda: SCE(alpha=-1.0), ValueError, "alpha=-1.0"),
-    (lambda: SCE(beta=math.nan), ValueError, "beta=nan"),
-    (lambda: NFL(gamma=-0.5), ValueError, "gamma=-0.5"),
-    (lambda: APL(alpha=-1.0), ValueError, "alpha=-1.0"),
-    (lambda: APL(beta=math.inf), ValueError, "beta=inf"),
-    (lambda: APL("ncee"), ValueError, "unknown loss 'ncee'.*nce"),
-    (lambda: APL(NCE), TypeError, "active must be .*NCE"),
-    (lambda: APL("nce", None), TypeError, "passive must be .*None"),
-    (lambda: APL(MKD()), TypeError, "cannot be added"),
-    (lambda: APL(NCE(num_classes=3), num_classes=4), ValueError, "num_classes=4.*num_classes=3"),
-    (lambda: DMI(eps=-1e-3), ValueError, "eps=-0.001"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: GCE(q=0), ValueError, r"q=0: .*q -> 0 is cross-entropy"),
+        (lambda: GCE(q=1.1), ValueError, r"q=1.1: .*0 < q <= 1"),
+        (lambda: GCE(q=math.nan), ValueError, "q=nan"),
+        (lambda: TruncatedGCE(8, q=-0.5), ValueError, "q=-0.5"),
+        (lambda: TruncatedGCE(8, k=1.0), ValueError, "k=1.0.*every sample would be pruned"),
+        (lambda: TruncatedGCE(8, k=-0.1), ValueError, "k=-0.1"),
+        (lambda: TruncatedGCE(8, start=40), ValueError, "start=40.*not an epoch"),
+        (lambda: TruncatedGCE(8, refresh=0), ValueError, "refresh=0"),
+        (lambda: TruncatedGCE(0), ValueError, "num_samples=0"),
+        (lambda: RCE(log_zero=4.0), ValueError, "log_zero=4.0.*below 0"),
+        (lambda: SCE(log_zero=0.0), ValueError, "log_zero=0.0"),
+        (lambda: SCE(log_zero=-math.inf), ValueError, "log_zero=-inf"),
+        (lambda: SCE(alpha=-1.0), ValueError, "alpha=-1.0"),
+        (lambda: SCE(beta=math.nan), ValueError, "beta=nan"),
+        (lambda: NFL(gamma=-0.5), ValueError, "gamma=-0.5"),
+        (lambda: APL(alpha=-1.0), ValueError, "alpha=-1.0"),
+        (lambda: APL(beta=math.inf), ValueError, "beta=inf"),
+        (lambda: APL("ncee"), ValueError, "unknown loss 'ncee'.*nce"),
+        (lambda: APL(NCE), TypeError, "active must be .*NCE"),
+        (lambda: APL("nce", None), TypeError, "passive must be .*None"),
+        (lambda: APL(MKD()), TypeError, "cannot be added"),
+        (
+            lambda: APL(NCE(num_classes=3), num_classes=4),
+            ValueError,
+            "num_classes=4.*num_classes=3",
+        ),
+        (lambda: DMI(eps=-1e-3), ValueError, "eps=-0.001"),
+    ],
+)
 def test_refuses(make, error, message):
     with pytest.raises(error, match=message):
         make()

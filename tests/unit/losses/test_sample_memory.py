@@ -47,7 +47,8 @@ def test_before_begin_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("hard", "labels"), [(False, [[0.3, 0.525, 0.175], [0.5, 0.25, 0.25]]), (True, [[0, 1, 0], [1, 0, 0]])]
+    ("hard", "labels"),
+    [(False, [[0.3, 0.525, 0.175], [0.5, 0.25, 0.25]]), (True, [[0, 1, 0], [1, 0, 0]])],
 )
 def test_after_begin_by_hand(hard, labels):
     """Sample 1 was seen twice, with both rows of P; sample 2 once, with the first; sample 0 never and keeps its label."""
@@ -114,8 +115,12 @@ def test_labels_are_those_of_the_published_algorithm(hard, begin, window):
             step += 1
             value = loss(z[e, i], y[i], index=i)
             batch = [ps[e][k] for k in i.tolist()]
-            expected = [naive.cross_entropy(used[e][k], ps[e][k]) + 1.2 * balance_of(batch) + 0.8 * naive.entropy(ps[e][k])
-                        for k in i.tolist()]  # fmt: skip
+            expected = [
+                naive.cross_entropy(used[e][k], ps[e][k])
+                + 1.2 * balance_of(batch)
+                + 0.8 * naive.entropy(ps[e][k])
+                for k in i.tolist()
+            ]
             assert value.tolist() == pytest.approx(expected, abs=1e-5), (e, i)
     assert loss.soft_labels().tolist() == [pytest.approx(row, abs=1e-6) for row in final]
 
@@ -125,13 +130,21 @@ def test_labels_are_those_of_the_published_algorithm(hard, begin, window):
 
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "distributions"])
 def test_value_and_gradient_against_loops(soft):
-    z = (torch.randn(4, 3, dtype=torch.float64) * torch.tensor([[0.3], [1], [2], [4]])).requires_grad_()
+    z = (
+        torch.randn(4, 3, dtype=torch.float64) * torch.tensor([[0.3], [1], [2], [4]])
+    ).requires_grad_()
     y = torch.rand(4, 3, dtype=torch.float64).softmax(-1) if soft else torch.tensor([0, 2, 1, 2])
     qs = y.tolist() if soft else [naive.onehot(k, 3) for k in y.tolist()]
 
     def expected(zs):
         ps = [naive.softmax(row) for row in zs[0]]
-        own = sum(naive.cross_entropy(q, p) + 0.4 * naive.entropy(p) for q, p in zip(qs, ps, strict=True)) / 4
+        own = (
+            sum(
+                naive.cross_entropy(q, p) + 0.4 * naive.entropy(p)
+                for q, p in zip(qs, ps, strict=True)
+            )
+            / 4
+        )
         return own + 0.7 * balance_of(ps)
 
     value = joint(alpha=0.7, beta=0.4)(z, y, index=torch.arange(4))
@@ -145,7 +158,10 @@ def test_value_and_gradient_against_loops(soft):
 def test_the_entropy_carries_its_gradient_through_both_factors():
     """d(-Σ p ln p)/dz = -p (ln p + H); with the weight p held constant it vanishes, as Σ p dln p = 0."""
     z, p = logits(P), torch.tensor(P, dtype=torch.float64)
-    first, second = (joint(alpha=0.0, beta=b)(z, torch.tensor([0, 1]), index=torch.tensor([0, 1])) for b in (1.0, 0.0))
+    first, second = (
+        joint(alpha=0.0, beta=b)(z, torch.tensor([0, 1]), index=torch.tensor([0, 1]))
+        for b in (1.0, 0.0)
+    )
     (grad,) = torch.autograd.grad(first - second, z)
     expected = -p * (p.log() + torch.tensor(H, dtype=torch.float64)[:, None]) / 2
     torch.testing.assert_close(grad, expected)
@@ -169,7 +185,11 @@ def test_balance_is_the_papers_divergence_and_has_the_gradient_of_the_codes_form
     theirs = -(torch.softmax(z, -1).mean(0).log() / 3).sum()
     assert theirs.item() - ours.item() == pytest.approx(LN3)
     torch.testing.assert_close(torch.autograd.grad(ours, z), torch.autograd.grad(theirs, z))
-    loss(logits([[0.7, 0.2, 0.1], [0.1, 0.7, 0.2], [0.2, 0.1, 0.7]]), torch.tensor([0, 0, 0]), index=torch.arange(3))
+    loss(
+        logits([[0.7, 0.2, 0.1], [0.1, 0.7, 0.2], [0.2, 0.1, 0.7]]),
+        torch.tensor([0, 0, 0]),
+        index=torch.arange(3),
+    )
     assert loss.stats["balance"].item() == pytest.approx(0.0, abs=1e-12)
 
 
@@ -249,7 +269,9 @@ def test_soft_labels_by_hand_whatever_the_target_is():
     for y in (torch.tensor([0, 1]), torch.tensor([2, 2]), torch.rand(2, 3).softmax(-1)):
         assert loss(z, y, index=i).item() == pytest.approx(expected, abs=1e-12)
     (grad,) = torch.autograd.grad(loss(z, y, index=i), z)
-    torch.testing.assert_close(grad, (torch.tensor(P) - torch.tensor([[0.25, 0.25, 0.5], [0.5, 0.5, 0]])).double() / 2)
+    torch.testing.assert_close(
+        grad, (torch.tensor(P) - torch.tensor([[0.25, 0.25, 0.5], [0.5, 0.5, 0]])).double() / 2
+    )
     loss(z, torch.tensor([0, 1]), index=i)
     assert loss.stats["changed"].item() == 1.0  # argmax 2 and 0
 
@@ -261,17 +283,20 @@ def test_soft_labels_are_a_copy():
     assert torch.equal(loss.labels.rows, torch.eye(3))
 
 
-@pytest.mark.parametrize(("make", "message"), [
-    (lambda: Joint(0, 3), "num_samples=0"),
-    (lambda: joint(epochs=0), "epochs=0"),
-    (lambda: joint(begin=1.5), "begin=1.5"),
-    (lambda: joint(begin=70), "begin=70.*70 epochs of 200 are 0.35"),
-    (lambda: joint(begin=math.nan), "begin=nan"),
-    (lambda: SoftLabels(torch.tensor([0, 1])), r"\[N, C\], got \[2\]"),
-    (lambda: SoftLabels([[0.5, 0.5], [0.5, 0.49]]), r"row 1: .*a sum of 0.99; 1 of 2"),
-    (lambda: SoftLabels([[-0.5, 1.5], [0.5, 0.5]]), r"row 0: .*minimum of -0.5"),
-    (lambda: SoftLabels([[1.0, 0.0], [math.nan, 1.0]]), "row 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Joint(0, 3), "num_samples=0"),
+        (lambda: joint(epochs=0), "epochs=0"),
+        (lambda: joint(begin=1.5), "begin=1.5"),
+        (lambda: joint(begin=70), "begin=70.*70 epochs of 200 are 0.35"),
+        (lambda: joint(begin=math.nan), "begin=nan"),
+        (lambda: SoftLabels(torch.tensor([0, 1])), r"\[N, C\], got \[2\]"),
+        (lambda: SoftLabels([[0.5, 0.5], [0.5, 0.49]]), r"row 1: .*a sum of 0.99; 1 of 2"),
+        (lambda: SoftLabels([[-0.5, 1.5], [0.5, 0.5]]), r"row 0: .*minimum of -0.5"),
+        (lambda: SoftLabels([[1.0, 0.0], [math.nan, 1.0]]), "row 1"),
+    ],
+)
 def test_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()
@@ -281,7 +306,9 @@ def test_labels_with_rounding_errors_pass():
     SoftLabels([[0.3334, 0.3334, 0.3334], [1.0, 0.0, 0.0]])
 
 
-@pytest.mark.parametrize("loss", [joint(), SoftLabels(torch.eye(3).repeat(2, 1)[:4])], ids=["joint", "soft_labels"])
+@pytest.mark.parametrize(
+    "loss", [joint(), SoftLabels(torch.eye(3).repeat(2, 1)[:4])], ids=["joint", "soft_labels"]
+)
 @pytest.mark.parametrize("index", [4, -1])
 def test_an_index_outside_the_data_is_named(loss, index):
     """A negative one would take the label of another sample."""
@@ -291,7 +318,9 @@ def test_an_index_outside_the_data_is_named(loss, index):
 
 def test_labels_of_another_number_of_classes():
     with pytest.raises(ValueError, match=r"num_classes=3.*\[2, 4\]"):
-        SoftLabels(torch.eye(3))(torch.zeros(2, 4), torch.tensor([0, 1]), index=torch.tensor([0, 1]))
+        SoftLabels(torch.eye(3))(
+            torch.zeros(2, 4), torch.tensor([0, 1]), index=torch.tensor([0, 1])
+        )
 
 
 # -------------------------------------------------------------------------------------------------------- two processes

@@ -34,19 +34,35 @@ def test_within_the_window_it_is_the_mean_over_samples_and_not_over_batches():
     assert feed(9, batches)[-1] == (pytest.approx(5 / 9), 9)  # the mean of batch means is 2/3
 
 
-@pytest.mark.parametrize(("window", "batches", "expected"), [
-    (2, [[1.0, 1.0, 0.0, 0.0]], [(0.5, 2)]),  # a batch above the window counts as the window, not more
-    (2, [[1.0], [0.0, 0.0, 0.0]], [(1.0, 1), (0.0, 2)]),
-    (3, [[1.0, 1.0], [0.0, 0.0]], [(1.0, 2), (1 / 3, 3)]),  # the window ends inside a batch: 1 + 2/3 (0 - 1)
-    (1, [[1.0], [0.25]], [(1.0, 1), (0.25, 1)]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("window", "batches", "expected"),
+    [
+        (
+            2,
+            [[1.0, 1.0, 0.0, 0.0]],
+            [(0.5, 2)],
+        ),  # a batch above the window counts as the window, not more
+        (2, [[1.0], [0.0, 0.0, 0.0]], [(1.0, 1), (0.0, 2)]),
+        (
+            3,
+            [[1.0, 1.0], [0.0, 0.0]],
+            [(1.0, 2), (1 / 3, 3)],
+        ),  # the window ends inside a batch: 1 + 2/3 (0 - 1)
+        (1, [[1.0], [0.25]], [(1.0, 1), (0.25, 1)]),
+    ],
+)
 def test_edges_of_the_window(window, batches, expected):
     assert feed(window, batches) == [(pytest.approx(m), n) for m, n in expected]
 
 
 def test_what_is_not_a_number_is_not_counted():
     nan, inf = float("nan"), float("inf")
-    assert feed(10, [[nan, inf], [1.0, nan], [0.0], [nan]]) == [(0.0, 0), (1.0, 1), (0.5, 2), (0.5, 2)]
+    assert feed(10, [[nan, inf], [1.0, nan], [0.0], [nan]]) == [
+        (0.0, 0),
+        (1.0, 1),
+        (0.5, 2),
+        (0.5, 2),
+    ]
 
 
 def test_a_window_holds_at_least_one_sample():
@@ -93,7 +109,11 @@ class Tiny(torch.nn.Module):
 
     def __init__(self, as_output=False):
         super().__init__()
-        self.norm, self.drop, self.head = torch.nn.BatchNorm1d(5), torch.nn.Dropout(0.5), torch.nn.Linear(5, 3)
+        self.norm, self.drop, self.head = (
+            torch.nn.BatchNorm1d(5),
+            torch.nn.Dropout(0.5),
+            torch.nn.Linear(5, 3),
+        )
         self.as_output = as_output
 
     def forward(self, x):
@@ -121,7 +141,10 @@ def test_prime_sets_r_from_one_pass(data, as_output, batches, training):
     model = Tiny(as_output).train(training)
     model.norm.eval()  # frozen, whatever the rest does
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    loader = [(x, torch.zeros(len(x))) if batches == "tuples" else {"pixel_values": x, "labels": None} for x in data]
+    loader = [
+        (x, torch.zeros(len(x))) if batches == "tuples" else {"pixel_values": x, "labels": None}
+        for x in data
+    ]
     loss = MyLC(window=100)
     loss(torch.randn(7, 3), torch.zeros(7, dtype=torch.long))  # what was there is replaced
     r = loss.prime(model, loader)
@@ -186,7 +209,11 @@ for step in steps:
 
 def test_two_processes_hold_one_state(tmp_path):
     """Equal to the last bit on both, and what one process has on the joined batch, with batches of unequal size."""
-    results = on_ranks(WORKER, [[[torch.randn(n, 3) * s for n in sizes] for s in (1, 3)] for sizes in SIZES], tmp_path)
+    results = on_ranks(
+        WORKER,
+        [[[torch.randn(n, 3) * s for n in sizes] for s in (1, 3)] for sizes in SIZES],
+        tmp_path,
+    )
     first, second, single = results
     assert first == second
     for step, (ours, theirs) in enumerate(zip(first, single, strict=True)):
@@ -219,7 +246,9 @@ def test_a_table_keeps_what_was_written(shape):
 def test_a_position_outside_the_table_is_named(index):
     table = SampleTable(5)
     for call in (lambda i: table.read(i), lambda i: table.write(i, torch.ones(len(i)))):
-        with pytest.raises(ValueError, match=rf"index {index[-1]} is outside the table of num_samples=5"):
+        with pytest.raises(
+            ValueError, match=rf"index {index[-1]} is outside the table of num_samples=5"
+        ):
             call(torch.tensor(index))
     with pytest.raises(ValueError, match="num_samples=0"):
         SampleTable(0)
@@ -242,7 +271,11 @@ dist.destroy_process_group()
 
 def test_two_processes_write_one_table(tmp_path):
     args = [sys.executable, "-c", TABLES]
-    running = [subprocess.Popen([*args, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True)
-               for rank in range(2)]  # fmt: skip
+    running = [
+        subprocess.Popen(
+            [*args, str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
     first, second = (json.loads(p.communicate(timeout=100)[0].splitlines()[-1]) for p in running)
     assert first == second == [[0, 10], [0, 0], [2, 22], [0, 0], [4, 24], [5, 25]]

@@ -9,11 +9,22 @@ import pytest
 import torch
 from helpers import reference as naive
 
-from kd_plugins import CE, BackwardCorrection, ForwardCorrection, TRevision, create_loss, estimate_transition
+from kd_plugins import (
+    CE,
+    BackwardCorrection,
+    ForwardCorrection,
+    TRevision,
+    create_loss,
+    estimate_transition,
+)
 from kd_plugins.audit.estimate_transition import anchor, dual_t, predict
 from kd_plugins.losses.transition import LEAST
 
-T3 = [[0.8, 0.2, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]  # its inverse by hand: [1.25 -.5 .25] [0 2 -1] [0 0 1]
+T3 = [
+    [0.8, 0.2, 0.0],
+    [0.0, 0.5, 0.5],
+    [0.0, 0.0, 1.0],
+]  # its inverse by hand: [1.25 -.5 .25] [0 2 -1] [0 0 1]
 P = [[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]
 Y = [1, 2]
 T4 = [[0.6, 0.3, 0.1, 0.0], [0.1, 0.7, 0.1, 0.1], [0.2, 0.0, 0.6, 0.2], [0.3, 0.1, 0.0, 0.6]]
@@ -36,14 +47,19 @@ def symmetric(c, rate):
 def test_forward_by_hand():
     """(p T)_1 = .7 · .2 + .2 · .5 = .24 and (p T)_2 = .3 · .5 + .6 = .75; (T p)_1, the transposed form, would be .15."""
     z, y = case()
-    assert ForwardCorrection(T3, reduction="none")(z, y).tolist() == pytest.approx([-math.log(0.24), -math.log(0.75)])
+    assert ForwardCorrection(T3, reduction="none")(z, y).tolist() == pytest.approx(
+        [-math.log(0.24), -math.log(0.75)]
+    )
 
 
 def test_backward_by_hand():
     """A row of the inverse per label: 2 (-log .2) - (-log .1), then -log p of class 0 with 1.25, -.5, .25."""
     z, y = case(labels=[1, 0])
     loss = BackwardCorrection(T3, reduction="none")
-    expected = [-2 * math.log(0.2) + math.log(0.1), -1.25 * math.log(0.1) + 0.5 * math.log(0.3) - 0.25 * math.log(0.6)]
+    expected = [
+        -2 * math.log(0.2) + math.log(0.1),
+        -1.25 * math.log(0.1) + 0.5 * math.log(0.3) - 0.25 * math.log(0.6),
+    ]
     assert loss(z, y).tolist() == pytest.approx(expected)
     assert BackwardCorrection(T3)(torch.tensor([[0.0, 0.0, 9.0]]), torch.tensor([1])) > 0
     assert BackwardCorrection(T3)(torch.tensor([[0.0, 9.0, 0.0]]), torch.tensor([1])) < 0
@@ -67,7 +83,9 @@ def test_revision_with_a_learned_dT_by_hand():
         loss.delta[2, 0] = -0.05
     assert loss(z, y).tolist() == pytest.approx([-0.2 / 0.31 * math.log(0.2), -0.8 * math.log(0.6)])
     assert loss.stats["revision"].item() == pytest.approx(0.1)
-    assert loss.matrix.tolist()[0] == pytest.approx([0.8, 0.3, 0.0]) and not loss.matrix.requires_grad
+    assert (
+        loss.matrix.tolist()[0] == pytest.approx([0.8, 0.3, 0.0]) and not loss.matrix.requires_grad
+    )
     assert loss.matrix[2, 0].item() == pytest.approx(-0.05)
     assert "revision" not in stage_2(z, y).stats
 
@@ -115,7 +133,9 @@ def by_loops(kind, T, q, p, held):
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "distributions"])
 @pytest.mark.parametrize(("make", "kind"), list(zip(EVERY, IDS, strict=True)), ids=IDS)
 def test_value_and_gradient_against_loops(make, kind, soft):
-    z = (torch.randn(5, 4, dtype=torch.float64) * torch.tensor([[0.3], [1], [2], [3], [4]])).requires_grad_()
+    z = (
+        torch.randn(5, 4, dtype=torch.float64) * torch.tensor([[0.3], [1], [2], [3], [4]])
+    ).requires_grad_()
     y = torch.rand(5, 4, dtype=torch.float64).softmax(-1) if soft else torch.tensor([0, 3, 1, 2, 2])
     qs = y.tolist() if soft else [naive.onehot(i, 4) for i in y.tolist()]
     loss = make(T4).double()
@@ -137,7 +157,9 @@ def test_value_and_gradient_against_loops(make, kind, soft):
     slope, slope_T = naive.slope(expected, [z.tolist(), T])
     torch.testing.assert_close(z.grad, torch.tensor(slope).double(), atol=2e-6, rtol=1e-5)
     if kind == "stage3":
-        torch.testing.assert_close(loss.delta.grad, torch.tensor(slope_T).double(), atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            loss.delta.grad, torch.tensor(slope_T).double(), atol=2e-6, rtol=1e-5
+        )
         assert (loss.delta.grad <= 0).all()  # what the docstring says: descent only makes T' grow
 
 
@@ -150,10 +172,14 @@ def test_without_noise_all_are_cross_entropy(make):
     ours, ce = make(np.eye(5)), torch.nn.functional.cross_entropy(z, y)
     value = ours(z, y)
     torch.testing.assert_close(value, ce, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(*(torch.autograd.grad(v, z)[0] for v in (value, ce)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(v, z)[0] for v in (value, ce)), atol=1e-6, rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize("T", [symmetric(4, 0.6), torch.tensor(T4, dtype=torch.float64)], ids=["symmetric", "other"])
+@pytest.mark.parametrize(
+    "T", [symmetric(4, 0.6), torch.tensor(T4, dtype=torch.float64)], ids=["symmetric", "other"]
+)
 def test_backward_is_unbiased(T):
     """Σ_j T_yj L(z, j) = CE(z, y), for every clean label y and any prediction."""
     z = torch.randn(7, 4, dtype=torch.float64) * 3
@@ -163,16 +189,23 @@ def test_backward_is_unbiased(T):
         clean = CE(reduction="none")(z, torch.full((7,), y))
         mean = sum(T[y, j] * noisy(z, torch.full((7,), j)) for j in range(4))
         torch.testing.assert_close(mean, clean, atol=1e-5, rtol=1e-6)
-        assert (sum(T[y, j] * forward(z, torch.full((7,), j)) for j in range(4)) - clean).abs().max() > 0.1
+        assert (
+            sum(T[y, j] * forward(z, torch.full((7,), j)) for j in range(4)) - clean
+        ).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("make", EVERY[:2], ids=IDS[:2])
 def test_on_noisy_labels_the_least_loss_is_at_the_clean_posterior(make):
     """Labels follow η T; cross-entropy would end at η T, these end at η."""
-    T, eta = torch.tensor(T4, dtype=torch.float64), torch.tensor([[0.5, 0.25, 0.15, 0.1]], dtype=torch.float64)
+    T, eta = (
+        torch.tensor(T4, dtype=torch.float64),
+        torch.tensor([[0.5, 0.25, 0.15, 0.1]], dtype=torch.float64),
+    )
     for loss, end in ((make(T), eta), (CE(), eta @ T)):
         z = torch.zeros(1, 4, dtype=torch.float64, requires_grad=True)
-        optimizer = torch.optim.LBFGS([z], lr=0.5, max_iter=300, tolerance_grad=1e-10, tolerance_change=1e-14)
+        optimizer = torch.optim.LBFGS(
+            [z], lr=0.5, max_iter=300, tolerance_grad=1e-10, tolerance_change=1e-14
+        )
 
         def closure(z=z, loss=loss, optimizer=optimizer):
             optimizer.zero_grad()
@@ -186,7 +219,10 @@ def test_on_noisy_labels_the_least_loss_is_at_the_clean_posterior(make):
 
 def test_reweighting_makes_noisy_labels_clean():
     """At the clean posterior, the mean of β CE over the noisy labels is the clean cross-entropy: that is why β."""
-    T, eta = torch.tensor(T4, dtype=torch.float64), torch.tensor([[0.5, 0.25, 0.15, 0.1]], dtype=torch.float64)
+    T, eta = (
+        torch.tensor(T4, dtype=torch.float64),
+        torch.tensor([[0.5, 0.25, 0.15, 0.1]], dtype=torch.float64),
+    )
     value = TRevision(T, revise=False)(eta.log(), eta @ T)
     assert value.item() == pytest.approx(naive.entropy(eta[0].tolist()), abs=1e-6)
 
@@ -219,10 +255,15 @@ def test_dT_learns_in_stage_3():
     loss, before = TRevision(T3), TRevision(T3, revise=False)
     optimizer = torch.optim.Adam(loss.parameters(), lr=5e-7)
     value = loss(z, y)
-    (live,), (held,) = torch.autograd.grad(value, z, retain_graph=True), torch.autograd.grad(before(z, y), z)
+    (live,), (held,) = (
+        torch.autograd.grad(value, z, retain_graph=True),
+        torch.autograd.grad(before(z, y), z),
+    )
     assert value.item() == pytest.approx(before(z, y).item()) and (live - held).abs().max() > 1e-2
     value.backward()
-    assert (loss.delta.grad[:, 1:] < 0).all() and (loss.delta.grad[:, 0] == 0).all()  # no sample has label 0
+    assert (loss.delta.grad[:, 1:] < 0).all() and (
+        loss.delta.grad[:, 0] == 0
+    ).all()  # no sample has label 0
     optimizer.step()
     assert loss.matrix.sub(loss.transition)[:, 1:].amin() > 4e-7  # zero entries of T learn too
     assert loss(z, y) < value
@@ -250,7 +291,9 @@ MATRICES = {
     "dense": symmetric(3, 0.5),
     "triangle": torch.tensor(T3),
     "swap": torch.eye(3).roll(1, 1),  # zeros on the diagonal
-    "never": torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [1.0, 0, 0]]),  # label 2 is never given; singular
+    "never": torch.tensor(
+        [[1.0, 0, 0], [0.5, 0.5, 0], [1.0, 0, 0]]
+    ),  # label 2 is never given; singular
 }
 
 
@@ -261,7 +304,9 @@ def test_zeros_in_T_and_in_p_are_finite(make, T, soft):
     """Also the gradient of dT, small enough that Adam can square it in float32."""
     if make is BackwardCorrection and torch.linalg.det(T) == 0:
         return
-    rows = torch.cat([torch.eye(3) * s for s in (1e4, -1e4, 30, 60, 75, 85, 95, 110)] + [torch.zeros(1, 3)])
+    rows = torch.cat(
+        [torch.eye(3) * s for s in (1e4, -1e4, 30, 60, 75, 85, 95, 110)] + [torch.zeros(1, 3)]
+    )
     for y in range(3):
         z = rows.clone().requires_grad_()
         target = torch.full((len(z),), y)
@@ -270,7 +315,9 @@ def test_zeros_in_T_and_in_p_are_finite(make, T, soft):
         value = loss(z, target)
         value.backward()
         assert value.isfinite() and z.grad.isfinite().all()
-        if T.diagonal().min() > 0 or make is ForwardCorrection:  # else β is unbounded, by its definition
+        if (
+            T.diagonal().min() > 0 or make is ForwardCorrection
+        ):  # else β is unbounded, by its definition
             assert z.grad.abs().max() < 10
         for p in loss.parameters():
             assert p.grad.square().isfinite().all()
@@ -280,7 +327,9 @@ def test_forward_is_exact_where_a_clip_would_start():
     """T sends class 0 to label 1 with 1e-3, and p_0 is 1e-13: 16 ln 10, where log(... + 1e-12) is 12 ln 10."""
     T = torch.tensor([[0.999, 0.001, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     z = torch.tensor([[-13 * math.log(10), -500.0, 0.0]])
-    assert ForwardCorrection(T)(z, torch.tensor([1])).item() == pytest.approx(16 * math.log(10), rel=1e-6)
+    assert ForwardCorrection(T)(z, torch.tensor([1])).item() == pytest.approx(
+        16 * math.log(10), rel=1e-6
+    )
 
 
 def test_a_weight_is_bounded_and_fades_with_its_denominator():
@@ -288,7 +337,9 @@ def test_a_weight_is_bounded_and_fades_with_its_denominator():
     loss = TRevision(torch.eye(2), revise=False, reduction="none")
     for gap in (20.0, 27.0, 28.0, 30.0, 40.0):
         loss(torch.tensor([[gap, 0.0]]), torch.tensor([1]))
-        assert loss.stats["weight"].item() == pytest.approx(min(1.0, math.exp(-gap) / LEAST), rel=1e-4)
+        assert loss.stats["weight"].item() == pytest.approx(
+            min(1.0, math.exp(-gap) / LEAST), rel=1e-4
+        )
     below = TRevision(T3)
     with torch.no_grad():
         below.delta[2] = -2.0  # as no descent on this loss would
@@ -310,7 +361,8 @@ def test_the_inverse_is_taken_in_float64():
 def test_T_may_come_as_anything_and_is_a_copy():
     given = np.array(T3, dtype=np.float32)
     losses = [
-        ForwardCorrection(t) for t in (given, T3, torch.tensor(T3, dtype=torch.float16).double(), torch.tensor(T3))
+        ForwardCorrection(t)
+        for t in (given, T3, torch.tensor(T3, dtype=torch.float16).double(), torch.tensor(T3))
     ]
     given[:] = 0
     for loss in losses:
@@ -338,7 +390,10 @@ def test_a_checkpoint_holds_the_matrices():
 def test_what_is_not_a_transition_matrix_is_refused(make):
     for wrong, message in [
         ([[0.9, 0.1], [0.3, 0.6]], r"row 1 sums to 0\.9, expected 1.*another noise$"),
-        ([[0.9, 0.4], [0.1, 0.6]], r"row [01] sums to (1\.3|0\.7), .*columns sum to 1.*transition\.T"),
+        (
+            [[0.9, 0.4], [0.1, 0.6]],
+            r"row [01] sums to (1\.3|0\.7), .*columns sum to 1.*transition\.T",
+        ),
         ([[1.1, -0.1], [0.0, 1.0]], r"transition\[0, 1\]=-0\.1"),
         ([[0.5, 0.5], [math.nan, 0.5]], r"transition\[1, 0\]=nan"),
         ([[0.5, 0.5], [math.inf, 0.5]], r"row 1 sums to inf"),
@@ -356,7 +411,9 @@ def test_what_is_not_a_transition_matrix_is_refused(make):
 
 @pytest.mark.parametrize("T", [torch.full((3, 3), 1 / 3), [[0.5 + 1e-8, 0.5 - 1e-8], [0.5, 0.5]]])
 def test_backward_refuses_what_it_cannot_invert(T):
-    with pytest.raises(ValueError, match=r"condition number is (inf|\d\.?\d*e\+\d+), expected at most 1e\+06"):
+    with pytest.raises(
+        ValueError, match=r"condition number is (inf|\d\.?\d*e\+\d+), expected at most 1e\+06"
+    ):
         BackwardCorrection(T)
     ForwardCorrection(T)
 
@@ -376,7 +433,9 @@ def error(estimate, T):
     return (estimate - T).abs().sum().item()
 
 
-@pytest.mark.parametrize("T", [symmetric(4, 0.5), torch.tensor(T4, dtype=torch.float64)], ids=["symmetric", "other"])
+@pytest.mark.parametrize(
+    "T", [symmetric(4, 0.5), torch.tensor(T4, dtype=torch.float64)], ids=["symmetric", "other"]
+)
 def test_anchor_is_exact_on_a_perfect_posterior_with_anchor_points(T):
     eta, _ = world(T)
     eta[torch.tensor([7, 77, 777, 3777])] = torch.eye(4, dtype=torch.float64)[[2, 0, 3, 1]]
@@ -388,8 +447,12 @@ def test_anchor_by_hand():
     """Columns are looked at, whole rows are taken; the transposed or column-wise form gives another matrix."""
     probs = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.3, 0.6, 0.1], [0.6, 0.0, 0.4]])
     assert anchor(probs).tolist() == probs[[3, 2, 1]].tolist()
-    assert anchor(probs, 1.0).tolist() == probs[[0, 0, 3]].tolist()  # only the largest of each class falls
-    assert anchor(probs, 0.5).tolist() == probs[[2, 1, 0]].tolist()  # index ceil(1.5) = 2 of the sorted, and above
+    assert (
+        anchor(probs, 1.0).tolist() == probs[[0, 0, 3]].tolist()
+    )  # only the largest of each class falls
+    assert (
+        anchor(probs, 0.5).tolist() == probs[[2, 1, 0]].tolist()
+    )  # index ceil(1.5) = 2 of the sorted, and above
 
 
 @pytest.mark.parametrize("n", [1, 2, 33, 34, 35, 100, 101, 300])
@@ -417,7 +480,9 @@ def test_dual_t_by_hand():
     expected = [[0.8 * 0.5, 0.8 * 0.5 + 0.2], [0.3 * 0.5, 0.3 * 0.5 + 0.7]]
     for i, row in enumerate(dual_t(probs, torch.tensor([0, 1, 1, 1]), quantile=None).tolist()):
         assert row == pytest.approx(expected[i])
-    few = dual_t(probs, torch.tensor([0, 1, 1, 1]))  # 97%: the surest of each class falls, T_club = [[.6 .4] [.4 .6]]
+    few = dual_t(
+        probs, torch.tensor([0, 1, 1, 1])
+    )  # 97%: the surest of each class falls, T_club = [[.6 .4] [.4 .6]]
     assert few[0].tolist() == pytest.approx([0.3, 0.7])
 
 
@@ -440,7 +505,9 @@ def test_dual_t_is_nearer_than_anchor_on_a_posterior_that_is_too_sure(quantile):
     T = torch.tensor(T4, dtype=torch.float64)
     for seed in (0, 1):
         eta, labels = world(T, seed=seed)
-        noise = torch.randn(eta.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        noise = torch.randn(
+            eta.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
         probs = (2.5 * (eta @ T + 1e-6).log() + 0.6 * noise).softmax(-1)
         dual = dual_t(probs, labels, quantile)
         torch.testing.assert_close(dual.sum(1), torch.ones(4, dtype=torch.float64))
@@ -450,7 +517,11 @@ def test_dual_t_is_nearer_than_anchor_on_a_posterior_that_is_too_sure(quantile):
 class Tiny(torch.nn.Module):
     def __init__(self, as_output=False):
         super().__init__()
-        self.norm, self.drop, self.head = torch.nn.BatchNorm1d(5), torch.nn.Dropout(0.5), torch.nn.Linear(5, 3)
+        self.norm, self.drop, self.head = (
+            torch.nn.BatchNorm1d(5),
+            torch.nn.Dropout(0.5),
+            torch.nn.Linear(5, 3),
+        )
         self.as_output = as_output
 
     def forward(self, x):
@@ -460,7 +531,10 @@ class Tiny(torch.nn.Module):
 
 def batches(kind="tuples"):
     data = [(torch.randn(n, 5), torch.arange(n) % 3) for n in (4, 4, 1)]
-    loader = [{"pixel_values": x, "labels": y} if kind == "dictionaries" else (x, y, "more") for x, y in data]
+    loader = [
+        {"pixel_values": x, "labels": y} if kind == "dictionaries" else (x, y, "more")
+        for x, y in data
+    ]
     return loader, torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
 
 
@@ -503,8 +577,18 @@ def test_estimate_transition_composes():
     assert torch.equal(estimate_transition(model, loader), anchor(probs))
     assert torch.equal(estimate_transition(model, loader, quantile=0.9), anchor(probs, 0.9))
     assert torch.equal(estimate_transition(model, loader, "dual_t"), dual_t(probs, labels, 0.97))
-    assert torch.equal(estimate_transition(model, loader, "dual_t", quantile=None), dual_t(probs, labels, None))
-    assert len({m.sum(0)[0].item() for m in (anchor(probs), anchor(probs, 0.97), dual_t(probs, labels, None))}) == 3
+    assert torch.equal(
+        estimate_transition(model, loader, "dual_t", quantile=None), dual_t(probs, labels, None)
+    )
+    assert (
+        len(
+            {
+                m.sum(0)[0].item()
+                for m in (anchor(probs), anchor(probs, 0.97), dual_t(probs, labels, None))
+            }
+        )
+        == 3
+    )
     T = estimate_transition(model, loader, "dual_t")
     assert T.dtype == torch.float32
     for make in EVERY:

@@ -33,9 +33,14 @@ def hub(monkeypatch):
         return type("RepoUrl", (str,), {"repo_id": full})(f"https://hub/{full}")
 
     def upload_folder(self, *, repo_id, folder_path, run_as_future, allow_patterns, **call):
-        files = [str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()]
+        files = [
+            str(p.relative_to(folder_path)) for p in Path(folder_path).rglob("*") if p.is_file()
+        ]
         kept = filter_repo_objects(files, allow_patterns=allow_patterns)
-        sent[repo_id] |= {"files": {name: Path(folder_path, name).read_bytes() for name in kept}, "upload": call}
+        sent[repo_id] |= {
+            "files": {name: Path(folder_path, name).read_bytes() for name in kept},
+            "upload": call,
+        }
         if not run_as_future:
             return repo_id
         future = Future()
@@ -75,9 +80,20 @@ def test_both_peers_of_a_run_load_alone(tmp_path):
 def test_push_to_hub(tmp_path, hub, caplog, capfd):
     """A repository each, with weights, config and card, that load: nothing of the optimizer, no pickle, no token."""
     caplog.set_level(logging.DEBUG)
-    run = trainer(tmp_path / "pair of nets", [timm_net(), timm_net("test_resnet")], train=view(16), evaluate=view(8),
-                  num_train_epochs=1, save_strategy="steps", save_steps=1, eval_strategy="epoch", hub_token=TOKEN,
-                  hub_model_id="me/nets", hub_private_repo=True, hub_revision="v1")  # fmt: skip
+    run = trainer(
+        tmp_path / "pair of nets",
+        [timm_net(), timm_net("test_resnet")],
+        train=view(16),
+        evaluate=view(8),
+        num_train_epochs=1,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="epoch",
+        hub_token=TOKEN,
+        hub_model_id="me/nets",
+        hub_private_repo=True,
+        hub_revision="v1",
+    )
     run.train()
     run.save_model()  # leaves the pair, and its arguments as a pickle, in the output folder
     assert (tmp_path / "pair of nets" / "training_args.bin").exists()
@@ -90,24 +106,42 @@ def test_push_to_hub(tmp_path, hub, caplog, capfd):
     for k, (repo, sent) in enumerate(hub.items()):
         assert sent["files"].keys() == {"config.json", "model.safetensors", "README.md"}
         assert (sent["token"], sent["private"], sent["exist_ok"]) == (TOKEN, True, True)
-        assert sent["upload"] == {"commit_message": "End of training", "token": TOKEN, "revision": "v1"}
+        assert sent["upload"] == {
+            "commit_message": "End of training",
+            "token": TOKEN,
+            "revision": "v1",
+        }
         assert not [name for name, content in sent["files"].items() if TOKEN.encode() in content]
         card = ModelCard(sent["files"]["README.md"].decode())
         assert card.data.to_dict() == {
-            "library_name": "timm", "pipeline_tag": "image-classification",
-            "tags": ["image-classification", "timm", "transformers", "kd-plugins"]}  # fmt: skip
+            "library_name": "timm",
+            "pipeline_tag": "image-classification",
+            "tags": ["image-classification", "timm", "transformers", "kd-plugins"],
+        }
         assert f'timm.create_model("hf-hub:{repo}", pretrained=True)' in card.text
         assert f'from_pretrained("{repo}")' in card.text
-        alone = timm.create_model(f"local-dir:{unpack(sent, tmp_path / str(k))}", pretrained=True).eval()
+        alone = timm.create_model(
+            f"local-dir:{unpack(sent, tmp_path / str(k))}", pretrained=True
+        ).eval()
         x = torch.randn(2, 3, 32, 32)
         torch.testing.assert_close(alone(x), run.peers[k].eval()(x), rtol=1e-5, atol=1e-5)
     assert TOKEN not in caplog.text + "".join(capfd.readouterr())
 
 
 def test_one_network_has_no_suffix_and_arguments_win(tmp_path, hub):
-    run = trainer(tmp_path / "vit", vit(), CE(), train=view(16), hub_token="other", hub_private_repo=True)
-    futures = run.push_to_hub("first", blocking=False, token=TOKEN, revision="dev", private=False,
-                              license="apache-2.0", datasets=["uoft-cs/cifar100"], tags="mine")  # fmt: skip
+    run = trainer(
+        tmp_path / "vit", vit(), CE(), train=view(16), hub_token="other", hub_private_repo=True
+    )
+    futures = run.push_to_hub(
+        "first",
+        blocking=False,
+        token=TOKEN,
+        revision="dev",
+        private=False,
+        license="apache-2.0",
+        datasets=["uoft-cs/cifar100"],
+        tags="mine",
+    )
     assert [f.result() for f in futures] == ["someone/vit"]
     sent = hub["someone/vit"]
     assert (sent["token"], sent["private"]) == (TOKEN, False)
@@ -146,7 +180,9 @@ def test_nothing_is_uploaded_where_a_repository_is_refused(tmp_path, hub, monkey
 
 
 def test_push_during_training_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"push_to_hub=True.*trainer\.push_to_hub\(\) after training") as caught:
+    with pytest.raises(
+        ValueError, match=r"push_to_hub=True.*trainer\.push_to_hub\(\) after training"
+    ) as caught:
         trainer(tmp_path, push_to_hub=True, hub_strategy="end", hub_token=TOKEN)
     assert TOKEN not in str(caught.value)
 
@@ -169,7 +205,9 @@ def test_card_of_hostile_names(tmp_path):
     assert fields["license"] == HOSTILE and fields["tags"][-1] == HOSTILE
     assert ModelCard(text).data.to_dict() == fields
     assert fields["library_name"] == "timm"
-    assert not [sign for sign in ("<", "`x", "[y]", "](", "![", "# <") if sign in body.split("**Use**")[0]]
+    assert not [
+        sign for sign in ("<", "`x", "[y]", "](", "![", "# <") if sign in body.split("**Use**")[0]
+    ]
     assert all(line.count("|") == 3 for line in body.splitlines() if line.startswith("|"))
     assert "\n**Data**: a_ _b_ --- _ _script_alert(1)_/script_" in body
     assert json.loads((b / "config.json").read_text())["label_names"][0] == HOSTILE
@@ -178,9 +216,14 @@ def test_card_of_hostile_names(tmp_path):
 def test_card_says_what_loads_it(tmp_path):
     small = timm.create_model("resnet10_cifar", num_classes=CLASSES)
     told = Net(2)
-    told.pretrained_cfg = {"mean": (0.0,) * 3, "std": (1.0,) * 3}  # tells its normalisation; timm does not know it
+    told.pretrained_cfg = {
+        "mean": (0.0,) * 3,
+        "std": (1.0,) * 3,
+    }  # tells its normalisation; timm does not know it
     networks = {"timm": small, "transformers": vit(), "pytorch": told}
-    run = trainer(tmp_path, list(networks.values()), SMKD(CE(), eta=1, b2=0, num_peers=3), train=view(16))
+    run = trainer(
+        tmp_path, list(networks.values()), SMKD(CE(), eta=1, b2=0, num_peers=3), train=view(16)
+    )
     for folder, (library, network) in zip(run.export(), networks.items(), strict=True):
         assert library_of(network) == library
         card = ModelCard.load(folder / "README.md")

@@ -13,7 +13,15 @@ from torch import nn
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from kd_plugins import CE, SMKD, Everything, Loss, Mutual, MyLC
-from kd_plugins.models import Hosted, class_count, export, feature_dims, logits_of, make_model, make_teacher
+from kd_plugins.models import (
+    Hosted,
+    class_count,
+    export,
+    feature_dims,
+    logits_of,
+    make_model,
+    make_teacher,
+)
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -79,7 +87,9 @@ def test_make_model(tmp_path):
     export(first, tmp_path)
     again = make_model(f"local-dir:{tmp_path}", 4)
     assert difference(state(first), state(again)) == 0
-    other = make_model(f"local-dir:{tmp_path}", 6)  # another number of classes: the body stays, the head is new
+    other = make_model(
+        f"local-dir:{tmp_path}", 6
+    )  # another number of classes: the body stays, the head is new
     assert other.fc.out_features == 6
     assert torch.equal(other.conv1.weight, first.conv1.weight)
 
@@ -88,7 +98,9 @@ def test_small_picture_resnets_keep_the_resolution():
     for name, blocks in {"resnet10_cifar": 4, "resnet18_cifar": 8, "resnet34_cifar": 16}.items():
         model = timm.create_model(name, channels=(4, 4, 4, 4), num_classes=CLASSES)
         assert sum(len(getattr(model, f"layer{i}")) for i in range(1, 5)) == blocks
-        shapes = [tuple(f.shape[-2:]) for f in model.forward_intermediates(torch.zeros(1, 3, 32, 32))[1]]
+        shapes = [
+            tuple(f.shape[-2:]) for f in model.forward_intermediates(torch.zeros(1, 3, 32, 32))[1]
+        ]
         assert (
             shapes
             == [(32 // info["reduction"],) * 2 for info in model.feature_info]
@@ -122,13 +134,18 @@ def test_each_peer_sees_its_own_normalisation():
     a, b, unknown = with_cfg(Net(1), *half), with_cfg(Net(2), *imagenet), Net(3)
     hosted = Hosted([a, b, unknown], CE()).eval()
     raw = torch.rand(6, 3, SIZE, SIZE)
-    as_a, as_b = [(raw - torch.tensor(m)[:, None, None]) / torch.tensor(s)[:, None, None] for m, s in (half, imagenet)]
+    as_a, as_b = [
+        (raw - torch.tensor(m)[:, None, None]) / torch.tensor(s)[:, None, None]
+        for m, s in (half, imagenet)
+    ]
     logits = hosted(as_a)["logits"]
     torch.testing.assert_close(logits[:, 0], a(as_a), rtol=0, atol=0)
     torch.testing.assert_close(logits[:, 1], b(as_b), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(logits[:, 2], unknown(as_a), rtol=0, atol=0)
     assert (b(as_a) - b(as_b)).abs().max() > 0.1
-    assert not [name for name in hosted.state_dict() if name.startswith("inputs")]  # known from the models: no state
+    assert not [
+        name for name in hosted.state_dict() if name.startswith("inputs")
+    ]  # known from the models: no state
 
 
 def test_teacher_sees_its_own_normalisation():
@@ -147,9 +164,15 @@ def test_bytes_are_normalised_for_each_network():
     a, b, unknown = with_cfg(Net(1), *own[0]), with_cfg(Net(2), *own[1]), Net(3)
     hosted = Hosted([a, b, unknown], CE()).eval()
     raw = torch.randint(256, (6, 3, SIZE, SIZE), dtype=torch.uint8)
-    means, stds = ([torch.tensor(cfg[k])[:, None, None] for cfg in (*own, ((0.0,), (1.0,)))] for k in (0, 1))
-    expected = [net((raw / 255 - m) / s) for net, m, s in zip((a, b, unknown), means, stds, strict=True)]
-    torch.testing.assert_close(hosted(raw)["logits"], torch.stack(expected, dim=1), rtol=1e-4, atol=1e-4)
+    means, stds = (
+        [torch.tensor(cfg[k])[:, None, None] for cfg in (*own, ((0.0,), (1.0,)))] for k in (0, 1)
+    )
+    expected = [
+        net((raw / 255 - m) / s) for net, m, s in zip((a, b, unknown), means, stds, strict=True)
+    ]
+    torch.testing.assert_close(
+        hosted(raw)["logits"], torch.stack(expected, dim=1), rtol=1e-4, atol=1e-4
+    )
     with pytest.raises(ValueError, match=r"bytes of 1 channels, \[6, 1, .*normalised floats"):
         hosted(raw[:, :1])
 
@@ -160,9 +183,13 @@ def test_fixed_size_networks_get_resized_pixels():
     logits = hosted(big)["logits"]
 
     def resized(size):
-        return F.interpolate(big, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        return F.interpolate(
+            big, (size, size), mode="bilinear", antialias=True, align_corners=False
+        )
 
-    torch.testing.assert_close(logits[:, 0], hosted.peers[0](big))  # takes any size, and gets it untouched
+    torch.testing.assert_close(
+        logits[:, 0], hosted.peers[0](big)
+    )  # takes any size, and gets it untouched
     torch.testing.assert_close(logits[:, 1], small(resized(16)))
     torch.testing.assert_close(logits[:, 2], hosted.peers[2](resized(8)).logits)
     anysize = timm_vit(16, dynamic_img_size=True).eval()
@@ -175,19 +202,30 @@ def test_size_is_known_of_wrapped_and_not_imposed_on_convolutions(kind, tmp_path
     if kind == "transformers conv net":
         from transformers import ConvNextConfig, ConvNextForImageClassification
 
-        config = ConvNextConfig(hidden_sizes=[4, 4, 4, 4], depths=[1, 1, 1, 1], num_labels=CLASSES, image_size=64)
+        config = ConvNextConfig(
+            hidden_sizes=[4, 4, 4, 4], depths=[1, 1, 1, 1], num_labels=CLASSES, image_size=64
+        )
         model, shown = ConvNextForImageClassification(config).eval(), pixels(2, 32)
         expected = model(shown).logits
     else:
         export(timm_vit(16), tmp_path)
-        model, shown = AutoModelForImageClassification.from_pretrained(tmp_path).eval(), pixels(2, 24)
-        expected = model(F.interpolate(shown, (16, 16), mode="bilinear", antialias=True, align_corners=False)).logits
+        model, shown = (
+            AutoModelForImageClassification.from_pretrained(tmp_path).eval(),
+            pixels(2, 24),
+        )
+        expected = model(
+            F.interpolate(shown, (16, 16), mode="bilinear", antialias=True, align_corners=False)
+        ).logits
     torch.testing.assert_close(Hosted([model], CE()).eval()(shown)["logits"][:, 0], expected)
 
 
 def test_pixels_take_the_dtype_of_the_weights():
     """bf16_full_eval casts the weights and leaves the batch: without a cast here the convolution refuses it."""
-    a, b, x = with_cfg(Net(1), (0.5,) * 3, (0.2,) * 3), with_cfg(Net(2), (0.4,) * 3, (0.3,) * 3), pixels()
+    a, b, x = (
+        with_cfg(Net(1), (0.5,) * 3, (0.2,) * 3),
+        with_cfg(Net(2), (0.4,) * 3, (0.3,) * 3),
+        pixels(),
+    )
     hosted = Hosted([a, b], Mutual(CE(), Everything())).eval()
     full = hosted(x, labels())
     half = hosted.to(torch.bfloat16)(x, labels())
@@ -208,7 +246,16 @@ def test_train_returns_the_loss_alone_and_eval_plain_cross_entropy():
     assert output.keys() == {"loss"}
     assert hosted.stats["loss"] == output["loss"]
     assert not hosted.stats["loss"].requires_grad
-    assert hosted.stats.keys() >= {"own_a", "own_b", "taught_a", "taught_b", "selected_a", "r_a", "r_b", "chi"}
+    assert hosted.stats.keys() >= {
+        "own_a",
+        "own_b",
+        "taught_a",
+        "taught_b",
+        "selected_a",
+        "r_a",
+        "r_b",
+        "chi",
+    }
     r, hosted = loss.refine[0].r.clone(), hosted.eval()
     output = hosted(x, y, clean_labels=y.flip(0))
     plain = torch.stack([F.cross_entropy(p(x), y) for p in peers]).mean()
@@ -264,7 +311,9 @@ def test_index_reaches_the_loss_that_reads_it():
     x, y, model = pixels(), labels(), Net(1)
     index = torch.tensor([5, 0, 3, 1, 2, 9])
     loss = Hosted([model], ByIndex())(x, y, index=index)["loss"]
-    torch.testing.assert_close(loss, (F.cross_entropy(model(x), y, reduction="none") * index).mean())
+    torch.testing.assert_close(
+        loss, (F.cross_entropy(model(x), y, reduction="none") * index).mean()
+    )
     with pytest.raises(TypeError, match=r"ByIndex reads \['index'\]: missing"):
         Hosted([model], ByIndex())(x, y)
 
@@ -277,7 +326,10 @@ def test_activation_checkpointing_computes_the_same_gradient_twice():
 
     def gradient():
         calls = []
-        hooks = [m.register_forward_pre_hook(lambda *_: calls.append(1)) for m in (peers[0].blocks[0], layer)]
+        hooks = [
+            m.register_forward_pre_hook(lambda *_: calls.append(1))
+            for m in (peers[0].blocks[0], layer)
+        ]
         hosted.zero_grad()
         hosted(x, y)["loss"].backward()
         for hook in hooks:
@@ -298,7 +350,10 @@ def test_activation_checkpointing_computes_the_same_gradient_twice():
 EXPORTED = {
     "timm conv net": (timm_conv, 32),
     "timm ViT with its own size": (timm_vit, 16),
-    "ResNet for small pictures": (lambda: timm.create_model("resnet10_cifar", num_classes=CLASSES), 32),
+    "ResNet for small pictures": (
+        lambda: timm.create_model("resnet10_cifar", num_classes=CLASSES),
+        32,
+    ),
 }
 
 
@@ -306,7 +361,9 @@ EXPORTED = {
 def test_export_timm(kind, tmp_path):
     """Alone, in timm and in transformers, with equal logits and the names of its classes."""
     make, size = EXPORTED[kind]
-    model = spoil(make()).to(memory_format=torch.channels_last)  # safetensors refuses strided weights
+    model = spoil(make()).to(
+        memory_format=torch.channels_last
+    )  # safetensors refuses strided weights
     strides = [p.stride() for p in model.parameters()]
     x = pixels(3, size)
     expected = model(x)
@@ -364,16 +421,25 @@ def test_teachers_from_a_folder_and_from_a_file(tmp_path):
     x = pixels(size=32)
     expected = model.eval()(x)
     file = folder / "model.safetensors"
-    for teacher in (make_teacher(str(folder), None), make_teacher(folder, 7), make_teacher(f"local-dir:{folder}", None),
-                    make_teacher(f"test_resnet={file}", CLASSES), make_teacher(model, None)):  # fmt: skip
+    for teacher in (
+        make_teacher(str(folder), None),
+        make_teacher(folder, 7),
+        make_teacher(f"local-dir:{folder}", None),
+        make_teacher(f"test_resnet={file}", CLASSES),
+        make_teacher(model, None),
+    ):
         assert torch.equal(teacher.eval()(x), expected)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
-    assert torch.equal(make_teacher(f"test_resnet={tmp_path / 'weights.pth'}", CLASSES).eval()(x), expected)
+    assert torch.equal(
+        make_teacher(f"test_resnet={tmp_path / 'weights.pth'}", CLASSES).eval()(x), expected
+    )
     assert make_teacher(folder, None).pretrained_cfg["mean"] == pytest.approx((0.1, 0.2, 0.3))
 
 
 def with_cfg_timm():
-    model = timm.create_model("test_resnet", num_classes=CLASSES, pretrained_cfg_overlay={"mean": (0.1, 0.2, 0.3)})
+    model = timm.create_model(
+        "test_resnet", num_classes=CLASSES, pretrained_cfg_overlay={"mean": (0.1, 0.2, 0.3)}
+    )
     spoil(model)
     return model
 
@@ -403,7 +469,10 @@ class FromMaps(Loss):
     layers = (-2, -1)
 
     def per_sample(self, logits, target, features, teacher_features):
-        self.seen = [f.shape for f in features], [[f.shape for f in maps] for maps in teacher_features]
+        self.seen = (
+            [f.shape for f in features],
+            [[f.shape for f in maps] for maps in teacher_features],
+        )
         assert not any(f.requires_grad for maps in teacher_features for f in maps)
         return logits.sum(-1) + sum(f.sum((1, 2, 3)) for f in features)
 

@@ -25,7 +25,10 @@ def at(rows, t=1.0):
 
 def batch(num_teachers, b=5, c=4, scale=3.0, seed=0):
     g = torch.Generator().manual_seed(seed)
-    z = torch.randn(b, c, generator=g, dtype=torch.float64) * torch.tensor([[0.3], [1], [2], [4], [8]])[:b]
+    z = (
+        torch.randn(b, c, generator=g, dtype=torch.float64)
+        * torch.tensor([[0.3], [1], [2], [4], [8]])[:b]
+    )
     teacher = torch.randn(num_teachers, b, c, generator=g, dtype=torch.float64) * scale
     return z.requires_grad_(), torch.arange(b) % c, teacher
 
@@ -50,10 +53,16 @@ def test_kd_by_hand():
     """T = 2: 4 KL of the teacher to the student, where both are read at T."""
     teacher = [[0.25, 0.5, 0.25], [1 / 3, 1 / 3, 1 / 3]]
     by_hand = [4 * 0.25 * LN2, 4 / 3 * (math.log(1 / 0.3) * 2 + math.log(1 / 2.4))]
-    value = KD(temperature=2.0, reduction="none")(at(P, 2), torch.tensor([0, 1]), teacher=at(teacher, 2))
+    value = KD(temperature=2.0, reduction="none")(
+        at(P, 2), torch.tensor([0, 1]), teacher=at(teacher, 2)
+    )
     assert value.tolist() == pytest.approx(by_hand, abs=1e-12)
-    both = KD(temperature=2.0)(at(P, 2), torch.tensor([0, 1]), teacher=torch.stack([at(teacher, 2), at(P, 2)]))
-    assert both.item() == pytest.approx(sum(by_hand) / 4, abs=1e-12)  # the second teacher is the student itself
+    both = KD(temperature=2.0)(
+        at(P, 2), torch.tensor([0, 1]), teacher=torch.stack([at(teacher, 2), at(P, 2)])
+    )
+    assert both.item() == pytest.approx(
+        sum(by_hand) / 4, abs=1e-12
+    )  # the second teacher is the student itself
 
 
 def test_ebkd_by_hand():
@@ -62,29 +71,44 @@ def test_ebkd_by_hand():
     total = 2.5 * LN2 + LN3
     expected = [(1 - h / total) / 2 for h in (1.5 * LN2, LN2, LN3)]
     for y in (0, 2):
-        assert weights_of(EBKD(), at(P[:1]), torch.tensor([y]), teacher).tolist() == pytest.approx(expected, abs=1e-12)
+        assert weights_of(EBKD(), at(P[:1]), torch.tensor([y]), teacher).tolist() == pytest.approx(
+            expected, abs=1e-12
+        )
 
 
 def test_camkd_by_hand():
     """exp(cross-entropy) is 1/p_y: 2, 4 and 4, of which the shares are .2, .4 and .4."""
-    teacher = torch.stack([at([[0.5, 0.25, 0.25]]), at([[0.25, 0.5, 0.25]]), at([[0.25, 0.05, 0.7]])])
+    teacher = torch.stack(
+        [at([[0.5, 0.25, 0.25]]), at([[0.25, 0.5, 0.25]]), at([[0.25, 0.05, 0.7]])]
+    )
     weights = weights_of(CAMKD(), at(P[:1]), torch.tensor([0]), teacher)
     assert weights.tolist() == pytest.approx([0.4, 0.3, 0.3], abs=1e-12)
-    soft_label = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)  # of the first two: ln 8 / 2 both
+    soft_label = torch.tensor(
+        [[0.5, 0.5, 0.0]], dtype=torch.float64
+    )  # of the first two: ln 8 / 2 both
     weights = weights_of(CAMKD(), at(P[:1]), soft_label, teacher[:2])
     assert weights.tolist() == pytest.approx([0.5, 0.5], abs=1e-12)
 
 
-@pytest.mark.parametrize(("cap", "expected"), [(1.0, [0.75, 0.25]), (0.6, [0.6, 0.4]), (0.2, [0.5, 0.5])])
+@pytest.mark.parametrize(
+    ("cap", "expected"), [(1.0, [0.75, 0.25]), (0.6, [0.6, 0.4]), (0.2, [0.5, 0.5])]
+)
 def test_aekd_by_hand(cap, expected):
     """Two teachers that pull a uniform student apart, by .1 and by .3: at 3 : 1 they cancel."""
     third = 1 / 3
-    teacher = torch.stack([at([[third + 0.1, third - 0.1, third]], 5), at([[third - 0.3, third + 0.3, third]], 5)])
+    teacher = torch.stack(
+        [at([[third + 0.1, third - 0.1, third]], 5), at([[third - 0.3, third + 0.3, third]], 5)]
+    )
     loss = AEKD(temperature=5.0, cap=cap)
     z = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
-    assert weights_of(loss, z, torch.tensor([0]), teacher).tolist() == pytest.approx(expected, abs=1e-7)
+    assert weights_of(loss, z, torch.tensor([0]), teacher).tolist() == pytest.approx(
+        expected, abs=1e-7
+    )
     if cap == 1.0:
-        assert torch.autograd.grad(loss(z, torch.tensor([0]), teacher=teacher), z)[0].abs().max() < 1e-6
+        assert (
+            torch.autograd.grad(loss(z, torch.tensor([0]), teacher=teacher), z)[0].abs().max()
+            < 1e-6
+        )
 
 
 def test_label_revision_by_hand():
@@ -93,7 +117,9 @@ def test_label_revision_by_hand():
     for y, expected in [(1, [0.54 / 1.3, 0.67 / 1.3, 0.09 / 1.3]), (0, [0.64, 0.27, 0.09])]:
         loss = LabelRevision(eta=0.9, temperature=2.0)
         q = F.one_hot(torch.tensor([y]), 3).double()
-        assert loss.revise(at([p]), q).exp().flatten().tolist() == pytest.approx(expected, abs=1e-12)
+        assert loss.revise(at([p]), q).exp().flatten().tolist() == pytest.approx(
+            expected, abs=1e-12
+        )
         value = loss(at(P[:1], 2), torch.tensor([y]), teacher=at(p, 2))
         assert value.item() == pytest.approx(4 * kl(expected, P[0]), abs=1e-12)
         assert loss.stats["revised"].item() == y and loss.stats["weight_0"].item() == 1.0
@@ -131,14 +157,20 @@ def weighed(kind, student, teacher, taught, qs, cap=0.6):
     if kind in ("kd", "aver"):
         return [[1 / k] * b] * k
     if kind == "aekd":
-        d = [[sum(student[i][c] - rows[i][c] for i in range(b)) / b for c in range(len(qs[0]))] for rows in taught]
+        d = [
+            [sum(student[i][c] - rows[i][c] for i in range(b)) / b for c in range(len(qs[0]))]
+            for rows in taught
+        ]
         gram = [[sum(x * y for x, y in zip(u, v, strict=True)) for v in d] for u in d]
         return [[a] * b for a in smallest_mixture(gram, max(cap, 1 / k))]
     rows = [[naive.softmax(row) for row in rows] for rows in teacher]
     if kind == "ebkd":
         bad = [[naive.entropy(p) for p in ps] for ps in rows]
     else:
-        bad = [[math.exp(naive.cross_entropy(q, p)) for q, p in zip(qs, ps, strict=True)] for ps in rows]
+        bad = [
+            [math.exp(naive.cross_entropy(q, p)) for q, p in zip(qs, ps, strict=True)]
+            for ps in rows
+        ]
     totals = [sum(column) for column in zip(*bad, strict=True)]
     return [[(1 - x / s) / (k - 1) for x, s in zip(row, totals, strict=True)] for row in bad]
 
@@ -164,14 +196,21 @@ def test_value_and_gradient_against_loops(kind, make, factor, num_teachers, revi
     qs = y.tolist() if labels == "distributions" else [naive.onehot(k, 4) for k in y.tolist()]
     t, eta = 3.0, 0.7
     taught = [[soft(row, t) for row in rows] for rows in teacher.tolist()]
-    wrong = [p.index(max(p)) != q.index(max(q)) for ps in taught for p, q in zip(ps, qs, strict=True)]
+    wrong = [
+        p.index(max(p)) != q.index(max(q)) for ps in taught for p, q in zip(ps, qs, strict=True)
+    ]
     if revise:
-        taught = [[revised(p, q, eta, revise) for p, q in zip(ps, qs, strict=True)] for ps in taught]
+        taught = [
+            [revised(p, q, eta, revise) for p, q in zip(ps, qs, strict=True)] for ps in taught
+        ]
     weights = weighed(kind, [soft(row, t) for row in z.tolist()], teacher.tolist(), taught, qs)
 
     def expected(zs):
-        return sum(factor(num_teachers) * weights[k][i] * t * t * kl(taught[k][i], soft(row, t)) / 5
-                   for k in range(num_teachers) for i, row in enumerate(zs[0]))  # fmt: skip
+        return sum(
+            factor(num_teachers) * weights[k][i] * t * t * kl(taught[k][i], soft(row, t)) / 5
+            for k in range(num_teachers)
+            for i, row in enumerate(zs[0])
+        )
 
     loss = make(t) if revise is None else LabelRevision(make(t), eta=eta, apply_to=revise)
     value = loss(z, y, teacher=teacher)
@@ -189,7 +228,9 @@ def test_value_and_gradient_against_loops(kind, make, factor, num_teachers, revi
 def test_the_gradient_of_kd_is_known():
     z, y, teacher = batch(1)
     (grad,) = torch.autograd.grad(KD(temperature=5.0)(z, y, teacher=teacher), z)
-    torch.testing.assert_close(grad, 5.0 * ((z / 5).softmax(-1) - (teacher[0] / 5).softmax(-1)) / 5)  # T (p - p_t) / B
+    torch.testing.assert_close(
+        grad, 5.0 * ((z / 5).softmax(-1) - (teacher[0] / 5).softmax(-1)) / 5
+    )  # T (p - p_t) / B
 
 
 # --------------------------------------------------------------------------------------------------------------- limits
@@ -210,9 +251,18 @@ def test_equal_teachers_are_one(term, num_teachers, dtype):
         assert loss.stats[f"weight_{k}"].item() == pytest.approx(1 / num_teachers, abs=1e-6)
 
 
-@pytest.mark.parametrize("make", [
-    AVER, EBKD, CAMKD, AEKD, lambda: EBKD(scale="code"), lambda: CAMKD(scale="code"), lambda: AEKD(cap=0.01),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        AVER,
+        EBKD,
+        CAMKD,
+        AEKD,
+        lambda: EBKD(scale="code"),
+        lambda: CAMKD(scale="code"),
+        lambda: AEKD(cap=0.01),
+    ],
+)
 @pytest.mark.parametrize("rows", [None, 0.0, 1e4], ids=["usual", "uniform", "certain"])
 def test_one_teacher_is_kd_to_the_bit(make, rows):
     """(1 - 1) / (1 - 1) in the code of CA-MKD, and 1 - 1 in that of EBKD."""
@@ -231,7 +281,9 @@ def test_at_high_temperature_it_matches_logits():
     expected = gap.square().sum(-1).mean() / (2 * 4)
     far, near = (KD(temperature=t)(z, y, teacher=teacher) for t in (1e5, 10.0))
     torch.testing.assert_close(far, expected, rtol=1e-3, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(far, z), torch.autograd.grad(expected, z), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        torch.autograd.grad(far, z), torch.autograd.grad(expected, z), rtol=1e-3, atol=1e-4
+    )
     assert (near / expected - 1).abs() > 0.02
 
 
@@ -250,10 +302,16 @@ def test_who_counts_more():
     """A sure teacher for EBKD, one that knows the label for CA-MKD, per sample."""
     sure_wrong, unsure_right = at([[0.9, 0.05, 0.05]]), at([[0.3, 0.4, 0.3]])
     teacher, y = torch.stack([sure_wrong, unsure_right]), torch.tensor([1])
-    assert weights_of(EBKD(), at(P[:1]), y, teacher)[0] > 0.5 > weights_of(CAMKD(), at(P[:1]), y, teacher)[0]
+    assert (
+        weights_of(EBKD(), at(P[:1]), y, teacher)[0]
+        > 0.5
+        > weights_of(CAMKD(), at(P[:1]), y, teacher)[0]
+    )
     two = torch.cat([teacher, teacher.flip(0)], 1)  # the other way round in a second sample
     for loss in (EBKD(), CAMKD()):
-        assert weights_of(loss, at(P), torch.tensor([1, 1]), two).tolist() == pytest.approx([0.5, 0.5])
+        assert weights_of(loss, at(P), torch.tensor([1, 1]), two).tolist() == pytest.approx(
+            [0.5, 0.5]
+        )
         alone = [loss(at([p]), y, teacher=two[:, i : i + 1]) for i, p in enumerate(P)]
         torch.testing.assert_close(loss(at(P), torch.tensor([1, 1]), teacher=two), sum(alone) / 2)
 
@@ -275,7 +333,9 @@ def test_scales_of_the_code():
         torch.testing.assert_close(code, factor * paper)
     h = torch.special.entr(teacher.softmax(-1)).sum(-1)
     each = torch.stack([KD(reduction="none")(z, y, teacher=t) for t in teacher])
-    theirs = ((1 - h / h.sum(0)) * each).sum() / (5 * 3)  # a mean over N K of weights that sum to K - 1
+    theirs = ((1 - h / h.sum(0)) * each).sum() / (
+        5 * 3
+    )  # a mean over N K of weights that sum to K - 1
     torch.testing.assert_close(EBKD(scale="code")(z, y, teacher=teacher), theirs)
     assert ((1 - h / h.sum(0)).sum(0) - 2).abs().max() < 1e-12
 
@@ -311,7 +371,9 @@ def test_extreme_teachers(term, kind, revise):
 def test_teachers_without_doubt_count_alike():
     weights = weights_of(EBKD(), torch.randn(3, 3), torch.tensor([0, 1, 2]), EXTREME["certain"])
     assert weights.tolist() == [0.5, 0.5]
-    weights = weights_of(EBKD(), torch.randn(3, 3), torch.tensor([0, 1, 2]), EXTREME["one of them certain"])
+    weights = weights_of(
+        EBKD(), torch.randn(3, 3), torch.tensor([0, 1, 2]), EXTREME["one of them certain"]
+    )
     assert weights.tolist() == [1.0, 0.0]
 
 
@@ -381,11 +443,19 @@ def test_aekd_against_autograd_and_a_grid(seed, cap):
         return (w @ gram @ w).item()
 
     n = 200
-    grid = [torch.tensor([i, j, n - i - j]).double() / n for i in range(n + 1) for j in range(n + 1 - i)
-            if max(i, j, n - i - j) <= cap * n]  # fmt: skip
+    grid = [
+        torch.tensor([i, j, n - i - j]).double() / n
+        for i in range(n + 1)
+        for j in range(n + 1 - i)
+        if max(i, j, n - i - j) <= cap * n
+    ]
     best = min(grid, key=length)
     assert length(weights) <= length(best) * (1 + 1e-6)
-    assert weights.sum().item() == pytest.approx(1.0, abs=1e-7) and weights.max() <= cap + 1e-7 and weights.min() >= 0
+    assert (
+        weights.sum().item() == pytest.approx(1.0, abs=1e-7)
+        and weights.max() <= cap + 1e-7
+        and weights.min() >= 0
+    )
     nearby = [w for w in grid if length(w) <= length(best) + 1e-3 * gram.diagonal().max()]
     assert min((w - weights).abs().max() for w in nearby) < 2 / n
 
@@ -399,7 +469,9 @@ def test_aekd_looks_at_the_mean_over_the_batch():
         a, b = d
         return ((b - a) @ b / (b - a).square().sum()).clamp(0, 1).item()
 
-    side_by_side = torch.stack([torch.autograd.grad(KD()(z, y, teacher=k), z)[0].flatten() for k in teacher])
+    side_by_side = torch.stack(
+        [torch.autograd.grad(KD()(z, y, teacher=k), z)[0].flatten() for k in teacher]
+    )
     assert weights[0].item() == pytest.approx(shortest(directions(z, y, teacher, 4.0)), abs=1e-6)
     assert abs(weights[0].item() - shortest(side_by_side)) > 0.05
 
@@ -418,8 +490,13 @@ def test_aekd_takes_its_weights_as_constants():
 def test_aekd_on_small_gradients(size):
     """A student that has nearly learned: an absolute tolerance of 1e-6 would leave the weights where they began."""
     third = 1 / 3
-    rows = [[third + 0.1 * size, third - 0.1 * size, third], [third - 0.15 * size, third + 0.15 * size, third]]
-    weights = weights_of(AEKD(cap=1.0), torch.zeros(1, 3).double(), torch.tensor([0]), at([[r] for r in rows], 4))
+    rows = [
+        [third + 0.1 * size, third - 0.1 * size, third],
+        [third - 0.15 * size, third + 0.15 * size, third],
+    ]
+    weights = weights_of(
+        AEKD(cap=1.0), torch.zeros(1, 3).double(), torch.tensor([0]), at([[r] for r in rows], 4)
+    )
     assert weights.tolist() == pytest.approx([0.6, 0.4], abs=1e-6)
 
 
@@ -434,7 +511,10 @@ def test_aekd_of_a_student_that_agrees():
 
 def rows_of_all_kinds():
     g = torch.Generator().manual_seed(0)
-    z = torch.randn(3, 400, 7, generator=g) * torch.tensor([0.0, 0.01, 1.0, 10.0, 1e4]).repeat(80)[:, None]
+    z = (
+        torch.randn(3, 400, 7, generator=g)
+        * torch.tensor([0.0, 0.01, 1.0, 10.0, 1e4]).repeat(80)[:, None]
+    )
     z[:, ::7, 3] = 1e4
     return z, torch.arange(400) % 7
 
@@ -454,7 +534,9 @@ def test_the_label_leads(eta, apply_to):
     lead = (new * q).sum(-1) - (new - 2 * q).amax(-1)
     wrong = p.argmax(-1) != y
     assert 0.2 < wrong.float().mean() < 0.95
-    torch.testing.assert_close(lead[wrong], torch.full_like(lead[wrong], 1 - eta), atol=2e-6, rtol=0)
+    torch.testing.assert_close(
+        lead[wrong], torch.full_like(lead[wrong], 1 - eta), atol=2e-6, rtol=0
+    )
     if apply_to == "all":
         assert (lead >= 1 - eta - 2e-6).all() and (lead > 0).all()
     else:
@@ -490,7 +572,9 @@ def test_towards_one_it_mixes_just_enough():
 def test_towards_one_right_teachers_are_as_they_were_and_towards_zero_the_label_is_taught(term):
     z, y, teacher = batch(2, scale=1.0)
     right = teacher + 6.0 * F.one_hot(y, 4)
-    torch.testing.assert_close(LabelRevision(term(), eta=1 - 1e-9)(z, y, teacher=right), term()(z, y, teacher=right))
+    torch.testing.assert_close(
+        LabelRevision(term(), eta=1 - 1e-9)(z, y, teacher=right), term()(z, y, teacher=right)
+    )
     label = 16 * F.cross_entropy(z / 4, y)
     torch.testing.assert_close(LabelRevision(term(), eta=1e-12)(z, y, teacher=teacher), label)
 
@@ -502,11 +586,17 @@ def test_a_perfect_teacher_is_left_alone(term, eta):
     z, y, teacher = batch(3, scale=1.0)
     right = teacher + 6.0 * F.one_hot(y, 4)
     loss = LabelRevision(term(), eta=eta, apply_to="wrong")
-    assert torch.equal(loss(z, y, teacher=right), term()(z, y, teacher=right)) and loss.stats["revised"] == 0
+    assert (
+        torch.equal(loss(z, y, teacher=right), term()(z, y, teacher=right))
+        and loss.stats["revised"] == 0
+    )
     assert LabelRevision(term(), eta=eta)(z, y, teacher=right) != term()(z, y, teacher=right)
     certain = 1e4 * F.one_hot(y, 4).double().repeat(3, 1, 1)
     torch.testing.assert_close(
-        LabelRevision(term(), eta=eta)(z, y, teacher=certain), term()(z, y, teacher=certain), atol=1e-6, rtol=1e-7
+        LabelRevision(term(), eta=eta)(z, y, teacher=certain),
+        term()(z, y, teacher=certain),
+        atol=1e-6,
+        rtol=1e-7,
     )
 
 
@@ -514,12 +604,16 @@ def test_what_teachers_said_weighs_them():
     """EBKD and CA-MKD by the teachers as they are; AEKD by the gradients of what is taught."""
     z, y, teacher = batch(3)
     for term in (EBKD, CAMKD):
-        plain, after = (weights_of(loss, z, y, teacher) for loss in (term(), LabelRevision(term(), eta=0.1)))
+        plain, after = (
+            weights_of(loss, z, y, teacher) for loss in (term(), LabelRevision(term(), eta=0.1))
+        )
         torch.testing.assert_close(plain, after, rtol=0, atol=0)
     revision = LabelRevision(eta=0.5)
     as_logits = 4 * revision.revise((teacher / 4).log_softmax(-1), F.one_hot(y, 4).double())
     expected = weights_of(AEKD(), z, y, as_logits)
-    torch.testing.assert_close(weights_of(LabelRevision(AEKD(), eta=0.5), z, y, teacher), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        weights_of(LabelRevision(AEKD(), eta=0.5), z, y, teacher), expected, atol=1e-6, rtol=0
+    )
     assert (weights_of(AEKD(), z, y, teacher) - expected).abs().max() > 0.02
 
 
@@ -542,8 +636,14 @@ def test_the_term_brings_its_own():
         loss(z[:, :3], y % 3, teacher=teacher[:, :, :3])
     kd = LabelRevision(temperature=3.0)
     assert type(kd.term) is KD and kd.term.temperature == 3.0
-    assert (LabelRevision().term.temperature, LabelRevision().eta, LabelRevision().apply_to) == (4.0, 0.8, "all")
-    torch.testing.assert_close(kd(z, y, teacher=teacher), LabelRevision(AVER(3.0))(z, y, teacher=teacher))
+    assert (LabelRevision().term.temperature, LabelRevision().eta, LabelRevision().apply_to) == (
+        4.0,
+        0.8,
+        "all",
+    )
+    torch.testing.assert_close(
+        kd(z, y, teacher=teacher), LabelRevision(AVER(3.0))(z, y, teacher=teacher)
+    )
     assert kd(z, y, teacher=teacher) != LabelRevision()(z, y, teacher=teacher)
 
 
@@ -553,7 +653,11 @@ def test_the_term_brings_its_own():
 def test_a_whole_objective_is_a_sum():
     z, y, teacher = batch(2)
     total = 0.1 * CE() + 0.9 * KD(temperature=4) + LabelRevision(CAMKD())
-    expected = 0.1 * CE()(z, y) + 0.9 * KD()(z, y, teacher=teacher) + LabelRevision(CAMKD())(z, y, teacher=teacher)
+    expected = (
+        0.1 * CE()(z, y)
+        + 0.9 * KD()(z, y, teacher=teacher)
+        + LabelRevision(CAMKD())(z, y, teacher=teacher)
+    )
     torch.testing.assert_close(total(z, y, teacher=teacher), expected)
     assert total.reads == {"teacher"}
     for key in ("kd_1_weight_1", "labelrevision_2_weight_0", "labelrevision_2_revised"):
@@ -578,24 +682,31 @@ def test_revision_of_any_term_compiles_and_never_waits(term, apply_to):
         assert value.device.type == "cuda"
 
 
-@pytest.mark.parametrize(("make", "error", "message"), [
-    (lambda: KD(temperature=0.0), ValueError, "temperature=0.0"),
-    (lambda: CAMKD(temperature=math.inf), ValueError, "temperature=inf"),
-    (lambda: AVER(temperature=math.nan), ValueError, "temperature=nan"),
-    (lambda: EBKD(scale="authors"), ValueError, "scale='authors'.*'paper', 'code'"),
-    (lambda: CAMKD(scale="K"), ValueError, "scale='K'.*'paper', 'code'"),
-    (lambda: AEKD(cap=0.0), ValueError, "cap=0.0"),
-    (lambda: AEKD(cap=1.5), ValueError, "cap=1.5"),
-    (lambda: AEKD(cap=math.nan), ValueError, "cap=nan"),
-    (lambda: LabelRevision(eta=1.0), ValueError, "eta=1.0"),
-    (lambda: LabelRevision(eta=0.0), ValueError, "eta=0.0"),
-    (lambda: LabelRevision(eta=math.nan), ValueError, "eta=nan"),
-    (lambda: LabelRevision(temperature=-1.0), ValueError, "temperature=-1.0"),
-    (lambda: LabelRevision(apply_to="right"), ValueError, "apply_to='right'.*'all', 'wrong'"),
-    (lambda: LabelRevision(CAMKD(), temperature=2.0), ValueError, r"temperature=2.0: CAMKD.*ignored"),
-    (lambda: LabelRevision(CE()), TypeError, "term=CE"),
-    (lambda: LabelRevision(0.5 * KD()), TypeError, "term=Sum"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: KD(temperature=0.0), ValueError, "temperature=0.0"),
+        (lambda: CAMKD(temperature=math.inf), ValueError, "temperature=inf"),
+        (lambda: AVER(temperature=math.nan), ValueError, "temperature=nan"),
+        (lambda: EBKD(scale="authors"), ValueError, "scale='authors'.*'paper', 'code'"),
+        (lambda: CAMKD(scale="K"), ValueError, "scale='K'.*'paper', 'code'"),
+        (lambda: AEKD(cap=0.0), ValueError, "cap=0.0"),
+        (lambda: AEKD(cap=1.5), ValueError, "cap=1.5"),
+        (lambda: AEKD(cap=math.nan), ValueError, "cap=nan"),
+        (lambda: LabelRevision(eta=1.0), ValueError, "eta=1.0"),
+        (lambda: LabelRevision(eta=0.0), ValueError, "eta=0.0"),
+        (lambda: LabelRevision(eta=math.nan), ValueError, "eta=nan"),
+        (lambda: LabelRevision(temperature=-1.0), ValueError, "temperature=-1.0"),
+        (lambda: LabelRevision(apply_to="right"), ValueError, "apply_to='right'.*'all', 'wrong'"),
+        (
+            lambda: LabelRevision(CAMKD(), temperature=2.0),
+            ValueError,
+            r"temperature=2.0: CAMKD.*ignored",
+        ),
+        (lambda: LabelRevision(CE()), TypeError, "term=CE"),
+        (lambda: LabelRevision(0.5 * KD()), TypeError, "term=Sum"),
+    ],
+)
 def test_refuses(make, error, message):
     with pytest.raises(error, match=message):
         make()

@@ -38,7 +38,10 @@ T = [[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.0, 0.3, 0.7]]
 def batches(epoch, n=3, size=6):
     """The same for the same epoch."""
     g = torch.Generator().manual_seed(epoch)
-    return [(torch.randn(size, 3, 8, 8, generator=g), torch.randint(CLASSES, (size,), generator=g)) for _ in range(n)]
+    return [
+        (torch.randn(size, 3, 8, 8, generator=g), torch.randint(CLASSES, (size,), generator=g))
+        for _ in range(n)
+    ]
 
 
 def timm_net(name="test_resnet", **kwargs):
@@ -49,10 +52,27 @@ def smkd():
     return SMKD(MyLC(window=30), eta=1.2, b2=-4, normalize="batch")
 
 
-def train(task, folder=None, epochs=3, *, start=0, resume=None, ema=False, compiled=None, mixup=None, accumulate=1,
-          clip=None, mode="norm", lr=0.1, batch=lambda x: x, amp=None):  # fmt: skip
+def train(
+    task,
+    folder=None,
+    epochs=3,
+    *,
+    start=0,
+    resume=None,
+    ema=False,
+    compiled=None,
+    mixup=None,
+    accumulate=1,
+    clip=None,
+    mode="norm",
+    lr=0.1,
+    batch=lambda x: x,
+    amp=None,
+):
     """What timm's train.py does, in its order."""
-    optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=lr, momentum=0.9, weight_decay=1e-2)
+    optimizer = create_optimizer_v2(
+        task.get_trainable_module(), opt="sgd", lr=lr, momentum=0.9, weight_decay=1e-2
+    )
     eval_model = task.get_eval_model()
     if resume:
         start = resume_task_checkpoint(task, resume, optimizer, log_info=False)
@@ -64,8 +84,13 @@ def train(task, folder=None, epochs=3, *, start=0, resume=None, ema=False, compi
         task.compile(backend=compiled, fullgraph=True)
         eval_model = task.get_eval_model()
     saver = folder and CheckpointSaver(
-        task.get_trainable_module(), optimizer, args=SimpleNamespace(model="x"), checkpoint_dir=str(folder),
-        recovery_dir=str(folder), task=task)  # fmt: skip
+        task.get_trainable_module(),
+        optimizer,
+        args=SimpleNamespace(model="x"),
+        checkpoint_dir=str(folder),
+        recovery_dir=str(folder),
+        task=task,
+    )
     if saver:
         saver.args = None
     accuracy = []
@@ -84,7 +109,9 @@ def train(task, folder=None, epochs=3, *, start=0, resume=None, ema=False, compi
             if (i + 1) % accumulate and i + 1 < len(data):
                 continue
             if clip:
-                dispatch_clip_grad(task.get_clip_parameters(exclude_head="agc" in mode), value=clip, mode=mode)
+                dispatch_clip_grad(
+                    task.get_clip_parameters(exclude_head="agc" in mode), value=clip, mode=mode
+                )
             optimizer.step()
             updates += 1
             optimizer.zero_grad()
@@ -113,7 +140,9 @@ class Watching(Loss):
 
 
 def one(loss, net=lambda: Net(1, bn=True), **kwargs):
-    return lambda: StatefulClassificationTask(net(), loss(), total_updates=12, verbose=False, **kwargs)
+    return lambda: StatefulClassificationTask(
+        net(), loss(), total_updates=12, verbose=False, **kwargs
+    )
 
 
 def pair(loss, a=lambda: Net(1, bn=True), b=lambda: Net(2)):
@@ -127,8 +156,12 @@ RUNS = {
     "T-revision, which learns": one(lambda: TRevision(T)),
     "a sum": one(lambda: 0.5 * MyLC(window=30) + TRevision(T)),
     "SMKD-P": pair(smkd),
-    "FFL, which learns and reads features": pair(lambda: FFL([96, 96], CLASSES), timm_net, timm_net),
-    "PCL, which averages its peers": pair(lambda: PCL([96, 96], CLASSES, ema=0.5), timm_net, timm_net),
+    "FFL, which learns and reads features": pair(
+        lambda: FFL([96, 96], CLASSES), timm_net, timm_net
+    ),
+    "PCL, which averages its peers": pair(
+        lambda: PCL([96, 96], CLASSES, ema=0.5), timm_net, timm_net
+    ),
 }
 
 
@@ -148,7 +181,12 @@ def test_resumed_run_is_the_uninterrupted_one(kind, tmp_path):
     again = make()
     resumed, _ = train(again, epochs=4, ema=True, resume=str(tmp_path / "last.pth.tar"))
     assert difference(state(whole.get_trainable_module()), state(again.get_trainable_module())) == 0
-    assert difference(state(whole.get_trainable_module(ema=True)), state(again.get_trainable_module(ema=True))) == 0
+    assert (
+        difference(
+            state(whole.get_trainable_module(ema=True)), state(again.get_trainable_module(ema=True))
+        )
+        == 0
+    )
     pairs = zip(optimizer.state.values(), resumed.state.values(), strict=True)
     assert all(torch.equal(a["momentum_buffer"], b["momentum_buffer"]) for a, b in pairs)
     assert whole.updates == again.updates == 12
@@ -188,7 +226,9 @@ def test_checkpoint_without_the_loss_is_refused(tmp_path):
     plain = ClassificationTask(Net(1, bn=True), nn.CrossEntropyLoss(), verbose=False)
     saved = plain.get_checkpoint_state()
     task = one(lambda: MyLC(window=30))()
-    with pytest.raises(ValueError, match=r"no state of this loss, MyLC.*it has \[\].*--initial-checkpoint"):
+    with pytest.raises(
+        ValueError, match=r"no state of this loss, MyLC.*it has \[\].*--initial-checkpoint"
+    ):
         task.load_checkpoint_state(saved["state_dict"], saved.get("task_state"))
     task.load_checkpoint_state(saved["state_dict"], None, strict=False)
     other = one(lambda: TRevision(T))()
@@ -245,7 +285,8 @@ def test_step_of_a_pair_is_that_of_the_loss():
     assert result["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
     for own, hand in zip(task.peers, (a, b), strict=True):
         assert all(
-            torch.allclose(p.grad, q.grad, atol=1e-6) for p, q in zip(own.parameters(), hand.parameters(), strict=True)
+            torch.allclose(p.grad, q.grad, atol=1e-6)
+            for p, q in zip(own.parameters(), hand.parameters(), strict=True)
         )
     mean = (a(x).softmax(-1) + b(x).softmax(-1)).detach() / 2
     torch.testing.assert_close(result["output"].exp(), mean)
@@ -264,7 +305,10 @@ def test_step_of_a_pair_is_that_of_the_loss():
 def test_accuracy_is_the_ensembles():
     task = pair(smkd)()
     _, accuracy = train(task, epochs=2)
-    right = [(sum(m(x).softmax(-1) for m in task.peers).argmax(-1) == y).float().mean().item() for x, y in batches(99)]
+    right = [
+        (sum(m(x).softmax(-1) for m in task.peers).argmax(-1) == y).float().mean().item()
+        for x, y in batches(99)
+    ]
     assert accuracy[-1] == pytest.approx(100 * sum(right) / 3)
     alone = one(lambda: MyLC(window=30))()
     assert alone.get_eval_model() is alone.peers[0]
@@ -276,13 +320,17 @@ def test_peers_with_other_normalisation_and_size():
     a.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
     task = pair(CEpair, lambda: a, lambda: b)()
     x = torch.randn(4, 3, 16, 16)
-    mean, std, own_mean, own_std = (torch.tensor(t).view(3, 1, 1) for t in (*a.pretrained_cfg.values(), *stats(b)))
+    mean, std, own_mean, own_std = (
+        torch.tensor(t).view(3, 1, 1) for t in (*a.pretrained_cfg.values(), *stats(b))
+    )
     raw = ((x * std + mean) - own_mean) / own_std
     task.eval()
     expected = (a(x).softmax(-1) + b(raw).softmax(-1)) / 2
     torch.testing.assert_close(task.get_eval_model()(x).exp(), expected, rtol=1e-4, atol=1e-5)
     task.train()
-    torch.testing.assert_close(task(x, torch.arange(4) % 3)["output"].exp(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        task(x, torch.arange(4) % 3)["output"].exp(), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def CEpair():
@@ -296,13 +344,20 @@ def stats(model):
 def test_mixup_accumulation_clipping_and_bf16():
     mixup = Mixup(mixup_alpha=0.8, cutmix_alpha=1.0, num_classes=CLASSES)
     for make in (one(lambda: MyLC(window=30)), one(lambda: TRevision(T)), pair(smkd)):
-        for options in ({"mixup": mixup, "accumulate": 2, "clip": 1.0}, {"clip": 0.01, "mode": "agc", "amp": True}):
+        for options in (
+            {"mixup": mixup, "accumulate": 2, "clip": 1.0},
+            {"clip": 0.01, "mode": "agc", "amp": True},
+        ):
             task = make()
             before = state(task.get_trainable_module())
             train(task, epochs=1, **options)
             after = state(task.get_trainable_module())
             assert all(torch.isfinite(v).all() for v in after.values())
-            assert all(difference({k: before[k]}, {k: after[k]}) > 0 for k in before if k.endswith("conv.weight"))
+            assert all(
+                difference({k: before[k]}, {k: after[k]}) > 0
+                for k in before
+                if k.endswith("conv.weight")
+            )
 
 
 def test_dividing_the_loss_in_place_is_harmless():
@@ -337,10 +392,14 @@ def test_clipping_leaves_out_the_heads_for_agc():
 
 
 def test_optimizer_holds_every_peer_and_the_loss():
-    task = pair(lambda: FFL([96, 64], CLASSES), timm_net, lambda: timm_net("test_vit", img_size=16))()
+    task = pair(
+        lambda: FFL([96, 64], CLASSES), timm_net, lambda: timm_net("test_vit", img_size=16)
+    )()
     vit_name = "peers.1.pos_embed"
     assert vit_name in task.get_trainable_module().no_weight_decay()
-    optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.1, weight_decay=0.1)
+    optimizer = create_optimizer_v2(
+        task.get_trainable_module(), opt="sgd", lr=0.1, weight_decay=0.1
+    )
     held = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     named = dict(task.get_trainable_module().named_parameters())
     assert held.keys() == {id(p) for p in named.values()}
@@ -386,7 +445,10 @@ def test_ema_averages_the_networks(make):
         now = task.get_eval_model().state_dict()
         if step == 1:
             expected = {k: v.clone() for k, v in now.items()}
-        expected = {k: v.clone() if not v.is_floating_point() else expected[k].lerp(v, 0.5) for k, v in now.items()}
+        expected = {
+            k: v.clone() if not v.is_floating_point() else expected[k].lerp(v, 0.5)
+            for k, v in now.items()
+        }
     ema = task.get_eval_model(ema=True)
     assert difference(expected, ema.module.state_dict()) < 1e-6
     assert not [k for k in ema.state_dict() if "criterion" in k]
@@ -401,12 +463,18 @@ def test_compiled_run_is_the_same(tmp_path):
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         train(compiled, tmp_path, epochs=2, compiled="eager", ema=True)
-    assert hasattr(compiled.get_eval_model(), "_orig_mod") and hasattr(compiled.get_trainable_module(), "_orig_mod")
+    assert hasattr(compiled.get_eval_model(), "_orig_mod") and hasattr(
+        compiled.get_trainable_module(), "_orig_mod"
+    )
     compiled.compile_ema(backend="eager")
     assert compiled.get_eval_model(ema=True)(batches(0)[0][0]).shape == (6, CLASSES)
-    assert difference(state(plain.get_eval_model()), state(compiled.get_eval_model()._orig_mod)) < 1e-6
+    assert (
+        difference(state(plain.get_eval_model()), state(compiled.get_eval_model()._orig_mod)) < 1e-6
+    )
     saved = torch.load(tmp_path / "last.pth.tar", weights_only=True)
-    assert not [k for part in ("state_dict", "state_dict_ema") for k in saved[part] if "_orig_mod" in k]
+    assert not [
+        k for part in ("state_dict", "state_dict_ema") for k in saved[part] if "_orig_mod" in k
+    ]
     assert not [k for k in saved["task_state"]["loss"] if "_orig_mod" in k]
     again = pair(smkd, lambda: Net(1))()
     resume_task_checkpoint(again, str(tmp_path / "last.pth.tar"), log_info=False)
@@ -447,7 +515,10 @@ seen += [v.item() for v in task.get_task_state()["loss"].values()]
 def test_two_processes_are_one(tmp_path):
     """DDP, with accumulation under no_sync: weights and state on both ranks, as one process has them."""
     g = torch.Generator().manual_seed(1)
-    steps = [(torch.randn(8, 3, 8, 8, generator=g), torch.randint(CLASSES, (8,), generator=g)) for _ in range(3)]
+    steps = [
+        (torch.randn(8, 3, 8, 8, generator=g), torch.randint(CLASSES, (8,), generator=g))
+        for _ in range(3)
+    ]
     work = RANKED.replace("TESTS", repr(str(tmp_path.__class__(__file__).parents[2])))
     first, second, alone = on_ranks(work, steps, tmp_path)
     assert first == second
@@ -461,7 +532,9 @@ def test_a_name_is_made_like_the_first():
     first = timm_net("resnet10t").to(memory_format=torch.channels_last)
     first.set_grad_checkpointing(True)
     first = timm.layers.convert_sync_batchnorm(first)
-    task = MutualDistillationTask([first, "test_vit", "resnet10t"], CEpair3(), dtype=torch.bfloat16, verbose=False)
+    task = MutualDistillationTask(
+        [first, "test_vit", "resnet10t"], CEpair3(), dtype=torch.bfloat16, verbose=False
+    )
     _, vit_peer, twin = task.peers
     assert vit_peer.num_classes == twin.num_classes == CLASSES
     assert vit_peer.grad_checkpointing and twin.grad_checkpointing
@@ -479,7 +552,9 @@ def test_a_name_is_made_like_the_first():
     )  # pixels too are cast to what each network computes in
     assert output.dtype == torch.float32
 
-    plain = MutualDistillationTask([timm_net("resnet10t"), "resnet10t"], CEpair(), verbose=False).peers[1]
+    plain = MutualDistillationTask(
+        [timm_net("resnet10t"), "resnet10t"], CEpair(), verbose=False
+    ).peers[1]
     assert not plain.grad_checkpointing and plain.conv1[0].weight.is_contiguous()
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in plain.modules())
 
@@ -499,10 +574,14 @@ def test_channels_last_and_checkpointing_train():
 
 def test_state_and_teachers_follow_the_task():
     teacher = Net(5)
-    task = StatefulClassificationTask(Net(1), 0.5 * MyLC(window=9) + 0.5 * KD(), teachers=[teacher], verbose=False)
+    task = StatefulClassificationTask(
+        Net(1), 0.5 * MyLC(window=9) + 0.5 * KD(), teachers=[teacher], verbose=False
+    )
     (x, y), *_ = batches(0)
     hand = 0.5 * MyLC(window=9) + 0.5 * KD()
-    assert task(x, y)["loss"].item() == pytest.approx(hand(Net(1)(x), y, teacher=teacher(x)).item(), rel=1e-6)
+    assert task(x, y)["loss"].item() == pytest.approx(
+        hand(Net(1)(x), y, teacher=teacher(x)).item(), rel=1e-6
+    )
     task.to("meta")
     assert all(b.device.type == "meta" for b in (*task.criterion.buffers(), *teacher.parameters()))
 
@@ -510,17 +589,43 @@ def test_state_and_teachers_follow_the_task():
 # ---------------------------------------------------------------------------------------------------------- refused
 
 BAD = {
-    "index": (ValueError, r"Joint reads index.*MutualDistillationTrainer", lambda: one(lambda: Joint(9, CLASSES))),
-    "teachers missing": (ValueError, "KD reads teacher, and there are no teachers", lambda: one(KD)),
+    "index": (
+        ValueError,
+        r"Joint reads index.*MutualDistillationTrainer",
+        lambda: one(lambda: Joint(9, CLASSES)),
+    ),
+    "teachers missing": (
+        ValueError,
+        "KD reads teacher, and there are no teachers",
+        lambda: one(KD),
+    ),
     "peers": (ValueError, "SMKD teaches peers and there is one network", lambda: one(smkd)),
-    "one loss, two networks": (ValueError, "MyLC is a loss for one network and there are 2", lambda: pair(lambda: MyLC(window=9))),
-    "no loss of ours": (TypeError, "must be a kd_plugins loss, got CrossEntropyLoss", lambda: one(nn.CrossEntropyLoss)),
-    "classes": (ValueError, "different numbers of classes", lambda: pair(smkd, b=lambda: Net(classes=4))),
-    "total_updates": (ValueError, r"total_updates=0: expected the optimizer steps",
-                      lambda: lambda: StatefulClassificationTask(Net(), CE(), total_updates=0)),
-    "a name first": (ValueError, "number of classes is not known",
-                     lambda: lambda: MutualDistillationTask(["test_resnet", Net()], smkd())),
-}  # fmt: skip
+    "one loss, two networks": (
+        ValueError,
+        "MyLC is a loss for one network and there are 2",
+        lambda: pair(lambda: MyLC(window=9)),
+    ),
+    "no loss of ours": (
+        TypeError,
+        "must be a kd_plugins loss, got CrossEntropyLoss",
+        lambda: one(nn.CrossEntropyLoss),
+    ),
+    "classes": (
+        ValueError,
+        "different numbers of classes",
+        lambda: pair(smkd, b=lambda: Net(classes=4)),
+    ),
+    "total_updates": (
+        ValueError,
+        r"total_updates=0: expected the optimizer steps",
+        lambda: lambda: StatefulClassificationTask(Net(), CE(), total_updates=0),
+    ),
+    "a name first": (
+        ValueError,
+        "number of classes is not known",
+        lambda: lambda: MutualDistillationTask(["test_resnet", Net()], smkd()),
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)

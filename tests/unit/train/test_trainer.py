@@ -85,7 +85,9 @@ def replay(batches, models, loss, lrs, momentum=0.9, weight_decay=5e-4):
         optimizer.step()
         report = {"loss": value.item()} | {k: v.item() for k, v in loss.stats.items()}
         for peer, (mask, taught) in zip("abc", loss.selection, strict=False):
-            report[f"selected_right_{peer}"] = (mask & (taught == batch["clean_labels"])).float().mean().item()
+            report[f"selected_right_{peer}"] = (
+                (mask & (taught == batch["clean_labels"])).float().mean().item()
+            )
         reports.append(report)
     return reports
 
@@ -107,7 +109,11 @@ def test_run_is_a_plain_loop_and_logs_means_of_its_steps(tmp_path):
 
     logs = [log for log in run.state.log_history if "loss" in log]
     assert [log["step"] for log in logs] == [4, 8, 12]
-    keys = {f"{name}_{peer}" for name in ("own", "taught", "selected", "right", "r", "eps") for peer in "ab"}
+    keys = {
+        f"{name}_{peer}"
+        for name in ("own", "taught", "selected", "right", "r", "eps")
+        for peer in "ab"
+    }
     assert logs[0].keys() == keys | {"chi", "loss", "grad_norm", "learning_rate", "epoch", "step"}
     for i, log in enumerate(logs):
         part = reports[4 * i : 4 * i + 4]
@@ -142,13 +148,18 @@ def test_sum_of_mutual_losses_reports_its_purity(tmp_path):
 def test_plain_hf_dataset_with_a_transform(tmp_path):
     """Dropping the columns that forward() does not name would take the picture away before the transform sees it."""
     data = rows(16)
-    columns = {"picture": [row["image"].tolist() for row in data], "label": [row["label"] for row in data]}
+    columns = {
+        "picture": [row["image"].tolist() for row in data],
+        "label": [row["label"] for row in data],
+    }
 
     def transform(batch):
         pictures = [to_tensor(np.array(p, dtype=np.uint8)) for p in batch["picture"]]
         return {"pixel_values": pictures, "labels": batch["label"]}
 
-    run = trainer(tmp_path, train=Dataset.from_dict(columns).with_transform(transform), num_train_epochs=1)
+    run = trainer(
+        tmp_path, train=Dataset.from_dict(columns).with_transform(transform), num_train_epochs=1
+    )
     run.train()
     assert run.state.global_step == 2
     assert "selected_a" in run.state.log_history[0]
@@ -158,7 +169,12 @@ def test_plain_hf_dataset_with_a_transform(tmp_path):
 def test_one_network(tmp_path):
     seen = Recorder()
     run = trainer(
-        tmp_path, Net(1), LabelSmoothing(0.2), evaluate=view(20), num_train_epochs=1, hf={"callbacks": [seen]}
+        tmp_path,
+        Net(1),
+        LabelSmoothing(0.2),
+        evaluate=view(20),
+        num_train_epochs=1,
+        hf={"callbacks": [seen]},
     )
     run.train()
     model, rates = Net(1), [0.05] * 3 + [0.01] * 3
@@ -166,7 +182,9 @@ def test_one_network(tmp_path):
     for batch, rate in zip(seen.batches, rates, strict=True):
         optimizer.param_groups[0]["lr"] = rate
         optimizer.zero_grad()
-        F.cross_entropy(model(batch["pixel_values"]), batch["labels"], label_smoothing=0.2).backward()
+        F.cross_entropy(
+            model(batch["pixel_values"]), batch["labels"], label_smoothing=0.2
+        ).backward()
         optimizer.step()
     assert difference(state(run.peers[0]), state(model)) < 1e-6
     metrics = run.evaluate()
@@ -178,12 +196,24 @@ def test_three_peers_of_three_libraries(tmp_path):
     """A timm network, one of transformers and a module of one's own, with three input sizes."""
     models = [timm.create_model("test_resnet", num_classes=CLASSES), vit(), Net(3)]
     before = [state(m) for m in models]
-    run = trainer(tmp_path, models, SMKD(MyLC(window=ROWS), eta=0.9, b2=0, num_peers=3), train=view(16), evaluate=view(8),
-                  num_train_epochs=1, learning_rate=0.01)  # fmt: skip
+    run = trainer(
+        tmp_path,
+        models,
+        SMKD(MyLC(window=ROWS), eta=0.9, b2=0, num_peers=3),
+        train=view(16),
+        evaluate=view(8),
+        num_train_epochs=1,
+        learning_rate=0.01,
+    )
     run.train()
     assert all(difference(a, state(m)) > 0 for a, m in zip(before, models, strict=True))
     assert logged(run, "selected_a", "selected_b", "selected_c") == [[1.0] * 3] * 2
-    assert {"eval_accuracy_a", "eval_accuracy_b", "eval_accuracy_c", "eval_accuracy_ensemble"} <= run.evaluate().keys()
+    assert {
+        "eval_accuracy_a",
+        "eval_accuracy_b",
+        "eval_accuracy_c",
+        "eval_accuracy_ensemble",
+    } <= run.evaluate().keys()
     folders = run.export()
     assert [f.name for f in folders] == ["peer_a", "peer_b", "peer_c"]
     assert all((f / "model.safetensors").exists() and (f / "README.md").exists() for f in folders)
@@ -193,7 +223,9 @@ def test_teachers_in_a_run(tmp_path):
     teacher, seen = Net(5, bn=True), Recorder()
     before = state(teacher)
     loss = CE() + 0.5 * FromTeacher()
-    run = trainer(tmp_path, Net(1), loss, num_train_epochs=1, hf={"teachers": [teacher], "callbacks": [seen]})
+    run = trainer(
+        tmp_path, Net(1), loss, num_train_epochs=1, hf={"teachers": [teacher], "callbacks": [seen]}
+    )
     run.train()
     assert difference(before, state(teacher)) == 0
     model, batch = Net(1), seen.batches[0]
@@ -204,8 +236,13 @@ def test_teachers_in_a_run(tmp_path):
 
 def test_names_need_the_number_of_classes_and_are_seeded(tmp_path):
     with pytest.raises(ValueError, match=r"'resnet10_cifar'.*number of classes is not known"):
-        trainer(tmp_path, ["resnet10_cifar"], CE(), train=torch.utils.data.TensorDataset(torch.zeros(4)))
-    a, b, c = [trainer(tmp_path, ["resnet10_cifar"] * 2, Mutual(CE(), Nothing()), seed=s).model for s in (3, 3, 4)]
+        trainer(
+            tmp_path, ["resnet10_cifar"], CE(), train=torch.utils.data.TensorDataset(torch.zeros(4))
+        )
+    a, b, c = [
+        trainer(tmp_path, ["resnet10_cifar"] * 2, Mutual(CE(), Nothing()), seed=s).model
+        for s in (3, 3, 4)
+    ]
     assert difference(state(a), state(b)) == 0
     assert difference(state(a), state(c)) > 0
     assert difference(state(a.peers[0]), state(a.peers[1])) > 0
@@ -218,17 +255,31 @@ def test_broken_pictures_are_named_at_the_end(tmp_path, caplog):
     train = ImageView(data, to_tensor, clean="clean", max_broken=0.1)
     with caplog.at_level(logging.WARNING):
         trainer(tmp_path, train=train, evaluate=view(8), num_train_epochs=1).train()
-    [message] = [record.getMessage() for record in caplog.records if record.name == "kd_plugins.train.trainer"]
+    [message] = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "kd_plugins.train.trainer"
+    ]
     assert message.startswith("2 pictures of the train data")
     assert "row 5" in message
     assert "gone.jpg" in message
 
 
 def test_bar_is_short_and_the_log_is_full(tmp_path, capfd):
-    run = trainer(tmp_path, evaluate=view(8), num_train_epochs=1, eval_strategy="epoch", disable_tqdm=False)
+    run = trainer(
+        tmp_path, evaluate=view(8), num_train_epochs=1, eval_strategy="epoch", disable_tqdm=False
+    )
     run.train()
     printed = "".join(capfd.readouterr())
-    for name in ("'loss'", "'chi'", "'selected_a'", "'right_b'", "'eval_accuracy'", "'eval_loss'", "'eval_memorised'"):
+    for name in (
+        "'loss'",
+        "'chi'",
+        "'selected_a'",
+        "'right_b'",
+        "'eval_accuracy'",
+        "'eval_loss'",
+        "'eval_memorised'",
+    ):
         assert name in printed
     for name in ("own_a", "eps_b", "taught_a", "grad_norm", "eval_corrected_a"):
         assert name not in printed
@@ -241,7 +292,9 @@ def test_bar_is_short_and_the_log_is_full(tmp_path, capfd):
 def test_evaluation_against_plain_arithmetic(tmp_path):
     classes, data = 7, view(45, classes=7, wrong=0.4, seed=3)
     models = [Net(1, classes=classes), Net(2, classes=classes)]
-    run = trainer(tmp_path, models, train=view(classes=classes), evaluate=data, per_device_eval_batch_size=15)
+    run = trainer(
+        tmp_path, models, train=view(classes=classes), evaluate=data, per_device_eval_batch_size=15
+    )
     before = state(run.model)
     got = run.evaluate()
     assert difference(before, state(run.model)) == 0  # r above all
@@ -253,7 +306,10 @@ def test_evaluation_against_plain_arithmetic(tmp_path):
     with torch.no_grad():
         z = [m(x) for m in models]
     scores = {"a": z[0], "b": z[1], "ensemble": z[0].softmax(-1) + z[1].softmax(-1)}
-    want = {"loss": sum(F.cross_entropy(s, given).item() for s in z) / 2, "noise_rate": wrong.float().mean().item()}
+    want = {
+        "loss": sum(F.cross_entropy(s, given).item() for s in z) / 2,
+        "noise_rate": wrong.float().mean().item(),
+    }
     for name, s in scores.items():
         guess = s.argmax(-1)
         want |= {
@@ -278,7 +334,10 @@ def test_eval_loss_of_an_uneven_last_batch(tmp_path):
     data, model = view(21, clean=False), Net(1)
     got = trainer(tmp_path, model, CE(), evaluate=data, per_device_eval_batch_size=16).evaluate()
     items = [data[i] for i in range(len(data))]
-    x, y = torch.stack([item["pixel_values"] for item in items]), torch.tensor([item["labels"] for item in items])
+    x, y = (
+        torch.stack([item["pixel_values"] for item in items]),
+        torch.tensor([item["labels"] for item in items]),
+    )
     assert got["eval_loss"] == pytest.approx(F.cross_entropy(model(x), y).item(), abs=1e-6)
     assert not [key for key in got if "memorised" in key or "noise" in key]
 
@@ -288,7 +347,12 @@ def test_several_eval_sets_and_prediction_without_labels(tmp_path):
     run = trainer(tmp_path, evaluate=sets, num_train_epochs=1, eval_strategy="epoch")
     run.train()
     logs = {key for log in run.state.log_history for key in log}
-    assert {"eval_easy_accuracy_a", "eval_hard_accuracy_ensemble", "eval_easy_noise_rate", "eval_easy_loss"} <= logs
+    assert {
+        "eval_easy_accuracy_a",
+        "eval_hard_accuracy_ensemble",
+        "eval_easy_noise_rate",
+        "eval_easy_loss",
+    } <= logs
     assert "eval_hard_noise_rate" not in logs
     bare = [{"pixel_values": sets["easy"][i]["pixel_values"]} for i in range(12)]
     assert run.predict(bare).predictions.shape == (12, 3, CLASSES)
@@ -309,7 +373,11 @@ def whole(tmp_path_factory):
 def equal(resumed, whole):
     assert resumed.state.global_step == whole.state.global_step == STEPS
     assert difference(state(resumed.model), state(whole.model)) == 0
-    momentum = [s["momentum_buffer"] for run in (resumed, whole) for s in run.optimizer.state_dict()["state"].values()]
+    momentum = [
+        s["momentum_buffer"]
+        for run in (resumed, whole)
+        for s in run.optimizer.state_dict()["state"].values()
+    ]
     half = len(momentum) // 2
     assert half > 0
     assert all(torch.equal(a, b) for a, b in zip(momentum[:half], momentum[half:], strict=True))
@@ -365,8 +433,16 @@ def test_resume_takes_the_last_complete_checkpoint(whole, tmp_path):
 
 
 def test_best_model_restores_both_peers(tmp_path):
-    run = hard(tmp_path, evaluate=view(20), eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True,
-               metric_for_best_model="loss", greater_is_better=True, learning_rate=0.02)  # fmt: skip
+    run = hard(
+        tmp_path,
+        evaluate=view(20),
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        greater_is_better=True,
+        learning_rate=0.02,
+    )
     run.train()
     losses = [log["eval_loss"] for log in run.state.log_history if "eval_loss" in log]
     best = tmp_path / f"checkpoint-{6 * (1 + losses.index(max(losses)))}"
@@ -376,7 +452,9 @@ def test_best_model_restores_both_peers(tmp_path):
     now = run.model.state_dict()
     assert difference(now, saved) == 0
     for part in ("peers.0.", "peers.1.", "criterion."):
-        assert any((now[name] - left[name]).abs().max() > 0 for name in now if name.startswith(part)), part
+        assert any(
+            (now[name] - left[name]).abs().max() > 0 for name in now if name.startswith(part)
+        ), part
 
 
 def test_channels_last_networks_are_saved_and_resumed(tmp_path):
@@ -400,10 +478,22 @@ def test_model_card(tmp_path):
     run.train()
     run.create_model_card()
     wrong = np.mean([row["label"] != row["clean"] for row in rows()])
-    figure = [log["eval_accuracy_b"] for log in run.state.log_history if "eval_accuracy_b" in log][-1]
+    figure = [log["eval_accuracy_b"] for log in run.state.log_history if "eval_accuracy_b" in log][
+        -1
+    ]
     card = (tmp_path / "peer_b" / "README.md").read_text(encoding="utf-8")
-    for part in ("SMKD(", "MyLC(", "eta=1.5", "b2=-4", f"{wrong:.1%} of the {ROWS} training labels are wrong", "6 steps",
-                 f"| eval_accuracy_b | {figure:.4f} |", "Network b of 2", f"{ROWS} rows", "learning rate 0.05"):  # fmt: skip
+    for part in (
+        "SMKD(",
+        "MyLC(",
+        "eta=1.5",
+        "b2=-4",
+        f"{wrong:.1%} of the {ROWS} training labels are wrong",
+        "6 steps",
+        f"| eval_accuracy_b | {figure:.4f} |",
+        "Network b of 2",
+        f"{ROWS} rows",
+        "learning rate 0.05",
+    ):
         assert part in card, part
     assert "runtime" not in card
     fresh = trainer(tmp_path / "x", Net(), CE(), train=view(clean=False))
@@ -434,7 +524,9 @@ def test_accumulation_changes_nothing(tmp_path):
         cut = run(size, windows)
         assert difference(state(cut.model), state(whole.model)) < 1e-5
         assert np.allclose(logged(cut, "loss"), logged(whole, "loss"), atol=1e-4)
-        assert np.allclose(logged(cut, "selected_a", "own_b"), logged(whole, "selected_a", "own_b"), atol=1e-4)
+        assert np.allclose(
+            logged(cut, "selected_a", "own_b"), logged(whole, "selected_a", "own_b"), atol=1e-4
+        )
     uneven = [run(size, windows, "selected") for size, windows in ((8, 1), (2, 4))]
     assert (
         difference(state(uneven[0].model), state(uneven[1].model)) > 1e-3
@@ -448,9 +540,13 @@ def test_bf16_agrees_with_float32(tmp_path):
     def run(**kwargs):
         loss = SMKD(MyLC(window=ROWS), eta=0.9, b2=0, normalize="batch")
         loss.register_forward_hook(
-            lambda _, args, out: dtypes.append((args[0][0].dtype, out.dtype, loss.stats["own_a"].dtype))
+            lambda _, args, out: dtypes.append(
+                (args[0][0].dtype, out.dtype, loss.stats["own_a"].dtype)
+            )
         )
-        made = trainer(tmp_path, loss=loss, num_train_epochs=1, evaluate=view(20), learning_rate=0.02, **kwargs)
+        made = trainer(
+            tmp_path, loss=loss, num_train_epochs=1, evaluate=view(20), learning_rate=0.02, **kwargs
+        )
         made.train()
         return made, made.evaluate()["eval_loss"]
 
@@ -470,8 +566,14 @@ def test_compiled_is_eager_and_compiles_once(tmp_path):
     eager.train()
     torch._dynamo.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled = trainer(tmp_path, num_train_epochs=1, torch_compile=True, torch_compile_backend="aot_eager",
-                           save_strategy="steps", save_steps=6)  # fmt: skip
+        compiled = trainer(
+            tmp_path,
+            num_train_epochs=1,
+            torch_compile=True,
+            torch_compile_backend="aot_eager",
+            save_strategy="steps",
+            save_steps=6,
+        )
         torch._dynamo.utils.counters.clear()
         compiled.train()
     counters = torch._dynamo.utils.counters
@@ -479,13 +581,24 @@ def test_compiled_is_eager_and_compiles_once(tmp_path):
     assert not counters["graph_break"]
     assert difference(state(compiled.model), state(eager.model)) < 1e-5
     names = ("loss", "own_a", "selected_b", "r_a", "chi", "right_a")
-    assert np.allclose(logged(compiled, *names[:-1]), logged(eager, *names[:-1]), rtol=1e-3, atol=1e-4)
-    assert not [name for name in load_file(tmp_path / "checkpoint-6" / "model.safetensors") if "_orig_mod" in name]
+    assert np.allclose(
+        logged(compiled, *names[:-1]), logged(eager, *names[:-1]), rtol=1e-3, atol=1e-4
+    )
+    assert not [
+        name
+        for name in load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+        if "_orig_mod" in name
+    ]
 
 
 def test_activation_checkpointing_by_argument(tmp_path):
-    models = [timm.create_model("test_vit", img_size=16, patch_size=8, num_classes=CLASSES) for _ in range(2)]
-    run = trainer(tmp_path, models, train=view(8), num_train_epochs=1, activation_checkpointing=True)
+    models = [
+        timm.create_model("test_vit", img_size=16, patch_size=8, num_classes=CLASSES)
+        for _ in range(2)
+    ]
+    run = trainer(
+        tmp_path, models, train=view(8), num_train_epochs=1, activation_checkpointing=True
+    )
     run.train()
     assert all(m.grad_checkpointing for m in models)
 
@@ -497,10 +610,18 @@ def step(tmp_path, models, loss=None, **kwargs):
     """How far each network went in one step, as tensors by name."""
     before = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in models]
     loss = Mutual(CE(), Nothing()) if loss is None else loss
-    settings = {"max_steps": 1, "milestones": [], "lr_scheduler_type": "constant", "weight_decay": 0.0}
+    settings = {
+        "max_steps": 1,
+        "milestones": [],
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+    }
     run = trainer(tmp_path, models, loss, **settings | kwargs)
     run.train()
-    return run, [{n: p.detach() - b[n] for n, p in m.named_parameters()} for m, b in zip(models, before, strict=True)]
+    return run, [
+        {n: p.detach() - b[n] for n, p in m.named_parameters()}
+        for m, b in zip(models, before, strict=True)
+    ]
 
 
 def norm(moves):
@@ -528,7 +649,9 @@ def test_optimizer_settings_per_network(tmp_path):
     assert (first["momentum"], second["momentum"]) == (0.9, 0.0)
     assert (first["weight_decay"], second["weight_decay"]) == (0.1, 0.3)
     assert (first["initial_lr"], second["initial_lr"]) == (0.02, 0.004)
-    assert (first["lr"], second["lr"]) == pytest.approx((0.02 * 0.2, 0.004 * 0.2))  # the schedule multiplies both
+    assert (first["lr"], second["lr"]) == pytest.approx(
+        (0.02 * 0.2, 0.004 * 0.2)
+    )  # the schedule multiplies both
     assert {id(p) for p in first["params"]} == {id(p) for p in run.peers[0].parameters()}
     _, (a, b) = step(tmp_path, [Net(1), Net(2)], hf={"optim_per_peer": [{"lr": 0.0}, {}]})
     assert norm(a) == 0 < norm(b)
@@ -540,7 +663,14 @@ def test_momentum_is_on_and_decay_covers_everything(tmp_path):
     """With no gradient at all, two steps by hand: v = decay w, w -= lr v; v = 0.9 v + decay w, w -= lr v. Norms too."""
     models = [Net(1, bn=True), Net(2)]
     before = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in models]
-    _, moves = step(tmp_path, models, 0.0 * Mutual(CE(), Nothing()), max_steps=2, learning_rate=0.1, weight_decay=0.5)
+    _, moves = step(
+        tmp_path,
+        models,
+        0.0 * Mutual(CE(), Nothing()),
+        max_steps=2,
+        learning_rate=0.1,
+        weight_decay=0.5,
+    )
     for move, start in zip(moves, before, strict=True):
         for name, w in start.items():
             v = 0.5 * w
@@ -572,18 +702,25 @@ def test_learning_rates_by_hand(tmp_path):
         return [rate for [rate] in logged(run, "learning_rate")]
 
     one = 1e-3
-    assert rates(milestones=[0.3, 0.6, 0.8], lr_decay=0.1) == pytest.approx([one] * 3 + [one / 10] * 3 + [one / 100] * 2
-                                                                             + [one / 1000] * 2)  # fmt: skip
+    assert rates(milestones=[0.3, 0.6, 0.8], lr_decay=0.1) == pytest.approx(
+        [one] * 3 + [one / 10] * 3 + [one / 100] * 2 + [one / 1000] * 2
+    )
     assert rates(milestones=[0.5], warmup_steps=3) == pytest.approx(
         [one / 4, one / 2, 3 * one / 4] + [one] * 2 + [one / 5] * 5
     )
     linear = [one * (10 - i) / 10 for i in range(10)]
-    assert rates(lr_scheduler_type="linear") == pytest.approx(linear)  # takes the place of the default milestones
+    assert rates(lr_scheduler_type="linear") == pytest.approx(
+        linear
+    )  # takes the place of the default milestones
     defaults = MutualTrainingArguments(str(tmp_path))
     # without it two processes on a machine without an accelerator run apart, and bf16 is refused
     assert defaults.use_cpu is not torch.accelerator.is_available()
     assert (defaults.milestones, defaults.lr_decay, defaults.optim, defaults.optim_args) == (
-        [0.3, 0.6, 0.8], 0.2, "sgd", "momentum=0.9")  # fmt: skip
+        [0.3, 0.6, 0.8],
+        0.2,
+        "sgd",
+        "momentum=0.9",
+    )
 
 
 # --------------------------------------------------------------------------------------------- a stock Trainer of HF
@@ -592,8 +729,14 @@ def test_learning_rates_by_hand(tmp_path):
 def test_stock_trainer_takes_the_plain_gradient_under_accumulation(tmp_path):
     """A bare lambda would double the gradient with two accumulation steps. 44 rows: the last window is 8 + 4."""
     seen = Recorder()
-    run = plain(tmp_path, LabelSmoothing(0.2), train=view(44, clean=False), callbacks=[seen], num_train_epochs=1,
-                gradient_accumulation_steps=2)  # fmt: skip
+    run = plain(
+        tmp_path,
+        LabelSmoothing(0.2),
+        train=view(44, clean=False),
+        callbacks=[seen],
+        num_train_epochs=1,
+        gradient_accumulation_steps=2,
+    )
     run.train()
     assert [len(b["index"]) for b in seen.batches] == [8, 8, 8, 8, 8, 4]
     model, labels = vit(), torch.tensor(run.train_dataset.labels)
@@ -601,7 +744,9 @@ def test_stock_trainer_takes_the_plain_gradient_under_accumulation(tmp_path):
         x, index = (torch.cat([first[k], second[k]]) for k in ("pixel_values", "index"))
         y = labels[index]
         loss = F.cross_entropy(model(x).logits, y, label_smoothing=0.2)
-        for p, g in zip(model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True):
+        for p, g in zip(
+            model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
             p.data -= 0.05 * g
     assert difference(state(run.model), state(model)) < 1e-5
 
@@ -632,10 +777,21 @@ def test_stock_trainer_resumes_bit_equal(tmp_path):
     def run(**kwargs):
         loss = MyLC(window=ROWS) + ProSelfLC()
         train = Epochs(rows(), jitter)
-        sizes = {"embedding_size": 4, "hidden_sizes": [4, 4], "depths": [1, 1], "num_labels": CLASSES}
+        sizes = {
+            "embedding_size": 4,
+            "hidden_sizes": [4, 4],
+            "depths": [1, 1],
+            "num_labels": CLASSES,
+        }
         torch.manual_seed(0)
-        model = ResNetForImageClassification(ResNetConfig(**sizes))  # not a ViT: 5.23 saves its weights by other names
-        return loss, train, plain(tmp_path, loss, model, train, save_steps=4, logging_steps=4, **kwargs)
+        model = ResNetForImageClassification(
+            ResNetConfig(**sizes)
+        )  # not a ViT: 5.23 saves its weights by other names
+        return (
+            loss,
+            train,
+            plain(tmp_path, loss, model, train, save_steps=4, logging_steps=4, **kwargs),
+        )
 
     loss, data, whole = run(save_strategy="steps")
     whole.train()
@@ -650,7 +806,8 @@ def test_stock_trainer_resumes_bit_equal(tmp_path):
     assert difference(state(whole.model), state(resumed.model)) == 0
     (tmp_path / "checkpoint-8" / "loss.safetensors").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"checkpoint-8.loss\.safetensors is missing: the loss would start with empty"
+        FileNotFoundError,
+        match=r"checkpoint-8.loss\.safetensors is missing: the loss would start with empty",
     ):
         run()[2].train(str(tmp_path / "checkpoint-8"))
 
@@ -658,7 +815,9 @@ def test_stock_trainer_resumes_bit_equal(tmp_path):
 def test_views_are_told_the_epoch_also_after_a_resume(tmp_path):
     def run(**kwargs):
         train = Epochs(rows(20), jitter, clean="clean")
-        return train, trainer(tmp_path, train=train, gradient_accumulation_steps=2, num_train_epochs=3, **kwargs)
+        return train, trainer(
+            tmp_path, train=train, gradient_accumulation_steps=2, num_train_epochs=3, **kwargs
+        )
 
     data, whole = run(save_strategy="steps", save_steps=1)
     whole.train()
@@ -681,35 +840,103 @@ def pair():
 
 
 BAD = {
-    "label too large": (ValueError, r"label 3 in row 3 of the train data is outside the 3 classes",
-                        lambda: {"train": view(classes=4, wrong=0)}),
-    "label of an eval set": (ValueError, r"label 3 in row 3 of the hard data is outside the 3",
-                             lambda: {"evaluate": {"easy": view(8), "hard": view(8, classes=4, wrong=0)}}),
-    "class counts": (ValueError, r"different numbers of classes: \{'a': 3, 'b': 4\}", lambda: {"models": [Net(), Net(1, 4)]}),
-    "class count of a teacher": (ValueError, r"different numbers of classes: \{'a': 3, 'teacher 0': 5\}",
-                                 lambda: {"models": Net(), "loss": FromTeacher(), "hf": {"teachers": [Net(1, 5)]}}),
-    "teachers missing": (ValueError, r"FromTeacher reads teacher, and there are no teachers",
-                         lambda: {"models": Net(), "loss": FromTeacher()}),
-    "teachers for nothing": (ValueError, r"SMKD does not read teacher: the 1 teachers would run for nothing",
-                             lambda: {"hf": {"teachers": [Net(3)]}}),
-    "features": (TypeError, r"WithFeatures reads features.*not from \['Net'\]", lambda: {"models": Net(), "loss": WithFeatures()}),
-    "one network for a mutual loss": (ValueError, "SMKD teaches peers and there is one network", lambda: {"models": Net()}),
-    "two networks for a loss of one": (ValueError, r"CE is a loss for one network and there are 2: Mutual\(CE\(\), Nothing\(\)\)",
-                                       lambda: {"loss": CE()}),
-    "num_peers": (ValueError, "SMKD was made for num_peers=3, there are 2", lambda: {"loss": SMKD(num_peers=3)}),
-    "num_peers in a sum": (ValueError, "MKD was made for num_peers=3, there are 2",
-                           lambda: {"loss": 0.5 * MKD(num_peers=3) + SMKD()}),
-    "one module twice": (ValueError, "the same module stands twice", lambda: {"models": [SHARED, SHARED]}),
-    "peer is teacher": (ValueError, "the same module stands twice",
-                        lambda: {"models": SHARED, "loss": FromTeacher(), "hf": {"teachers": [SHARED]}}),
-    "no loss of ours": (TypeError, "must be a kd_plugins loss, got CrossEntropyLoss", lambda: {"loss": nn.CrossEntropyLoss()}),
-    "label smoothing": (ValueError, r"label_smoothing_factor=0\.1.*LabelSmoothing", lambda: {"label_smoothing_factor": 0.1}),
-    "full eval": (ValueError, "bf16_full_eval", lambda: {"bf16_full_eval": True, "eval_strategy": "epoch", "evaluate": view(8)}),
+    "label too large": (
+        ValueError,
+        r"label 3 in row 3 of the train data is outside the 3 classes",
+        lambda: {"train": view(classes=4, wrong=0)},
+    ),
+    "label of an eval set": (
+        ValueError,
+        r"label 3 in row 3 of the hard data is outside the 3",
+        lambda: {"evaluate": {"easy": view(8), "hard": view(8, classes=4, wrong=0)}},
+    ),
+    "class counts": (
+        ValueError,
+        r"different numbers of classes: \{'a': 3, 'b': 4\}",
+        lambda: {"models": [Net(), Net(1, 4)]},
+    ),
+    "class count of a teacher": (
+        ValueError,
+        r"different numbers of classes: \{'a': 3, 'teacher 0': 5\}",
+        lambda: {"models": Net(), "loss": FromTeacher(), "hf": {"teachers": [Net(1, 5)]}},
+    ),
+    "teachers missing": (
+        ValueError,
+        r"FromTeacher reads teacher, and there are no teachers",
+        lambda: {"models": Net(), "loss": FromTeacher()},
+    ),
+    "teachers for nothing": (
+        ValueError,
+        r"SMKD does not read teacher: the 1 teachers would run for nothing",
+        lambda: {"hf": {"teachers": [Net(3)]}},
+    ),
+    "features": (
+        TypeError,
+        r"WithFeatures reads features.*not from \['Net'\]",
+        lambda: {"models": Net(), "loss": WithFeatures()},
+    ),
+    "one network for a mutual loss": (
+        ValueError,
+        "SMKD teaches peers and there is one network",
+        lambda: {"models": Net()},
+    ),
+    "two networks for a loss of one": (
+        ValueError,
+        r"CE is a loss for one network and there are 2: Mutual\(CE\(\), Nothing\(\)\)",
+        lambda: {"loss": CE()},
+    ),
+    "num_peers": (
+        ValueError,
+        "SMKD was made for num_peers=3, there are 2",
+        lambda: {"loss": SMKD(num_peers=3)},
+    ),
+    "num_peers in a sum": (
+        ValueError,
+        "MKD was made for num_peers=3, there are 2",
+        lambda: {"loss": 0.5 * MKD(num_peers=3) + SMKD()},
+    ),
+    "one module twice": (
+        ValueError,
+        "the same module stands twice",
+        lambda: {"models": [SHARED, SHARED]},
+    ),
+    "peer is teacher": (
+        ValueError,
+        "the same module stands twice",
+        lambda: {"models": SHARED, "loss": FromTeacher(), "hf": {"teachers": [SHARED]}},
+    ),
+    "no loss of ours": (
+        TypeError,
+        "must be a kd_plugins loss, got CrossEntropyLoss",
+        lambda: {"loss": nn.CrossEntropyLoss()},
+    ),
+    "label smoothing": (
+        ValueError,
+        r"label_smoothing_factor=0\.1.*LabelSmoothing",
+        lambda: {"label_smoothing_factor": 0.1},
+    ),
+    "full eval": (
+        ValueError,
+        "bf16_full_eval",
+        lambda: {"bf16_full_eval": True, "eval_strategy": "epoch", "evaluate": view(8)},
+    ),
     "hub": (ValueError, "push_to_hub=True would upload the pair", lambda: {"push_to_hub": True}),
-    "settings per peer": (ValueError, "optim_per_peer has 1 entries for 2 networks", lambda: {"hf": {"optim_per_peer": [{}]}}),
-    "milestone outside": (ValueError, r"milestones=\[0\.5, 1\.5\]", lambda: {"milestones": [0.5, 1.5]}),
-    "milestones falling": (ValueError, r"milestones=\[0\.6, 0\.3\]", lambda: {"milestones": [0.6, 0.3]}),
-}  # fmt: skip
+    "settings per peer": (
+        ValueError,
+        "optim_per_peer has 1 entries for 2 networks",
+        lambda: {"hf": {"optim_per_peer": [{}]}},
+    ),
+    "milestone outside": (
+        ValueError,
+        r"milestones=\[0\.5, 1\.5\]",
+        lambda: {"milestones": [0.5, 1.5]},
+    ),
+    "milestones falling": (
+        ValueError,
+        r"milestones=\[0\.6, 0\.3\]",
+        lambda: {"milestones": [0.6, 0.3]},
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -725,7 +952,9 @@ def test_good_input_is_not_refused(tmp_path):
     trainer(tmp_path, Net(), FromTeacher(), hf={"teachers": [Net(3)]})
     trainer(tmp_path, [Net(i) for i in range(3)], SMKD(num_peers=3) + MKD(num_peers=3))
     trainer(tmp_path, bf16_full_eval=True)
-    trainer(tmp_path, [nn.Sequential(nn.Flatten(), nn.LazyLinear(9)), Net()])  # says nothing of its classes
+    trainer(
+        tmp_path, [nn.Sequential(nn.Flatten(), nn.LazyLinear(9)), Net()]
+    )  # says nothing of its classes
 
 
 def test_processes_that_do_not_see_each_other(tmp_path, monkeypatch):
@@ -771,12 +1000,22 @@ def test_nan_in_the_logits_stops_the_run_before_the_step(tmp_path):
 def test_nan_that_the_loss_does_not_see_spoils_no_checkpoint(tmp_path, monkeypatch, logging_steps):
     """On an accelerator the loss does not look, that would wait for it; the Trainer looks when it logs and when it saves."""
     monkeypatch.setattr(base, "_refuse_nan", lambda *_: None)
-    settings = {"save_strategy": "steps", "save_steps": 4, "save_total_limit": 1, "logging_steps": logging_steps}
+    settings = {
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "save_total_limit": 1,
+        "logging_steps": logging_steps,
+    }
     run = trainer(tmp_path, [Net(1), Poison(6)], **settings)
-    with pytest.raises(FloatingPointError, match=r"training loss is nan at step.*last checkpoint in .* is not.*0\.05"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"training loss is nan at step.*last checkpoint in .* is not.*0\.05",
+    ):
         run.train()
     assert run.state.global_step == (6 if logging_steps == 1 else 8)
-    assert [p.name for p in tmp_path.glob("checkpoint-*/model.safetensors")] == ["model.safetensors"]
+    assert [p.name for p in tmp_path.glob("checkpoint-*/model.safetensors")] == [
+        "model.safetensors"
+    ]
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
     assert all(torch.isfinite(value).all() for value in saved.values())
@@ -789,14 +1028,23 @@ class NanValue(Loss):
 
     def per_sample(self, logits, target):
         self.calls += 1
-        return -(target * logits.log_softmax(-1)).sum(-1) + (float("nan") if self.calls == 6 else 0.0)
+        return -(target * logits.log_softmax(-1)).sum(-1) + (
+            float("nan") if self.calls == 6 else 0.0
+        )
 
 
 @pytest.mark.parametrize("logging_steps", [1, 100])
 def test_nan_of_the_loss_alone_is_no_zero_and_no_checkpoint(tmp_path, monkeypatch, logging_steps):
     """The Trainer's own filter would log it as the mean of the others."""
     monkeypatch.setattr(base, "_refuse_nan", lambda *_: None)
-    run = trainer(tmp_path, Net(1), NanValue(), save_strategy="steps", save_steps=4, logging_steps=logging_steps)
+    run = trainer(
+        tmp_path,
+        Net(1),
+        NanValue(),
+        save_strategy="steps",
+        save_steps=4,
+        logging_steps=logging_steps,
+    )
     assert run.args.logging_nan_inf_filter is False
     with pytest.raises(FloatingPointError, match=r"training loss is nan.*\['loss'\]"):
         run.train()
@@ -805,7 +1053,13 @@ def test_nan_of_the_loss_alone_is_no_zero_and_no_checkpoint(tmp_path, monkeypatc
 
 def test_nan_in_the_gradient_of_the_last_step_is_not_saved(tmp_path):
     """The loss was still finite, the weights are not: nothing in the log tells."""
-    run = trainer(tmp_path, [Net(1), Poison(8, "gradient")], save_strategy="steps", save_steps=4, save_total_limit=1)
+    run = trainer(
+        tmp_path,
+        [Net(1), Poison(8, "gradient")],
+        save_strategy="steps",
+        save_steps=4,
+        save_total_limit=1,
+    )
     with pytest.raises(FloatingPointError, match=r"peers\.1"):
         run.train()
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
