@@ -34,23 +34,24 @@ logger = logging.get_logger(__name__)
 def as_compute_loss_func(loss: Loss) -> Callable[..., Tensor]:
     """``compute_loss_func`` for a plain HF ``Trainer``, right under accumulation and on several processes.
 
-    >>> Trainer(vit, args, compute_loss_func=as_compute_loss_func(loss), callbacks=[ProgressCallback(loss)])  # doctest: +SKIP
+    >>> callback = ProgressCallback(loss)  # doctest: +SKIP
+    >>> Trainer(vit, args, compute_loss_func=as_compute_loss_func(loss), callbacks=[callback])  # doctest: +SKIP
     """
 
     def compute_loss(
         outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         logits = logits_of(outputs)
-        loss.train(
-            torch.is_grad_enabled()
-        )  # the Trainer does not toggle it: evaluation must not touch its state
+        # The Trainer does not switch the mode of the loss. Evaluation must not change its state.
+        loss.train(torch.is_grad_enabled())
         if any(t.device != logits.device for t in (*loss.buffers(), *loss.parameters())):
             loss.to(logits.device)
         value = loss(logits, labels)
-        # the Trainer sums what it gets over accumulation steps and processes
-        return (
-            value if num_items_in_batch is None else value * (labels.shape[0] / num_items_in_batch)
-        )
+        if num_items_in_batch is None or loss.reduction == "sum":
+            return value
+        # The Trainer adds up the values of all accumulation steps and processes. It counts the
+        # items as (labels != -100).sum(): B for class indices [B], B * C for distributions [B, C].
+        return value * (labels.numel() / num_items_in_batch)
 
     return compute_loss
 

@@ -78,6 +78,19 @@ def view(n=ROWS, *, clean=True, transform=to_tensor, **kwargs):
     return ImageView(rows(n, **kwargs), transform, clean="clean" if clean else None)
 
 
+def soft(data, sharpness=0.9, classes=CLASSES):
+    """The items of a view with distributions [C] for labels, as Mixup leaves them."""
+    rest = (1 - sharpness) / (classes - 1)
+
+    def spread(label):
+        return torch.full((classes,), rest).index_fill(0, torch.tensor(label), sharpness)
+
+    return [
+        item | {"labels": spread(item["labels"])}
+        for item in map(data.__getitem__, range(len(data)))
+    ]
+
+
 def arguments(folder, cls=MutualTrainingArguments, **kwargs):
     settings = {
         "per_device_train_batch_size": 8,

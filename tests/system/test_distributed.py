@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 import torch
 from helpers.processes import launch, leave
-from helpers.tiny import ROWS, Net, difference, jitter, logged, plain, rows, state, trainer, view
+from helpers.tiny import (
+    ROWS,
+    Net,
+    difference,
+    jitter,
+    logged,
+    plain,
+    rows,
+    soft,
+    state,
+    trainer,
+    view,
+)
 
 from kd_plugins import (
     CE,
@@ -67,14 +79,19 @@ def accumulated(folder, world):
     return mutual(folder, world, ProSelfLC(b1=4.0), **settings)
 
 
-def stock(folder, world):
+def stock(folder, world, train=None):
     """The stock Trainer, accumulating: where a bare loss function gives four times the gradient."""
     settings = {
         "per_device_train_batch_size": 8 // world,
         "gradient_accumulation_steps": 2,
         "num_train_epochs": 1,
     }
-    return plain(folder, LabelSmoothing(0.2), train=view(clean=False), **settings)
+    return plain(folder, LabelSmoothing(0.2), train=train or view(clean=False), **settings)
+
+
+def stock_soft(folder, world):
+    """As ``stock``, with distributions for labels: the Trainer counts B * C items in a batch."""
+    return stock(folder, world, soft(view(clean=False)))
 
 
 STATEFUL = {  # what each keeps: soft labels, weights over the data, a percentile, a learned correction, a selection
@@ -176,7 +193,7 @@ def rank_main(folder):
     run.train()
     assert run.args.world_size == WORLD
     out["mutual"] = result(run) | {"eval": run.evaluate(), "local": [v.item() for v in local]}
-    for make in (accumulated, stock):
+    for make in (accumulated, stock, stock_soft):
         run = make(folder / make.__name__, WORLD)
         run.train()
         out[make.__name__] = result(run)
@@ -299,14 +316,14 @@ def test_accumulation_on_two_processes(ranks, tmp_path):
     assert difference(state(run.model), state(whole.model)) < 1e-5
 
 
-def test_stock_trainer_on_two_processes(ranks, tmp_path):
-    run = stock(tmp_path, 1)
+@pytest.mark.parametrize("make", [stock, stock_soft])
+def test_stock_trainer_on_two_processes(make, ranks, tmp_path):
+    run = make(tmp_path, 1)
     run.train()
-    assert difference(ranks[0]["stock"]["state"], ranks[1]["stock"]["state"]) == 0
-    assert difference(ranks[0]["stock"]["state"], state(run.model)) < 1e-5
-    ours, theirs = (
-        [log["loss"] for log in logs] for logs in (ranks[0]["stock"]["logs"], result(run)["logs"])
-    )
+    first, second = (rank[make.__name__] for rank in ranks)
+    assert difference(first["state"], second["state"]) == 0
+    assert difference(first["state"], state(run.model)) < 1e-5
+    ours, theirs = ([log["loss"] for log in logs] for logs in (first["logs"], result(run)["logs"]))
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 

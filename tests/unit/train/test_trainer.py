@@ -26,6 +26,7 @@ from helpers.tiny import (
     logged,
     plain,
     rows,
+    soft,
     state,
     to_tensor,
     trainer,
@@ -726,29 +727,30 @@ def test_learning_rates_by_hand(tmp_path):
 # --------------------------------------------------------------------------------------------- a stock Trainer of HF
 
 
-def test_stock_trainer_takes_the_plain_gradient_under_accumulation(tmp_path):
-    """A bare lambda would double the gradient with two accumulation steps. 44 rows: the last window is 8 + 4."""
-    seen = Recorder()
-    run = plain(
-        tmp_path,
-        LabelSmoothing(0.2),
-        train=view(44, clean=False),
-        callbacks=[seen],
-        num_train_epochs=1,
-        gradient_accumulation_steps=2,
-    )
+@pytest.mark.parametrize("labels", ["indices", "distributions"])
+@pytest.mark.parametrize("windows", [1, 2])
+def test_stock_trainer_takes_the_plain_gradient_under_accumulation(tmp_path, windows, labels):
+    """A bare lambda would double the gradient with two accumulation steps. 44 rows: the last
+    window is 8 + 4. The Trainer counts B * C items for distributions [B, C]."""
+    seen, data = Recorder(), view(44, clean=False)
+    train = data if labels == "indices" else soft(data)
+    settings = {"num_train_epochs": 1, "gradient_accumulation_steps": windows}
+    run = plain(tmp_path, LabelSmoothing(0.2), train=train, callbacks=[seen], **settings)
     run.train()
     assert [len(b["index"]) for b in seen.batches] == [8, 8, 8, 8, 8, 4]
-    model, labels = vit(), torch.tensor(run.train_dataset.labels)
-    for first, second in zip(seen.batches[::2], seen.batches[1::2], strict=True):
-        x, index = (torch.cat([first[k], second[k]]) for k in ("pixel_values", "index"))
-        y = labels[index]
-        loss = F.cross_entropy(model(x).logits, y, label_smoothing=0.2)
+    model, given = vit(), torch.stack([torch.as_tensor(row["labels"]) for row in train])
+    values = []
+    for first in range(0, 6, windows):
+        parts = seen.batches[first : first + windows]
+        x, index = (torch.cat([part[k] for part in parts]) for k in ("pixel_values", "index"))
+        loss = F.cross_entropy(model(x).logits, given[index], label_smoothing=0.2)
+        values.append(loss.item())
         for p, g in zip(
             model.parameters(), torch.autograd.grad(loss, list(model.parameters())), strict=True
         ):
             p.data -= 0.05 * g
     assert difference(state(run.model), state(model)) < 1e-5
+    assert [value for [value] in logged(run, "loss")] == pytest.approx(values, rel=1e-3)
 
 
 def test_stock_trainer_evaluation_leaves_the_loss_alone(tmp_path):
