@@ -25,6 +25,7 @@ from transformers import HfArgumentParser
 
 from kd_plugins import contact_sheet, find_suspects, html_page, predict_probs
 from kd_plugins.audit import plots as report
+from kd_plugins.audit.suspects import refuse_other_rows
 from kd_plugins.data import ImageView
 from kd_plugins.models import make_teacher
 
@@ -120,6 +121,7 @@ def main() -> dict:
                 print("cleanlab is not installed: pip install cleanlab")
     if s.dynamics:
         suspects = find_suspects(dynamics=s.dynamics, **known)
+        refuse_other_rows(suspects, view.labels, f"column {s.label!r}")
         if wrong is not None:
             results["training dynamics"] = ours(suspects, wrong)
     doubted = suspects.with_format("numpy")
@@ -129,8 +131,9 @@ def main() -> dict:
     out.mkdir(parents=True, exist_ok=True)
     suspects.to_parquet(out / "suspects.parquet")
     suspects.to_csv(out / "suspects.csv")
-    contact_sheet(suspects, data, out / "suspects.png", image=s.image)
-    html_page(suspects, data, out / "suspects.html", count=s.count, image=s.image)
+    contact_sheet(suspects, data, out / "suspects.png", image=s.image, label=s.label)
+    page = {"count": s.count, "image": s.image, "label": s.label}
+    html_page(suspects, data, out / "suspects.html", **page)
     if wrong is not None:
         header = [
             "by",

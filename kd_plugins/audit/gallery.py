@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..data.image_view import _KINDS, ImageView, _decode
 from ..data.noise import column_array
-from .suspects import _refuse_rows
+from .suspects import refuse_other_rows, refuse_row_numbers
 
 
 def contact_sheet(
@@ -31,6 +31,7 @@ def contact_sheet(
     count: int = 40,
     columns: int = 8,
     image: str = "image",
+    label: str | None = "label",
 ) -> Path:
     """The first suspects as one PNG: thumbnail, score, given label struck out, proposed label. Needs matplotlib, for its font.
 
@@ -42,8 +43,11 @@ def contact_sheet(
         count: how many suspects.
         columns: how many beside each other.
         image: column of pictures, as in `ImageView`.
+        label: column of the doubted labels, which must be those of the suspects: else the pictures
+            are of other rows. An `ImageView` is compared by the labels that it has. None where
+            the rows have no labels: nothing is compared.
     """
-    rows, picture_of = _first(suspects, count), _pictures(suspects, dataset, image)
+    rows, picture_of = _first(suspects, count), _pictures(suspects, dataset, image, label)
     side, pad, line = 176, 14, 23
     plain, bold, head = _font(16), _font(16, "-Bold"), _font(22, "-Bold")
     lines = -(-len(rows) // columns)
@@ -90,6 +94,7 @@ def html_page(
     *,
     count: int = 500,
     image: str = "image",
+    label: str | None = "label",
     title: str = "Labels that are probably wrong",
 ) -> Path:
     """The first suspects as one HTML file that opens from disk: to filter, to sort, to decide on, decisions as CSV.
@@ -97,7 +102,7 @@ def html_page(
     The file holds the thumbnails (96 px, about 4 KB each) and loads nothing; its policy forbids it to. What comes from
     the data is shown as text only. Arguments as of :func:`contact_sheet`.
     """
-    rows, picture_of = _first(suspects, count), _pictures(suspects, dataset, image)
+    rows, picture_of = _first(suspects, count), _pictures(suspects, dataset, image, label)
     names = {
         row[key]: row[name]
         for row in rows
@@ -152,9 +157,14 @@ def _first(suspects: Dataset, count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _pictures(suspects: Dataset, dataset: Any, image: str) -> Callable[[int], Image.Image | None]:
+def _pictures(
+    suspects: Dataset, dataset: Any, image: str, label: str | None
+) -> Callable[[int], Image.Image | None]:
     """Row of the data set -> its picture in RGB, None if it cannot be read."""
-    _refuse_rows(column_array(suspects, "index"), len(dataset))
+    if label is None:
+        refuse_row_numbers(column_array(suspects, "index"), len(dataset))
+    else:
+        refuse_other_rows(suspects, *_labels(dataset, label))
     value_of: Callable[[int], Any]
     if isinstance(dataset, ImageView):
         value_of = lambda row: dataset._values([row])[0]  # noqa: E731
@@ -178,6 +188,21 @@ def _pictures(suspects: Dataset, dataset: Any, image: str) -> Callable[[int], Im
             return None
 
     return picture_of
+
+
+def _labels(dataset: Any, label: str) -> tuple[np.ndarray, str]:
+    """The labels of all rows [N], and where they are from."""
+    if isinstance(dataset, ImageView):
+        return dataset.labels, "the view"
+    name = f"column {label!r}"
+    if isinstance(dataset, Dataset):
+        return column_array(dataset, label), name
+    if len(dataset) and label not in dataset[0]:
+        raise ValueError(
+            f"the rows have no {name}: name the column of labels, or say label=None to show the "
+            "pictures without comparing"
+        )
+    return np.array([row[label] for row in dataset]), name
 
 
 def _fit(picture: Image.Image, side: int, enlarge: bool = False) -> Image.Image:

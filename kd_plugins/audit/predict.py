@@ -38,7 +38,8 @@ def predict_probs(
     Args:
         models: one or several; modules, or folders that `export` wrote (see `make_teacher`).
         view: the pictures, in a transform without augmentation, normalised for the first network; others get theirs
-            (`pretrained_cfg`).
+            (`pretrained_cfg`). A network that names its classes (`label_names` of timm, `id2label` of
+            Hugging Face) may have them in another order than the view.
         batch_size: of the forward.
         num_workers: processes that read pictures.
 
@@ -64,20 +65,26 @@ def predict_probs(
             f"the data have {view.num_classes} classes, the networks {sorted(counts)}: a probability could not be "
             "put to its class"
         )
+    order = torch.tensor(
+        [_class_order(network, view.class_names) for network in networks]
+    )  # [K, C]
     if device is None:
         device = (
             torch.accelerator.current_accelerator()
             if torch.accelerator.is_available()
             else torch.device("cpu")
         )
-    hosted = Hosted(networks, CE()).to(device)
+    hosted, order = Hosted(networks, CE()).to(device), order.to(device)
     probs = np.full((len(view), view.num_classes), np.nan, np.float32)
     loader: Any = torch.utils.data.DataLoader(
         view, batch_size, num_workers=num_workers, generator=torch.Generator()
     )  # the global generator stays as it is
     with in_eval(*networks, hosted):
         for batch in tqdm(loader, "predictions", leave=False, disable=None):
-            said = hosted(batch["pixel_values"].to(device))["logits"].softmax(-1).mean(1)  # [B, C]
+            logits = hosted(batch["pixel_values"].to(device))["logits"]  # [B, K, C]
+            said = (
+                logits.softmax(-1).gather(-1, order.expand(len(logits), -1, -1)).mean(1)
+            )  # [B, C]
             if not torch.isfinite(said).all():
                 row = int(batch["index"][~torch.isfinite(said).all(1).cpu()][0])
                 raise ValueError(
@@ -90,3 +97,32 @@ def predict_probs(
             stacklevel=2,
         )
     return probs
+
+
+def _class_order(network: nn.Module, wanted: Sequence[str]) -> list[int]:
+    """Where a network has each of the wanted classes: by name, or as they come if there are none."""
+    names = _class_names(network)
+    if names is None or len(names) != len(wanted):  # a new head keeps the old names
+        return list(range(len(wanted)))
+    if sorted(names) == sorted(wanted):
+        return [names.index(name) for name in wanted]
+    numbers = [str(k) for k in range(len(wanted))]
+    if numbers in (names, list(wanted)):  # positions, not names
+        return list(range(len(wanted)))
+    k = next(k for k, name in enumerate(wanted) if name not in names)
+    raise ValueError(
+        f"{type(network).__name__} knows no class {wanted[k]!r}, class {k} of the view; its class {k} "
+        f"is {names[k]!r}: expected the same names, in any order. If only the spelling differs, "
+        "rename the classes of the data"
+    )
+
+
+def _class_names(network: nn.Module) -> list[str] | None:
+    """The classes of a network in its own order, as timm or transformers keep them."""
+    names = getattr(getattr(network, "config", None), "id2label", None)
+    names = names or (getattr(network, "pretrained_cfg", None) or {}).get("label_names")
+    if isinstance(names, dict):
+        names = [names[k] for k in sorted(names, key=int)]
+    if not names or list(names) == [f"LABEL_{k}" for k in range(len(names))]:  # of transformers
+        return None
+    return [str(name) for name in names]

@@ -151,45 +151,111 @@ def _from_dynamics(dynamics: Any) -> dict[str, np.ndarray]:
 def correct_labels(
     dataset: Dataset, suspects: Dataset, *, label: str = "label", corrected: str = "corrected_label"
 ) -> Dataset:
-    """`dataset` with one more column `corrected`: the proposed label where it is suspected, `label` elsewhere.
+    """Add the column `corrected`: the proposed label where a label is wrong, `label` elsewhere.
 
-    No picture is copied. `suspects` may also be the page's decisions, read again:
-    `load_dataset("csv", data_files="decisions.csv", split="train").filter(lambda row: row["decision"] == "wrong")`.
+    No picture is copied.
+
+    Args:
+        dataset: the rows that the suspects were found on.
+        suspects: `find_suspects`, all of them or a part. With a column `decision`, as in the CSV of
+            `html_page`, only the rows marked "wrong" are corrected; "fine" rows and undecided ones
+            (empty) keep their label, and a warning counts the undecided ones.
+        label: column of the doubted labels.
+        corrected: name of the new column.
+
+    Raises:
+        ValueError: the labels among the suspects differ from those of `dataset`, so they are of
+            other rows; or a row has two proposals or two decisions.
     """
-    index, proposed = _suspected(suspects, dataset, label)
+    index, proposed = _wrong_rows(suspects, dataset, label)
     labels = np.array(column_array(dataset, label))
+    if (same := labels[index] == proposed).any():
+        row = int(index[same.argmax()])
+        raise ValueError(
+            f"row {row} is marked wrong, and the proposed label is its own, {labels[row]}: expected "
+            "another class, else nothing would be corrected"
+        )
     labels[index] = proposed
     return noisy_view(dataset, labels, label=label, noisy=corrected)
 
 
 def drop_suspects(dataset: Dataset, suspects: Dataset, *, label: str = "label") -> Dataset:
-    """`dataset` without the suspected rows; no picture is copied. `suspects` as in :func:`correct_labels`."""
-    index, _ = _suspected(suspects, dataset, label)
+    """`dataset` without the rows whose label is wrong; no picture is copied.
+
+    Arguments, decisions and errors are those of :func:`correct_labels`.
+    """
+    index, _ = _wrong_rows(suspects, dataset, label)
     keep = np.ones(len(dataset), bool)
     keep[index] = False
     return dataset.select(np.flatnonzero(keep))
 
 
-def _suspected(suspects: Dataset, dataset: Dataset, label: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the data set and labels proposed for them; refused if the suspects are not of this data set."""
+def refuse_other_rows(suspects: Dataset, labels: np.ndarray, name: str = "label") -> None:
+    """Raise ValueError where the suspects are not of the rows with these labels [N].
+
+    Args:
+        suspects: :func:`find_suspects`, or the decisions of the page.
+        labels: the doubted labels of the data set, in its order.
+        name: where the labels come from, for the error.
+    """
     index, given, proposed = (
-        column_array(suspects, name) for name in ("index", "label", "proposed")
+        column_array(suspects, column) for column in ("index", "label", "proposed")
     )
-    _refuse_rows(index, len(dataset))
-    if (other := given != column_array(dataset, label)[index]).any():
-        row = int(other.argmax())
+    refuse_row_numbers(index, len(labels))
+    if (other := given != labels[index]).any():
+        k = int(other.argmax())
         raise ValueError(
-            f"row {index[row]} has label {column_array(dataset, label)[index[row]]} in column {label!r}, and "
-            f"{given[row]} among the suspects: they are of other data, of another order or of another "
-            "column"
+            f"row {index[k]} has label {labels[index[k]]} in {name}, and {given[k]} among the "
+            "suspects: they are of other data, of another order or of another column"
         )
-    doubted = proposed != given
-    return index[doubted], proposed[doubted]
+    order = np.argsort(index, kind="stable")
+    row, better = index[order], proposed[order]
+    if (twice := (np.diff(row) == 0) & (np.diff(better) != 0)).any():
+        k = int(twice.argmax())
+        raise ValueError(
+            f"row {row[k]} has two proposals among the suspects, {better[k]} and {better[k + 1]}: "
+            "expected one for each row"
+        )
 
 
-def _refuse_rows(index: np.ndarray, size: int) -> None:
+def refuse_row_numbers(index: np.ndarray, size: int) -> None:
+    """Raise ValueError where the suspects have rows that a data set of this size has not."""
     if len(index) and (index.min() < 0 or index.max() >= size):
         bad = index[(index < 0) | (index >= size)][0]
         raise ValueError(
             f"the suspects have row {bad}, the data set {size} rows: they are of another data set"
         )
+
+
+def _wrong_rows(suspects: Dataset, dataset: Dataset, label: str) -> tuple[np.ndarray, np.ndarray]:
+    """Rows whose label is wrong, and the labels proposed for them."""
+    refuse_other_rows(suspects, column_array(dataset, label), f"column {label!r}")
+    index, given, proposed = (
+        column_array(suspects, column) for column in ("index", "label", "proposed")
+    )
+    wrong = proposed != given
+    if "decision" in suspects.column_names:
+        wrong = _decided_wrong(index, suspects["decision"][:])
+    return index[wrong], proposed[wrong]
+
+
+def _decided_wrong(index: np.ndarray, decisions: Sequence[str | None]) -> np.ndarray:
+    """Where the decision is "wrong" [N]; refused if one is unknown or contradicts another."""
+    found: dict[int, str] = {}
+    for row, decision in zip(index.tolist(), decisions, strict=True):
+        decision = decision or ""
+        if decision not in ("wrong", "fine", ""):
+            raise ValueError(
+                f"row {row} has the decision {decision!r}: expected 'wrong', 'fine', or nothing "
+                "for an undecided row"
+            )
+        if found.setdefault(row, decision) != decision:
+            raise ValueError(
+                f"row {row} has two decisions, {found[row]!r} and {decision!r}: expected one for each "
+                "row"
+            )
+    if undecided := list(found.values()).count(""):
+        warnings.warn(
+            f"{undecided} of {len(found)} suspects are undecided and keep their label", stacklevel=4
+        )
+    return np.array([found[row] == "wrong" for row in index.tolist()], bool)

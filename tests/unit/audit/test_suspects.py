@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.tiny import CLASSES, Net, rows, to_tensor, trainer
+from helpers.tiny import CLASSES, Net, rows, to_tensor, trainer, vit
 from PIL import Image
 from torch import nn
 
@@ -266,6 +266,50 @@ def test_networks_from_folders(tmp_path):
     )
 
 
+SHUFFLED = [2, 0, 1]  # the network's class k is class SHUFFLED[k] of the data
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers", "folder"])
+def test_classes_are_matched_by_name(library, tmp_path):
+    """A network that was trained with its classes in another order says the same of each name."""
+    data = datasets.Dataset.from_list(rows(6), features=FEATURES)
+    view, names = ImageView(data, to_tensor), [NAMES[k] for k in SHUFFLED]
+    network = {
+        "timm": Net(1),
+        "transformers": vit(),
+        "folder": timm.create_model("test_resnet", num_classes=CLASSES),
+    }[library]
+    wanted = predict_probs(network, view)[:, np.argsort(SHUFFLED)]
+    assert np.ptp(wanted, 1).min() > 1e-4
+    if library == "timm":
+        network.pretrained_cfg = {"label_names": names}
+    elif library == "transformers":
+        network.config.id2label = dict(enumerate(names))
+    else:
+        network = export(network, tmp_path / "peer_a", names)
+    np.testing.assert_allclose(predict_probs(network, view), wanted, atol=1e-6)
+    plain = Net(2)  # without names: as the data have them
+    both = predict_probs([network, plain], view)
+    np.testing.assert_allclose(both, (wanted + predict_probs(plain, view)) / 2, atol=1e-6)
+
+
+def test_other_classes_are_refused_and_numbers_are_no_names():
+    view = ImageView(datasets.Dataset.from_list(rows(6), features=FEATURES), to_tensor)
+    network = normalised(Net(1), (0.0,) * 3, (1.0,) * 3)
+    wanted = predict_probs(network, view)
+    network.pretrained_cfg["label_names"] = ["cat", "cow", "owl"]
+    with pytest.raises(ValueError, match=r"Net knows no class 'dog', class 1 .* class 1 is 'cow'"):
+        predict_probs(network, view)
+    np.testing.assert_array_equal(predict_probs(network, ImageView(rows(6), to_tensor)), wanted)
+    for names in (
+        ["0", "1", "2"],
+        ["LABEL_0", "LABEL_1", "LABEL_2"],
+        ["of", "an", "older", "head"],
+    ):
+        network.pretrained_cfg["label_names"] = names
+        np.testing.assert_array_equal(predict_probs(network, view), wanted)
+
+
 def test_what_cannot_predict_is_refused():
     view = ImageView(rows(6), to_tensor)
     with pytest.raises(TypeError, match="the view must be an ImageView, got Subset"):
@@ -334,6 +378,58 @@ def test_suspects_of_other_data_are_refused(stored):
             view(stored.select([0, 1, 2]), suspects)
 
 
+def decided(suspects, *decisions):
+    """The suspects with decisions, as if the page had written them and a reader had read them."""
+    return suspects.add_column("decision", list(decisions))
+
+
+def test_decisions_are_followed(stored, tmp_path):
+    """ "wrong" is corrected or dropped, "fine" stays, whether added in memory or read from the CSV."""
+    suspects = decided(find_suspects(LABELS, PROBS), "fine", "wrong", "fine")  # rows 3, 1, 2
+    suspects.to_csv(tmp_path / "decisions.csv")
+    read = datasets.Dataset.from_csv(str(tmp_path / "decisions.csv"), cache_dir=str(tmp_path))
+    for table in (suspects, read):
+        assert correct_labels(stored, table)["corrected_label"][:] == [0, 0, 2, 0]
+        assert drop_suspects(stored, table)["label"][:] == [0, 2, 0]
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+def test_undecided_rows_keep_their_label_and_are_counted(stored, nothing):
+    suspects = decided(find_suspects(LABELS, PROBS), "wrong", nothing, "fine")
+    with pytest.warns(UserWarning, match="1 of 3 suspects are undecided and keep their label"):
+        assert correct_labels(stored, suspects)["corrected_label"][:] == [0, 1, 2, 2]
+    with pytest.warns(UserWarning, match="1 of 3 suspects are undecided"):
+        assert drop_suspects(stored, suspects)["label"][:] == [0, 1, 2]
+
+
+def test_contradictions_are_refused(stored):
+    suspects = find_suspects(LABELS, PROBS)  # rows 3, 1, 2
+    other = suspects.select([1]).map(lambda row: {"proposed": 2})
+    two = datasets.concatenate_datasets([suspects, other])
+    same = datasets.concatenate_datasets([suspects, suspects])
+    both = datasets.concatenate_datasets(
+        [
+            decided(suspects, "wrong", "wrong", "fine"),
+            decided(suspects, "wrong", "fine", "fine"),
+        ]
+    )
+    for view in (correct_labels, drop_suspects):
+        with pytest.raises(ValueError, match="row 1 has two proposals among the suspects, 0 and 2"):
+            view(stored, two)
+        with pytest.raises(ValueError, match="row 1 has two decisions, 'wrong' and 'fine'"):
+            view(stored, both)
+        with pytest.raises(ValueError, match="row 2 has the decision 'Wrong': expected 'wrong'"):
+            view(stored, decided(suspects, "wrong", "fine", "Wrong"))
+        assert view(stored, same)[:] == view(stored, suspects)[:]  # one proposal, found twice
+    believed = find_suspects(LABELS, PROBS, all_rows=True).select([3])  # row 0
+    assert correct_labels(stored, believed)["corrected_label"][:] == LABELS.tolist()
+    with pytest.raises(
+        ValueError, match="row 0 is marked wrong, and the proposed label is its own"
+    ):
+        correct_labels(stored, decided(believed, "wrong"))
+    assert drop_suspects(stored, decided(believed, "wrong"))["label"][:] == [1, 2, 0]
+
+
 # ------------------------------------------------------------------------------------------------------------ the pictures
 
 HOSTILE = [
@@ -387,7 +483,7 @@ def odd():
 def test_contact_sheet(odd, source, tmp_path):
     data, suspects = odd
     table = [
-        {"image": row["image"]["bytes"]}
+        {"image": row["image"]["bytes"], "label": row["label"]}
         for row in data.cast_column("image", datasets.Image(decode=False))
     ]
     source = {"dataset": data, "view": ImageView(data, to_tensor, max_broken=1), "rows": table}[
@@ -501,10 +597,38 @@ def test_pages_and_sheets_that_cannot_be_drawn(odd, tmp_path):
             draw(suspects, data, tmp_path / "x", image="img")
         with pytest.raises(TypeError, match="Column 'label' holds int"):
             draw(suspects, data, tmp_path / "x", image="label")
+        twice = datasets.concatenate_datasets(
+            [suspects, suspects.map(lambda row: {"proposed": (row["proposed"] + 1) % 6})]
+        )
+        with pytest.raises(ValueError, match="two proposals"):
+            draw(twice, data, tmp_path / "x")
         with pytest.raises(ValueError, match="count=0"):
             draw(suspects, data, tmp_path / "x", count=0)
         assert draw(suspects.select([]), data, tmp_path / "none").stat().st_size > 100
         assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("draw", [html_page, contact_sheet])
+def test_pages_and_sheets_of_other_rows_are_refused(odd, tmp_path, draw):
+    """Shuffled rows, a view of them, a list of them, and another column of labels."""
+    data, suspects = odd
+    order = data.select([1, 0, *range(2, 10)])
+    plain = [{"image": None, "label": y} for y in order["label"]]
+    message = "row [01] has label [01] in .*, and [01] among the suspects: they are of other data"
+    for other in (order, ImageView(order, to_tensor, max_broken=1), plain):
+        with pytest.raises(ValueError, match=message):
+            draw(suspects, other, tmp_path / "x")
+    renamed = data.add_column("noisy", np.roll(data["label"], 1)).rename_column("label", "given")
+    with pytest.raises(ValueError, match="No column 'label'"):
+        draw(suspects, renamed, tmp_path / "x")
+    with pytest.raises(ValueError, match="in column 'noisy'"):
+        draw(suspects, renamed, tmp_path / "x", label="noisy")
+    bare = [{"image": None}] * 10
+    with pytest.raises(ValueError, match=r"no column 'label': .* label=None"):
+        draw(suspects, bare, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+    for rows_, label in ((renamed, "given"), (bare, None)):
+        assert draw(suspects, rows_, tmp_path / "page", label=label).stat().st_size > 100
 
 
 # ------------------------------------------------------------------------------------------------------------- the browser
@@ -681,10 +805,7 @@ def test_page_in_a_browser(odd, browser, tmp_path):
     assert len(table) == 4
 
     # what was decided goes into the data
-    decided = datasets.Dataset.from_csv(str(file), cache_dir=str(tmp_path)).filter(
-        lambda row: row["decision"] == "wrong"
-    )
-    better = correct_labels(data, decided)
+    better = correct_labels(data, datasets.Dataset.from_csv(str(file), cache_dir=str(tmp_path)))
     changed = np.flatnonzero(
         np.array(better["label"]) != np.array(better["corrected_label"])
     ).tolist()
@@ -737,7 +858,8 @@ def test_recipe(tmp_path, monkeypatch, capsys):
         "confidence": n * 0 + 0.8,
     }
     monkeypatch.setattr(
-        "kd_plugins.audit.dynamics.summarise", lambda folder: {"given": seen}[folder]
+        "kd_plugins.audit.dynamics.summarise",
+        lambda folder: {"given": seen, "other": seen | {"label": np.roll(label, 1)}}[folder],
     )
 
     argv = [
@@ -774,5 +896,7 @@ def test_recipe(tmp_path, monkeypatch, capsys):
     assert (
         "AUROC" not in capsys.readouterr().out and (tmp_path / "unknown" / "suspects.csv").exists()
     )
+    with pytest.raises(ValueError, match="among the suspects: they are of other data"):
+        start(monkeypatch, *argv[:6], "--dynamics", "other")
     with pytest.raises(SystemExit, match="give --networks"):
         start(monkeypatch, *argv[:6])
