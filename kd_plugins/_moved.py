@@ -6,7 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 MODULES = {
@@ -55,6 +55,13 @@ class _MovedModules(MetaPathFinder, Loader):
         _warn(module.__name__, new)
         target = import_module(new)
         module.__getattr__ = lambda name: getattr(target, name)  # type: ignore[method-assign]
+
+    def get_code(self, name: str) -> CodeType:
+        """For ``python -m`` with an old name."""
+        new = f"kd_plugins.{MODULES[name.removeprefix('kd_plugins.')]}"
+        _warn(name, new)
+        program = f"import runpy; runpy.run_module({new!r}, run_name='__main__')"
+        return compile(program, name, "exec")
 
 
 def _warn(old: str, new: str) -> None:

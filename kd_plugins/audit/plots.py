@@ -6,10 +6,10 @@ run or a dict name -> run. Needs matplotlib: pip install kd-plugins[recipes].
     python -m kd_plugins.audit.plots RUN [RUN ...]     draws into the folder of the first, whenever you like
 """
 
+import argparse
 import json
 import math
 import re
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -45,14 +45,23 @@ def read(run: Run) -> Log:
     states = []
     for file in files:
         try:
-            states.append(json.loads(file.read_text()))
-        except (FileNotFoundError, json.JSONDecodeError):
-            continue  # the second: being written at this moment, or cut off when the run was killed
+            states.append((file, json.loads(file.read_text(encoding="utf-8"))))
+        except (FileNotFoundError, ValueError):
+            continue  # not there, being written at this moment, or cut off when the run was killed
     if not states:
         raise FileNotFoundError(
             f"{path}: expected a readable trainer_state.json, here or in checkpoint-*/; found none"
         )
-    return max(states, key=lambda state: state.get("global_step", 0))["log_history"]
+    for file, state in states:
+        log = state.get("log_history") if isinstance(state, dict) else None
+        if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
+            raise ValueError(
+                f"{file}: expected the state of a Trainer, with log_history, a list of entries; this "
+                "is other JSON, and there is nothing to draw in it"
+            )
+    return max((state for _, state in states), key=lambda state: state.get("global_step", 0))[
+        "log_history"
+    ]
 
 
 def curves(runs: Run | Mapping[str, Run], path: str | Path) -> Path:
@@ -352,22 +361,41 @@ def _write_methods(path: Path) -> None:
     )
     _, end, tail = rest.partition("<!-- /methods -->")
     if not end:
-        raise SystemExit(
+        raise ValueError(
             f"{path} has no place for the table: expected the comments <!-- methods: ... --> and <!-- /methods -->"
         )
     path.write_text(f"{head}{start}\n{methods()}\n\n{end}{tail}", encoding="utf-8")
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: draw the pictures of the named runs."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kd_plugins.audit.plots",
+        description="Draw the pictures of runs into the folder of the first, RUN/pictures. The runs "
+        "may still be going. Given a README.md, write its table of methods instead.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a folder with trainer_state.json or checkpoint-*/, or such a file",
+    )
+    runs = parser.parse_args(argv).runs
+    try:
+        if Path(runs[0]).suffix == ".md":
+            _write_methods(Path(runs[0]))
+            return
+        first, names = Path(runs[0]), [Path(run).resolve().name for run in runs]
+        named = dict(zip(names if len(set(names)) == len(names) else runs, runs, strict=True))
+        folder = (first if first.is_dir() else first.parent) / "pictures"
+        drawn = draw(named if len(runs) > 1 else runs[0], folder)
+    except (OSError, ValueError, ImportError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
+    if not drawn:
+        print("nothing to draw: no accuracy and no selection is logged yet")
+    for path in drawn:
+        print(path)
+
+
 if __name__ == "__main__":
-    if not sys.argv[1:]:
-        raise SystemExit("usage: python -m kd_plugins.audit.plots RUN [RUN ...]")
-    if Path(sys.argv[1]).suffix == ".md":  # a README, whose table of methods is written anew
-        _write_methods(Path(sys.argv[1]))
-    else:
-        names = [Path(run).resolve().name for run in sys.argv[1:]]
-        named = dict(
-            zip(names if len(set(names)) == len(names) else sys.argv[1:], sys.argv[1:], strict=True)
-        )
-        print(
-            *draw(named if len(named) > 1 else sys.argv[1], Path(sys.argv[1], "pictures")), sep="\n"
-        )
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -17,14 +18,13 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..audit.dynamics import SEGMENTS
 from ..losses.base import peer_name
 from ..losses.mutual import Mutual
 from ..models.hosted import Hosted
 
 logger = logging.get_logger(__name__)
 
-
+OWN = re.compile(r"step-(?P<step>\d+)-rank-\d+\.(parquet|(?P<part>[0-9a-f]+\.part))")
 SMALL = {"index": torch.int32, "conf": torch.float16, "p_label": torch.float16}
 
 
@@ -159,22 +159,22 @@ def _write(table: pa.Table, path: Path) -> None:
 
 def _drop_after(folder: Path, step: int) -> None:
     """Remove the visits of later steps, and what a killed process left half written."""
-    for path in folder.glob("*.part"):
-        path.unlink(missing_ok=True)
-    late = [path for path in sorted(folder.glob(SEGMENTS)) if int(path.name.split("-")[1]) > step]
+    late = []
+    for path in sorted(folder.iterdir()):
+        name = OWN.fullmatch(path.name)
+        if name and name["part"]:
+            path.unlink(missing_ok=True)
+        elif name and int(name["step"]) > step:
+            late.append(path)
     for path in late:
         with contextlib.suppress(FileNotFoundError):  # another host was quicker
             kept = pq.read_table(path, filters=pc.field("step") <= step)
             if len(kept):
-                _write(
-                    kept,
-                    path.with_name(
-                        f"step-{pc.max(kept['step']).as_py():08d}-{path.name.split('-', 2)[2]}"
-                    ),
-                )
+                last = pc.max(kept["step"]).as_py()
+                _write(kept, path.with_name(f"step-{last:08d}-{path.name.split('-', 2)[2]}"))
             path.unlink()
     if late:
         logger.warning(
-            f"{folder}: the {len(late)} segments of training dynamics with steps after {step} are removed, since these "
-            "steps are trained again; for a run of its own choose another output_dir or folder"
+            f"{folder}: removed {len(late)} segments of training dynamics with steps after {step}, "
+            "because these steps are trained again. To keep them, choose another output_dir or folder"
         )

@@ -390,6 +390,18 @@ def test_going_back_drops_what_is_trained_again(whole, tmp_path, caplog):
     )
 
 
+def test_files_of_others_are_kept(tmp_path):
+    """A folder that holds what others write there loses only segments and half-written ones."""
+    folder = tmp_path / "dynamics"
+    folder.mkdir()
+    theirs = ["film.part", "step-1.part", "step-00000001-rank-0.part", "step-x-rank-y.parquet"]
+    ours = ["step-00000003-rank-1.0123456789abcdef0123456789abcdef.part"]
+    for name in theirs + ours:
+        (folder / name).write_bytes(b"PAR1")
+    feed(DynamicsCallback(), tmp_path, steps=2)
+    assert files(folder) == sorted([*theirs, "step-00000002-rank-0.parquet"])
+
+
 def rank_main(folder):
     """46 rows on two processes of eight: the last batches are filled up with two rows from the front."""
     torch.set_num_threads(1)

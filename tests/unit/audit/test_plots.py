@@ -3,6 +3,7 @@
 import json
 import math
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -161,6 +162,65 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
             str(Path(runs[0], "pictures", name)) for name in drawn
         ]
         assert all((tmp_path / runs[0] / "pictures" / name).exists() for name in drawn)
-    monkeypatch.setattr(sys, "argv", ["report"])
-    with pytest.raises(SystemExit, match="usage"):
-        runpy.run_path(report.__file__, run_name="__main__")
+
+
+STATE = {"global_step": 1, "log_history": []}
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "words"),
+    [
+        (None, 2, "expected a readable trainer_state.json"),
+        ("no JSON", 2, "expected a readable trainer_state.json"),
+        (b"\xff\x00", 2, "expected a readable trainer_state.json"),
+        ([1, 2], 2, "expected the state of a Trainer, with log_history"),
+        ({"model_type": "vit"}, 2, "expected the state of a Trainer, with log_history"),
+        (STATE | {"log_history": 3}, 2, "expected the state of a Trainer, with log_history"),
+        (STATE | {"log_history": [3]}, 2, "expected the state of a Trainer, with log_history"),
+        (STATE, 0, "nothing to draw"),
+    ],
+)
+@pytest.mark.parametrize("folder", [True, False])
+def test_what_is_no_run_is_said_in_words(tmp_path, capsys, content, code, words, folder):
+    """Foreign files, a missing folder: a sentence and exit code 2, no traceback."""
+    file = tmp_path / "trainer_state.json"
+    if content is not None:
+        text = content if isinstance(content, str | bytes) else json.dumps(content)
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    elif folder:
+        tmp_path = tmp_path / "nowhere"
+    exit_code = 0
+    try:
+        report.main([str(tmp_path if folder else file)])
+    except SystemExit as stopped:
+        exit_code = stopped.code
+    out, err = capsys.readouterr()
+    assert exit_code == code and words in (err if code else out)
+    assert "Traceback" not in err and not list(tmp_path.rglob("*.png"))
+
+
+def test_help_and_no_runs(capsys):
+    for argv, code in ((["--help"], 0), ([], 2), (["--whatever"], 2)):
+        with pytest.raises(SystemExit) as stopped:
+            report.main(argv)
+        out, err = capsys.readouterr()
+        assert stopped.value.code == code
+        assert "usage: python -m kd_plugins.audit.plots" in (err if code else out)
+
+
+def test_a_readme_without_a_place_for_the_table(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("# mine")
+    with pytest.raises(SystemExit) as stopped:
+        report.main([str(tmp_path / "README.md")])
+    assert stopped.value.code == 2 and "no place for the table" in capsys.readouterr().err
+    assert (tmp_path / "README.md").read_text() == "# mine"
+
+
+@pytest.mark.parametrize("module", ["kd_plugins.audit.plots", "kd_plugins.report"])
+def test_as_a_program(tmp_path, module):
+    """Under the new name and the old one."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "expected a readable trainer_state.json" in done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout
