@@ -1,6 +1,6 @@
 """Train on CIFAR-100, or any image data set, with any label noise and any method by name; one network or several.
 
-    accelerate launch recipes/cifar100_noise.py --data uoft-cs/cifar100 --label fine_label \\
+    accelerate launch -q recipes/cifar100_noise.py --data uoft-cs/cifar100 --label fine_label \\
         --method smkd --refine mylc --loss_args eta=2 b2=-6 --models resnet34_cifar resnet34_cifar \\
         --noise symmetric --rate 0.4 --num_train_epochs 100 --bf16
 
@@ -26,7 +26,7 @@ import numpy as np
 import timm
 import torch
 from pictures import check_loss, check_networks, load, transform, write_results
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 import kd_plugins.models  # noqa: F401  makes resnet18_cifar and its sisters known to timm
 from kd_plugins import (
@@ -48,7 +48,7 @@ from kd_plugins.data import (
     pair_flip,
     symmetric,
 )
-from kd_plugins.train import CDRCallback, claim_folder
+from kd_plugins.train import CDRCallback, claim_folder, parse_settings, run_main
 
 # Methods that are more than one training with one loss, and then for one network. Each stage: (loss, "new" or "same" network,
 # training arguments of the authors' code).
@@ -73,6 +73,14 @@ STAGES: dict[str, list] = {
         ("t_revision", "same", {"learning_rate": 5e-7, "optim": "adamw_torch", "optim_args": None}),
     ],
     "dmi": [("ce", "new", {}), ("dmi", "same", {"learning_rate": 1e-6})],
+}
+
+DEFAULTS = {
+    "output_dir": "runs/cifar100_noise",
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
 }
 
 
@@ -208,15 +216,7 @@ def first_classes(data, label: str, count: int):
 
 def options() -> tuple[Settings, MutualTrainingArguments, list]:
     """Settings, arguments and stages; what does not go together is refused before anything is read or written."""
-    parser = HfArgumentParser((Settings, MutualTrainingArguments))
-    parser.set_defaults(
-        output_dir="runs/cifar100_noise",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=2,
-        report_to="none",
-    )
-    s, args = parser.parse_args_into_dataclasses()
+    s, args = parse_settings(Settings, MutualTrainingArguments, defaults=DEFAULTS)
     if s.rate is None:
         s.rate = 0.0 if s.noise == "none" else 0.4
     loss = check_loss("method", "ce" if s.method == "cdr" else s.method)
@@ -346,4 +346,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

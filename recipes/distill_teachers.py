@@ -1,6 +1,6 @@
 """Distil one or several teachers into a student, by logits and by features, with labels revised and data selected.
 
-    accelerate launch recipes/distill_teachers.py --data uoft-cs/cifar100 --label fine_label --preset camkd \\
+    accelerate launch -q recipes/distill_teachers.py --data uoft-cs/cifar100 --label fine_label --preset camkd \\
         --student resnet10_cifar --teachers runs/teachers/0/peer_a runs/teachers/1/peer_a --bf16
 
 `--teachers` are folders that export() wrote, `NAME=FILE` for weights of a timm architecture, or timm names (pretrained). With
@@ -21,7 +21,7 @@ import numpy as np
 import timm
 import torch
 from pictures import check_loss, check_networks, load, transform, write_results
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 import kd_plugins.models  # noqa: F401  makes resnet18_cifar and its sisters known to timm
 from kd_plugins import (
@@ -37,7 +37,7 @@ from kd_plugins import (
 from kd_plugins.audit import influence_scores, select_lowest
 from kd_plugins.data import ImageView, cache_teachers, noisy_view, symmetric
 from kd_plugins.models import feature_dims, make_teacher
-from kd_plugins.train import claim_folder
+from kd_plugins.train import claim_folder, parse_settings, run_main
 
 # The schedule of CA-MKD's public code, which is CRD's: 240 epochs, a tenth of the learning rate at 150, 180 and 210.
 SCHEDULE = {
@@ -62,6 +62,14 @@ PRESETS = {  # weights as published; of Label Revision + Data Selection only the
     "crd": {"terms": "ce + 0.8*crd"},
     "lr": {"terms": "ce + kd", "revise": 0.8},
     "lr_ds": {"terms": "ce + kd", "revise": 0.8, "keep": 0.8},
+}
+
+DEFAULTS = {
+    "output_dir": "runs/distill_teachers",
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
 }
 
 
@@ -189,19 +197,13 @@ def train_teacher(
 
 def options() -> tuple[Settings, MutualTrainingArguments]:
     """Settings and arguments; what does not go together is refused before anything is read or written."""
-    parser = HfArgumentParser((Settings, MutualTrainingArguments))
-    preset = parser.parse_known_args()[0].preset
-    if preset and preset not in PRESETS:
-        raise SystemExit(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
-    parser.set_defaults(
-        output_dir="runs/distill_teachers",
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        save_total_limit=2,
-        report_to="none",
-        **(SCHEDULE | PRESETS[preset] if preset else {}),
-    )
-    s, args = parser.parse_args_into_dataclasses()
+
+    def defaults(given):
+        if given.preset and given.preset not in PRESETS:
+            raise SystemExit(f"--preset {given.preset}: expected one of {', '.join(PRESETS)}")
+        return DEFAULTS | (SCHEDULE | PRESETS[given.preset] if given.preset else {})
+
+    s, args = parse_settings(Settings, MutualTrainingArguments, defaults=defaults)
     if s.teacher_rates and len(s.teacher_rates) != len(s.teachers):
         raise SystemExit(
             f"--teacher_rates {s.teacher_rates}: expected one for each of {len(s.teachers)} teachers"
@@ -308,4 +310,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -21,13 +21,13 @@ import numpy as np
 from pictures import check_networks, column, transform
 from sklearn.metrics import roc_auc_score
 from torchvision import transforms as T
-from transformers import HfArgumentParser
 
 from kd_plugins import contact_sheet, find_suspects, html_page, predict_probs
 from kd_plugins.audit import plots as report
 from kd_plugins.audit.suspects import refuse_other_rows
 from kd_plugins.data import ImageView
 from kd_plugins.models import make_teacher
+from kd_plugins.train import parse_settings, run_main
 
 
 @dataclass
@@ -87,7 +87,7 @@ def cleanlabs(labels: np.ndarray, probs: np.ndarray, wrong: np.ndarray) -> dict[
 
 
 def main() -> dict:
-    (s,) = HfArgumentParser(Settings).parse_args_into_dataclasses()
+    (s,) = parse_settings(Settings, defaults={})
     if not s.networks and s.dynamics is None:
         raise SystemExit(
             "give --networks (folders that export() wrote), --dynamics (of DynamicsCallback) or both"
@@ -160,4 +160,4 @@ def main() -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -16,13 +16,13 @@ import timm
 import torch
 from pictures import check_loss, check_networks, load, write_results
 from torch import nn
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 
 from kd_plugins import ProgressCallback, as_compute_loss_func, create_loss
 from kd_plugins.audit.metrics import TopKAccuracy
 from kd_plugins.data import ImageView, noise_report, noisy_view, symmetric
 from kd_plugins.models import export
-from kd_plugins.train import claim_folder, last_checkpoint
+from kd_plugins.train import claim_folder, last_checkpoint, parse_settings, run_main
 
 DEFAULTS = dict(
     output_dir="runs/finetune_mylc",
@@ -97,11 +97,17 @@ def pretrained(s: Settings, classes: int) -> nn.Module:
 
 
 def main() -> None:
-    parser = HfArgumentParser((Settings, TrainingArguments))
-    parser.set_defaults(**DEFAULTS, use_cpu=not torch.accelerator.is_available())
-    s, args = parser.parse_args_into_dataclasses()
+    on_cpu = {"use_cpu": not torch.accelerator.is_available()}
+    s, args = parse_settings(Settings, TrainingArguments, defaults=DEFAULTS | on_cpu)
     check_loss("method", s.method)
     check_networks("model", [s.model], trained=True)
+    if s.weights and Path(s.model).is_dir():
+        raise SystemExit(
+            f"--weights {s.weights} --model {s.model}: expected a timm name; a folder has its own "
+            "weights, and those of the file would be ignored"
+        )
+    if s.weights and not Path(s.weights).is_file():
+        raise SystemExit(f"--weights {s.weights}: expected a file; there is none")
     set_seed(args.seed)
 
     train, test = load(s)
@@ -153,4 +159,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,8 +1,8 @@
 """Two backbones learn from doubtful labels: plain cross-entropy against SMKD-P + MyLC, same seeds, on Mini-WebVision.
 
-    accelerate launch recipes/webvision_mini.py                                    # embedded: digits, 40% wrong labels
-    accelerate launch recipes/webvision_mini.py --seeds 3                          # the table of the README
-    accelerate launch recipes/webvision_mini.py --data_dir WEBVISION --imagenet_dir ILSVRC --bf16 --dataloader_num_workers 8
+    accelerate launch -q recipes/webvision_mini.py                                    # embedded: digits, 40% wrong labels
+    accelerate launch -q recipes/webvision_mini.py --seeds 3                          # the table of the README
+    accelerate launch -q recipes/webvision_mini.py --data_dir WEBVISION --imagenet_dir ILSVRC --bf16 --dataloader_num_workers 8
 
 Without --data_dir, scikit-learn's handwritten digits are written out in WebVision's layout with 40% symmetric label noise,
 and two small timm backbones of different kind train on them for a few minutes on two CPU cores. With it, the paper's
@@ -22,7 +22,7 @@ import timm
 import torch
 from pictures import check_networks
 from torchvision import transforms as T
-from transformers import HfArgumentParser, set_seed
+from transformers import set_seed
 
 from kd_plugins import (
     CE,
@@ -36,10 +36,10 @@ from kd_plugins import (
     contact_sheet,
     find_suspects,
     html_page,
-    report,
 )
+from kd_plugins.audit import plots as report
 from kd_plugins.data import ImageView, corrupt, load_webvision, symmetric, write_webvision
-from kd_plugins.train import claim_folder
+from kd_plugins.train import claim_folder, parse_settings, run_main
 
 NOISE = 0.4  # share of wrong labels in the embedded data
 ETA, B2, B1 = (
@@ -195,9 +195,10 @@ def suspects(folder: Path, dynamics: Path, s: Settings, root: Path) -> list[Path
 
 
 def main() -> None:
-    parser = HfArgumentParser((Settings, MutualTrainingArguments))
-    parser.set_defaults(**COMMON | (WEBVISION if parser.parse_known_args()[0].data_dir else DIGITS))
-    s, args = parser.parse_args_into_dataclasses()
+    def defaults(given):
+        return COMMON | (WEBVISION if given.data_dir else DIGITS)
+
+    s, args = parse_settings(Settings, MutualTrainingArguments, defaults=defaults)
     if s.seeds < 1:
         raise SystemExit(f"--seeds {s.seeds}: expected at least 1; there would be no run to show")
     check_networks("models", s.models)
@@ -233,4 +234,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -2,6 +2,7 @@
 
 from .arguments import MutualTrainingArguments
 from .callbacks import CDRCallback, ProgressCallback
+from .command_line import parse_settings, run_main
 from .dynamics_callback import DynamicsCallback
 from .run_folder import claim_folder, last_checkpoint
 from .trainer import MutualDistillationTrainer, as_compute_loss_func
@@ -15,4 +16,6 @@ __all__ = [
     "as_compute_loss_func",
     "claim_folder",
     "last_checkpoint",
+    "parse_settings",
+    "run_main",
 ]

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torchvision import transforms as T
 
+from kd_plugins import ProSelfLC
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -76,9 +78,7 @@ def names(tmp_path, monkeypatch):
         "train": train,
         "test": train,
         "held_out": train,
-        "loader": torch.utils.data.DataLoader(
-            [(torch.rand(3, 32, 32), k) for k in range(10)], batch_size=5
-        ),
+        "loader": torch.utils.data.DataLoader(train, batch_size=5),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "human_labels": [(k + 1) % 10 for k in range(20)],
         "args": MutualTrainingArguments("pair", num_train_epochs=1, report_to="none"),
@@ -89,6 +89,36 @@ def names(tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_code_runs_as_it_stands(number, names):
     exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("number", [k for k, b in enumerate(BLOCKS) if ".backward()" in b])
+def test_loops_tell_the_epoch(number, names, monkeypatch):
+    """Without set_epoch every epoch has the augmentation of the first."""
+    told = []
+    monkeypatch.setattr(type(names["train"]), "set_epoch", lambda self, epoch: told.append(epoch))
+    exec(BLOCKS[number], names)
+    assert told == [0, 1]
+
+
+def test_the_loop_takes_a_loss_with_a_schedule(names):
+    """It tells the progress before each step: 20 pictures, 2 epochs, 8 steps in all."""
+    loop = next(block for block in BLOCKS if "criterion.prime" in block)
+    loop = loop.replace("MyLC(window=len(train))", "Told()").replace("criterion.prime", "id")
+    names["Told"] = Told
+    exec(loop.replace("id(model, loader)", "id(model)"), names)
+    assert names["criterion"].told == [k / 8 for k in range(8)]
+
+
+class Told(ProSelfLC):
+    """ProSelfLC, which refuses to run without a progress, and remembers it."""
+
+    def __init__(self):
+        super().__init__()
+        self.told = []
+
+    def set_progress(self, progress):
+        super().set_progress(progress)
+        self.told.append(progress)
 
 
 def test_there_is_code():

@@ -1,6 +1,7 @@
 """Each recipe as a user starts it, with tiny networks on tiny data: to its end, again, and after it was stopped."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -15,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from kd_plugins import MutualDistillationTrainer, list_losses, loss_class
+from kd_plugins.audit import summarise
 from kd_plugins.models import export
+from kd_plugins.train import run_main
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -23,7 +26,11 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 def start(monkeypatch, recipe, *argv):
     monkeypatch.setattr(sys, "argv", [recipe, *map(str, argv)])
     monkeypatch.syspath_prepend(str(RECIPES))  # as python puts it there for a script
-    return runpy.run_path(str(RECIPES / recipe), run_name="__main__")
+    try:
+        return runpy.run_path(str(RECIPES / recipe), run_name="__main__")
+    except SystemExit as error:  # a user's error: what was said, after a check of the exit code
+        assert error.code == 2
+        raise error.__cause__ from None
 
 
 @pytest.fixture
@@ -586,6 +593,47 @@ def test_label_is_the_column_of_this_name(tmp_path, monkeypatch):
     )
 
 
+def test_suspects_of_other_rows_are_refused(tmp_path, pictures, monkeypatch):
+    """The dynamics of a run are those of its rows and labels: another column, part or order is named."""
+    run = tmp_path / "run"
+    argv = ["--data", pictures, "--models", "test_resnet", "--method", "ce", "--dynamics", "True"]
+    argv += ["--num_train_epochs", 1, "--per_device_train_batch_size", 8, "--noise", "pair_flip"]
+    start(monkeypatch, "cifar100_noise.py", *argv, "--output_dir", run)
+    known = summarise(run / "dynamics")
+    rows = datasets.load_dataset(str(pictures), split="train")
+    given = rows.add_column("given", known["label"], feature=rows.features["label"])
+    others = {
+        "same": (given, "given", None),
+        "column": (
+            given,
+            "label",
+            r"row \d+ has label \d in column 'label', and \d among the suspects",
+        ),
+        "order": (
+            given.select(range(31, -1, -1)),
+            "given",
+            r"row \d+ has label \d in column 'given', and \d among",
+        ),
+        "fewer": (
+            given.select(range(20)),
+            "given",
+            r"have row \d+, the data set 20 rows",
+        ),
+    }
+    for name, (data, label, refused) in others.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        data.to_parquet(folder / "train-00000-of-00001.parquet")
+        argv = ["--data", folder, "--label", label, "--dynamics", run / "dynamics"]
+        argv += ["--output_dir", tmp_path / f"suspects-{name}"]
+        if refused:
+            with pytest.raises(ValueError, match=refused):
+                start(monkeypatch, "find_wrong_labels.py", *argv)
+        else:
+            start(monkeypatch, "find_wrong_labels.py", *argv)
+        assert (tmp_path / f"suspects-{name}").exists() == (not refused)
+
+
 def test_suspects_among_labels_that_are_all_right(
     tmp_path, pictures, two_teachers, monkeypatch, capsys
 ):
@@ -662,20 +710,64 @@ def test_rows_that_the_benchmark_has_not(monkeypatch, capsys, tmp_path):
     assert "import" not in capsys.readouterr().out
 
 
+LAUNCHERS = {
+    "python": [],
+    "accelerate": ["-m", "accelerate.commands.launch", "-q", "--num_processes", "1", "--cpu"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+}
+SHOWN = {  # all of stderr, or how the report of the launcher ends
+    "python": r"LINE\n",
+    "accelerate": r"(The following values were not passed to.*\n(\t.*\n)*.*\n)?LINE\n",
+    "torchrun": r"[\s\S]*Root Cause[\s\S]*exitcode  : 2 [\s\S]*\n  traceback : LINE\n=+\n+",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_users_error_is_one_line_however_the_recipe_is_started(launcher, tmp_path):
+    """Python ends with code 2. accelerate and torchrun always with 1; torchrun shows the line last."""
+    recipe = RECIPES / "cifar100_noise.py"
+    command = [sys.executable, *LAUNCHERS[launcher], recipe, "--method", "cee"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == (2 if launcher == "python" else 1)
+    line = "--method cee: unknown loss 'cee': did you mean .*"
+    assert re.fullmatch(SHOWN[launcher].replace("LINE", line), done.stderr), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
-    "launch",
+    ("argv", "line"),
     [
-        [],
-        ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu"],
-        ["-m", "torch.distributed.run", "--nproc_per_node", "1"],
+        (["--methd", "ce"], r"--methd ce: there is no such option; did you mean --method\?"),
+        (["--method", "ce", "astray"], "astray: there is no such option"),
+        (["--bf16", "maybe"], "argument --bf16: Truthy value expected: got maybe .*"),
+        (["--milestones", "2"], r"milestones=\[2.0\]: expected rising shares.*"),
     ],
-    ids=["python", "accelerate", "torchrun"],
+    ids=str,
 )
-def test_recipes_find_each_other_however_they_are_started(launch, tmp_path):
-    """pictures.py stands beside them; the folder in which one stands when starting them does not matter."""
-    command = [sys.executable, *launch, RECIPES / "cifar100_noise.py", "--method", "cee"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode and "--method cee: unknown loss 'cee'" in done.stderr
+def test_options_that_do_not_exist(argv, line, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match=line):
+        start(monkeypatch, "cifar100_noise.py", *argv)
+    assert re.fullmatch(f"{line}\n", capsys.readouterr().err)
+
+
+def test_commands_with_accelerate_are_quiet():
+    """Without -q it adds a traceback of its own to the one line of a recipe."""
+    root = RECIPES.parent
+    for path in [*root.glob("*.md"), root / "Makefile", *RECIPES.rglob("*.*")]:
+        if path.suffix in ("", ".md", ".py"):
+            commands = re.findall(r"accelerate launch (?!--cpu).*recipes", path.read_text("utf-8"))
+            assert all(" -q " in command for command in commands), path
+
+
+def test_bugs_keep_their_traceback(capsys):
+    """Only SystemExit with a message and errors that kd_plugins raises become one line."""
+    for bug in (lambda: int("x"), lambda: torch.ones(2) @ torch.ones(3), lambda: sys.exit(3)):
+        with pytest.raises((ValueError, RuntimeError, SystemExit)) as raised:
+            run_main(bug)
+        assert raised.value.args != (2,) and not capsys.readouterr().err
+    with pytest.raises(SystemExit) as raised:
+        run_main(lambda: loss_class("cee"))
+    assert raised.value.code == 2 and capsys.readouterr().err.startswith("unknown loss 'cee'")
 
 
 @pytest.mark.parametrize("source", ["folder", "file"])
@@ -713,6 +805,24 @@ def test_finetune_mylc(source, tmp_path, pictures, monkeypatch, capsys):
     assert next(out.glob("checkpoint-*/loss.safetensors"))
     assert (out / "pictures" / "curves.png").exists()
     timm.create_model(f"local-dir:{out / 'model'}", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("model", "match"),
+    [
+        ("test_resnet", r"--weights \S*gone.safetensors: expected a file; there is none"),
+        (
+            str(RECIPES),
+            r"--weights \S*gone.safetensors --model \S*: expected a timm name; a folder has",
+        ),
+    ],
+    ids=["missing", "of a folder"],
+)
+def test_weights_that_are_not_there(model, match, tmp_path, pictures, monkeypatch):
+    argv = ["--data", pictures, "--model", model, "--weights", tmp_path / "gone.safetensors"]
+    with pytest.raises(SystemExit, match=match):
+        start(monkeypatch, "finetune_mylc.py", *argv, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_experiment_does_not_go_on_from_these_checkpoints(tmp_path, pictures, monkeypatch):
@@ -898,10 +1008,9 @@ def test_a_preset_is_read_however_it_is_written(preset, monkeypatch):
     )
 
 
-def test_a_preset_without_a_name(monkeypatch, capsys):
-    with pytest.raises(SystemExit):
+def test_a_preset_without_a_name(monkeypatch):
+    with pytest.raises(SystemExit, match="--preset: expected one argument"):
         recipe_of(monkeypatch, "distill_teachers.py", "--teachers", "x", "--preset")["options"]()
-    assert "--preset: expected one argument" in capsys.readouterr().err
 
 
 def test_teachers_without_a_student(tmp_path, pictures, monkeypatch, capsys):
