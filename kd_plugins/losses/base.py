@@ -1,103 +1,275 @@
-"""What every loss shares: calling convention, checks, precision, reduction, progress, sums and the registry."""
+"""What every loss shares: the calling convention, checks, precision, class weights, diagnostics, sums."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from . import validate
 from .functional import as_probs, full_dtype
 from .state import KeepsPrecision, Progress
 
-EXTRAS = (
-    "teacher",
-    "features",
-    "teacher_features",
-    "index",
-)  # what a loss may read beside logits and target
-
-
+INPUTS = ("teacher", "features", "teacher_features", "index")  # beside logits and target
 REDUCTIONS = ("mean", "sum", "none")
+Selection = list[tuple[Tensor, Tensor]]  # per peer: mask [B], target [B, C]
+
+
+class LossArguments(TypedDict, total=False):
+    """Keywords of every loss: ``def __init__(self, q=0.7, **base: Unpack[LossArguments])``."""
+
+    num_classes: int | None
+    reduction: str
+    weight: Tensor | Sequence[float] | None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What :meth:`Loss.bind` knows of data and networks; None is unknown."""
+
+    num_samples: int | None = None
+    num_classes: int | None = None
+    feature_dims: Sequence[Sequence[int]] | None = None  # per network, of each of its maps
+    teacher_feature_dims: Sequence[Sequence[int]] | None = None
+
+
+class _Alias:
+    """An earlier name of an attribute of losses, on the class and on its instances."""
+
+    def __init__(self, read: Any) -> None:
+        self.read = read
+
+    def __get__(self, loss: Any, cls: Any = None) -> Any:
+        return self.read(cls if loss is None else loss)
 
 
 class Loss(KeepsPrecision):
-    """A drop-in for ``nn.CrossEntropyLoss``: ``loss(logits [B, C], target [B] or [B, C]) -> scalar``.
+    """A drop-in for ``nn.CrossEntropyLoss``: ``loss(logits [B, C], target [B] or [B, C])``.
 
-    A new loss writes :meth:`per_sample` and nothing else; whatever it needs beside logits and target is a keyword of
-    that method (``teacher``, ``features``, ``teacher_features``, ``index``), and callers supply exactly those.
+    A new loss writes :meth:`per_sample` and nothing else. What it reads beside logits and target is
+    a keyword of that method: ``teacher``, ``features``, ``teacher_features`` or ``index``.
 
     Args:
-        num_classes: only checked against the logits, when given.
-        reduction: ``"mean"`` over the batch, ``"sum"`` or ``"none"`` ([B]).
+        num_classes: if given, the logits must have as many.
+        reduction: ``"mean"`` over the batch, ``"sum"``, or ``"none"`` for losses [B].
+        weight: class weights [C]. A sample weighs as much as the class of its label, and the mean
+            is divided by the weights of the batch, as in ``nn.CrossEntropyLoss``.
 
     Attributes:
-        reads: the keywords that ``forward`` wants, from the signature of ``per_sample``.
-        peers: True if ``logits`` is a sequence of the logits of several networks.
-        indices: True if ``per_sample`` also takes class indices [B], and logits of 16 bits, as they are, and is faster for it.
+        required_inputs: the keywords that ``forward`` takes, from the signature of ``per_sample``.
+        num_peers: 1 for a loss of one network; K for one that takes a sequence of K logits.
+        layers: which maps of ``features`` and ``teacher_features`` it reads.
+        ema_decay: if set, ``teacher`` is the peers themselves with weights averaged at this decay.
+        needs: sizes without which it cannot run: attribute -> the argument of :meth:`bind`.
         stats: detached 0-d diagnostics of the last forward, by name.
+        selection: None, or the samples that each peer taught in the last forward: a mask [B] and
+            the targets [B, C].
     """
 
-    reads: frozenset[str] = frozenset()
-    peers: bool = False
-    indices: bool = False
+    required_inputs: frozenset[str] = frozenset()
+    num_peers: int = 1
+    layers: tuple[int, ...] = (-1,)
+    ema_decay: float | None = None
+    needs: Mapping[str, str] = {}
+    indices = False
+    any_precision = False  # per_sample takes logits of 16 bits as they are
+    weighs_labels = False  # per_sample applies the class weights itself
     stats: dict[str, Tensor]
+    selection: Selection | None
+    class_weights: Tensor | None
+
+    reads: Any = _Alias(lambda loss: loss.required_inputs)
+    peers: Any = _Alias(lambda loss: loss.num_peers > 1)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        names = list(inspect.signature(cls.per_sample).parameters)[3:]
-        if "extra" not in names:
-            if unknown := set(names) - set(EXTRAS):
-                raise TypeError(
-                    f"{cls.__name__}.per_sample asks for {sorted(unknown)}: a loss can read only {EXTRAS}"
-                )
-            cls.reads = frozenset(names)
+        parameters = list(inspect.signature(cls.per_sample).parameters.values())[3:]
+        if any(p.kind == p.VAR_KEYWORD for p in parameters):
+            return  # it hands its inputs on to its parts
+        names = {p.name for p in parameters}
+        if unknown := names - set(INPUTS):
+            raise TypeError(
+                f"{cls.__name__}.per_sample asks for {sorted(unknown)}: a loss can read only {INPUTS}"
+            )
+        cls.required_inputs = frozenset(names)
 
-    def __init__(self, *, num_classes: int | None = None, reduction: str = "mean") -> None:
+    def __init__(
+        self,
+        *,
+        num_classes: int | None = None,
+        reduction: str = "mean",
+        weight: Tensor | Sequence[float] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise validate.unknown_argument(type(self), next(iter(unknown)), _KEYWORDS)
         super().__init__()
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction={reduction!r}: expected one of {REDUCTIONS}")
+        self.reduction = validate.one_of("reduction", reduction, REDUCTIONS)
         self.num_classes = num_classes
-        self.reduction = reduction
-        self.stats = {}
+        if weight is not None:
+            weight = validate.class_weights(weight, num_classes)
+            self.num_classes = len(weight)
+        self.register_buffer("class_weights", weight, persistent=False)
+        self.stats, self.selection = {}, None
+        self._built = False
 
-    def per_sample(self, logits: Tensor, target: Tensor, **extra: Any) -> Tensor:
-        """([B, C] float32 or float64, [B, C]) -> [B], or a scalar for a loss on the whole batch. A subclass writes this."""
+    # ------------------------------------------------------------------------------------- calling
+
+    def per_sample(self, logits: Any, target: Tensor, **inputs: Any) -> Tensor:
+        """([B, C], [B, C]) -> [B], or a scalar for a loss on the whole batch. A subclass writes it.
+
+        Args:
+            logits: [B, C] in float32 or float64; for peers a list of K of them.
+            target: distributions [B, C].
+            inputs: ``teacher`` logits [T, B, C]; ``features``, a list of maps [B, D, h, w], shallow
+                to deep, for peers one list each; ``teacher_features``, a list of maps per teacher;
+                ``index`` [B], positions in the training data.
+        """
         raise NotImplementedError
 
-    def forward(self, logits: Tensor | Sequence[Tensor], target: Tensor, **extra: Any) -> Tensor:
-        first = self._check(logits, target, extra)
-        with torch.autocast(
-            first.device.type, enabled=False
-        ):  # CPU autocast would leave log_softmax in bfloat16
-            if target.dim() == 2 or not self.indices:
-                target = as_probs(target, first.shape[-1], full_dtype(first))
-            full: Any = logits  # what takes indices makes no copy of them
-            if not self.indices:
-                full = [_full(z) for z in logits] if self.peers else _full(first)
-            extra = {name: _prepare(name, value, self) for name, value in extra.items()}
-            self.stats = {}  # whoever calls per_sample empties them: torch.compile would guard on what they held before
-            losses = self.per_sample(full, target, **extra)
+    def forward(self, logits: Tensor | Sequence[Tensor], target: Tensor, **inputs: Any) -> Tensor:
+        name = type(self).__name__
+        peers = validate.logits(name, logits, self.num_peers, self.num_classes)
+        target = validate.target(name, target, peers[0])
+        validate.inputs(name, inputs, self.required_inputs, peers[0])
+        # autocast on the CPU would leave log_softmax in bfloat16
+        with torch.autocast(peers[0].device.type, enabled=False):
+            target = as_probs(target, peers[0].shape[1], full_dtype(peers[0]))
+            if not self.any_precision:
+                peers = [_full(z) for z in peers]
+            inputs = {key: self._prepared(key, value) for key, value in inputs.items()}
+            losses = self.run(peers if self.num_peers > 1 else peers[0], target, **inputs)
             if losses.device.type == "cpu" and not torch.compiler.is_compiling():
-                _refuse_nan(
-                    losses, self
-                )  # on an accelerator this would wait for it; the Trainer looks there
+                validate.refuse_nan(name, losses)  # the Trainer looks for NaN on accelerators
             if self.reduction == "none" or losses.dim() == 0:
                 return losses
             return losses.mean() if self.reduction == "mean" else losses.sum()
 
-    def set_progress(self, progress: float) -> None:
-        """Tell this loss, and every part of it, how far training is: t/Γ in [0, 1]."""
-        if not 0.0 <= progress <= 1.0:
-            raise ValueError(
-                f"progress={progress}: expected step / total_steps in [0, 1]; schedules end at 1"
+    def run(self, logits: Any, target: Tensor, **inputs: Any) -> Tensor:
+        """:meth:`per_sample` with fresh diagnostics and class weights: how a loss calls its parts.
+
+        ``inputs`` may hold more than this loss reads.
+        """
+        if missing := [name for name in self.needs if getattr(self, name) is None]:
+            call = ", ".join(f"{argument}=..." for argument in {self.needs[n]: 0 for n in missing})
+            raise RuntimeError(
+                f"{type(self).__name__} does not know {' and '.join(missing)}: pass it to the "
+                f"constructor or call loss.bind({call}); MutualDistillationTrainer does"
             )
+        self.stats, self.selection = {}, None  # written, never read: torch.compile needs no guard
+        own = {key: value for key, value in inputs.items() if key in self.required_inputs}
+        losses = self.per_sample(logits, target, **own)
+        return losses if self.class_weights is None else self._weigh(losses, target)
+
+    def _weigh(self, losses: Tensor, target: Tensor) -> Tensor:
+        if losses.dim() == 0:
+            raise TypeError(
+                f"{type(self).__name__} is one number for the whole batch: class weights have no "
+                "samples to act on"
+            )
+        sample = target @ self.class_weights.to(target.dtype)  # type: ignore[union-attr]
+        if not self.weighs_labels:
+            losses = sample * losses
+        if self.reduction != "mean":
+            return losses
+        total = sample.sum()
+        return losses * (len(sample) / torch.where(total > 0, total, 1.0))
+
+    def _prepared(self, name: str, value: Any) -> Any:
+        """An input in full precision, in the form that ``per_sample`` expects."""
+        if name == "teacher":
+            return _full((value if value.dim() == 3 else value.unsqueeze(0)).detach())
+        if name == "teacher_features":
+            return tree_map(lambda f: _full(f.detach()), [_maps(network) for network in value])
+        if name == "features":
+            maps = [_maps(f) for f in value] if self.num_peers > 1 else _maps(value)
+            return tree_map(_full, maps)
+        return value
+
+    # --------------------------------------------------------------------------------- diagnostics
+
+    def log(self, name: str, values: Tensor | Sequence[Tensor]) -> None:
+        """Leave a diagnostic in ``stats``: the mean of a tensor, or of one tensor per peer."""
+        if isinstance(values, Tensor):
+            values = values.detach()
+            if not values.is_floating_point():
+                values = values.float()
+            self.stats[name] = values.mean() if values.dim() else values.clone()
+            return
+        for k, value in enumerate(values):
+            self.log(f"{name}_{peer_name(k)}", value)
+
+    def collect(self, part: Loss, pattern: str = "{}") -> None:
+        """Take over the diagnostics and the selection of a part that has just run."""
+        self.stats |= {pattern.format(name): value for name, value in part.stats.items()}
+        self.selection = part.selection if part.selection is not None else self.selection
+
+    # ------------------------------------------------------------------------------- sizes, progress
+
+    def bind(
+        self,
+        num_samples: int | None = None,
+        num_classes: int | None = None,
+        feature_dims: Sequence[Sequence[int]] | None = None,
+        teacher_feature_dims: Sequence[Sequence[int]] | None = None,
+    ) -> Self:
+        """Fill in what the constructor left open, here and in all parts; returns the loss.
+
+        Args:
+            num_samples: rows of the training data.
+            num_classes: C.
+            feature_dims: for each network the channels of its maps (``models.feature_dims``).
+            teacher_feature_dims: the same for each teacher.
+
+        Raises:
+            ValueError: a size contradicts one that the loss was made for.
+        """
+        self.take_sizes(Sizes(num_samples, num_classes, feature_dims, teacher_feature_dims))
+        return self
+
+    def take_sizes(self, sizes: Sizes) -> None:
+        """What :meth:`bind` does. A loss with other sizes calls :meth:`settle` for them, then this."""
+        self.settle("num_samples", sizes.num_samples)
+        self.settle("num_classes", sizes.num_classes)
+        for part in parts_of(self):
+            part.take_sizes(sizes)
+        self.complete()
+
+    def settle(self, name: str, value: Any) -> None:
+        """Set the attribute ``name``, if it is one of ``needs`` and open; refuse another value."""
+        own = getattr(self, name, None)
+        if value is None or own == value:
+            return
+        if own is not None:
+            raise ValueError(
+                f"{type(self).__name__} was made for {name}={own}, and the data or the networks "
+                f"have {name}={value}"
+            )
+        if name in self.needs:
+            setattr(self, name, value)
+
+    def complete(self) -> None:
+        """Call :meth:`build` once all of ``needs`` are known. The last line of a constructor."""
+        if not self._built and all(getattr(self, name) is not None for name in self.needs):
+            self._built = True
+            self.build()
+
+    def build(self) -> None:
+        """Make the tables and parameters whose sizes are in ``needs``. A subclass writes it."""
+
+    def set_progress(self, progress: float) -> None:
+        """Tell this loss and all its parts how far training is: t/Γ in [0, 1]."""
+        validate.fraction("progress", progress, "it is step / total_steps, and schedules end at 1")
         for module in self.modules():
             if isinstance(module, Progress):
                 module.set(progress)
+
+    # ------------------------------------------------------------------------------------ arithmetic
 
     def __add__(self, other: Loss) -> Sum:
         return Sum([*_terms(self), *_terms(other)]) if isinstance(other, Loss) else NotImplemented
@@ -107,86 +279,27 @@ class Loss(KeepsPrecision):
             return NotImplemented
         return Sum([(weight * w, term) for w, term in _terms(self)])
 
-    def _check(self, logits: Any, target: Tensor, extra: dict[str, Any]) -> Tensor:
-        """Refuse what cannot be right, before any arithmetic; the logits of the first peer."""
-        name = type(self).__name__
-        if self.peers:
-            if isinstance(logits, Tensor) or len(logits) < 2:
-                raise ValueError(
-                    f"{name} teaches peers: expected a tuple of at least two logits [B, C], got {_what(logits)}"
-                )
-            if len({tuple(z.shape) for z in logits}) > 1:
-                raise ValueError(
-                    f"{name}: all peers must have logits of one shape [B, C], got {_what(logits)}"
-                )
-        elif not isinstance(logits, Tensor):
-            hint = (
-                f"; Mutual({name}(), Nothing()) trains several networks side by side"
-                if isinstance(logits, tuple)
-                else ""
-            )
-            raise TypeError(f"{name} expects a tensor of logits [B, C], got {_what(logits)}{hint}")
-        z = logits[0] if self.peers else logits
-        if z.dim() != 2 or z.shape[1] < 2:
-            raise ValueError(f"{name} expects logits [B, C] with C >= 2, got {_what(z)}")
-        for peer in logits if self.peers else (z,):
-            if not peer.is_floating_point():
-                raise TypeError(
-                    f"{name} expects floating-point logits, got {peer.dtype}: logits, not predicted classes"
-                )
-        if z.shape[0] == 0:
-            raise ValueError(
-                f"{name}: the batch is empty, its mean would be NaN; got logits {_what(z)}"
-            )
-        if self.num_classes not in (None, z.shape[1]):
-            raise ValueError(
-                f"{name} was made for num_classes={self.num_classes}, got logits {_what(z)}"
-            )
-        if target.shape not in ((z.shape[0],), z.shape):
-            raise ValueError(
-                f"{name}: target must be class indices [{z.shape[0]}] or distributions "
-                f"{list(z.shape)}, got {list(target.shape)}"
-            )
-        if target.dim() == 1:
-            if target.is_floating_point():
-                raise TypeError(f"{name}: class indices must be integers, got {target.dtype}")
-            if (
-                target.device.type == "cpu" and not torch.compiler.is_compiling()
-            ):  # an accelerator asserts by itself
-                wrong = (target < 0) | (target >= z.shape[1])
-                if wrong.any():
-                    raise ValueError(
-                        f"{name}: label {target[wrong][0].item()} at position {wrong.nonzero()[0].item()} is "
-                        f"outside the {z.shape[1]} classes 0 to {z.shape[1] - 1}"
-                    )
-        if missing := self.reads - {k for k, v in extra.items() if v is not None}:
-            raise TypeError(f"{name} reads {sorted(self.reads)}: missing {sorted(missing)}")
-        if unknown := set(extra) - self.reads:
-            raise TypeError(
-                f"{name} reads {sorted(self.reads) or 'logits and target only'}: it would ignore {sorted(unknown)}"
-            )
-        teacher, index = extra.get("teacher"), extra.get("index")
-        if teacher is not None and (teacher.dim() not in (2, 3) or teacher.shape[-2:] != z.shape):
-            raise ValueError(
-                f"{name}: teacher must be logits [T, B, C] or [B, C] for {_what(z)}, got {_what(teacher)}"
-            )
-        if index is not None and index.shape != z.shape[:1]:
-            raise ValueError(f"{name}: index must be positions [{z.shape[0]}], got {_what(index)}")
-        return z
-
     def extra_repr(self) -> str:
-        """The constructor's scalar arguments, so that a log or a model card can name the loss in full."""
-        names = list(inspect.signature(type(self).__init__).parameters)
-        names += ["reduction"] if self.reduction != "mean" else []
-        return ", ".join(
-            f"{n}={getattr(self, n)}"
-            for n in names
-            if isinstance(getattr(self, n, None), int | float | str)
+        """The constructor's scalar arguments: a log or a model card can then name the loss."""
+        names = [n for n in inspect.signature(type(self).__init__).parameters if n not in _KEYWORDS]
+        names += (
+            ["num_classes"] if "num_classes" in inspect.signature(type(self)).parameters else []
         )
+        names += ["reduction"] if self.reduction != "mean" else []
+        own = {name: getattr(self, name, None) for name in names}
+        shown = [f"{n}={value}" for n, value in own.items() if isinstance(value, int | float | str)]
+        if self.class_weights is not None and len(self.class_weights) <= 10:
+            shown.append(f"weight={[round(w, 4) for w in self.class_weights.tolist()]}")
+        elif self.class_weights is not None:
+            shown.append(f"weight=[{len(self.class_weights)} classes]")
+        return ", ".join(shown)
+
+
+_KEYWORDS = tuple(LossArguments.__annotations__)
 
 
 class Sum(Loss):
-    """Σ_i w_i L_i: what ``0.1 * CE() + 0.9 * KD(temperature=4)`` makes. Each term is handed what it reads."""
+    """Σ_i w_i L_i, as in ``0.1 * CE() + 0.9 * KD(temperature=4)``. Each term gets what it reads."""
 
     def __init__(
         self, terms: Sequence[tuple[float, Loss]], *, reduction: str | None = None
@@ -195,33 +308,32 @@ class Sum(Loss):
         sizes = {term.num_classes for _, term in terms} - {None}
         if len(reductions) > 1 or len(sizes) > 1:
             raise ValueError(
-                f"terms of a sum must agree on reduction, here {reductions}, and num_classes, here {sizes}"
+                f"the terms of a sum must agree on reduction (here {reductions}) and on "
+                f"num_classes (here {sizes})"
             )
         super().__init__(num_classes=next(iter(sizes), None), reduction=reductions.pop())
-        if len({term.peers for _, term in terms}) > 1:
-            raise TypeError(
-                "a loss for several networks and a loss for one cannot be added: "
-                + " + ".join(type(t).__name__ for _, t in terms)
-            )
         self.weights = [float(w) for w, _ in terms]
         self.terms: Any = nn.ModuleList(term for _, term in terms)
-        self.reads = frozenset(name for _, term in terms for name in term.reads)
-        self.peers = terms[0][1].peers
-
-    def per_sample(self, logits: Tensor, target: Tensor, **extra: Any) -> Tensor:
-        self.stats = {}
-        total: Tensor | float = 0.0
-        for i, (weight, term) in enumerate(zip(self.weights, self.terms, strict=True)):
-            term.stats = {}
-            loss = term.per_sample(
-                logits, target, **{k: v for k, v in extra.items() if k in term.reads}
+        losses = [term for _, term in terms]
+        if len({term.num_peers for term in losses}) > 1:
+            raise TypeError(
+                "losses for different numbers of networks cannot be added: "
+                + " + ".join(f"{type(t).__name__} ({t.num_peers})" for t in losses)
             )
+        self.num_peers = losses[0].num_peers
+        self.required_inputs = frozenset().union(*(term.required_inputs for term in losses))
+        self.layers = tuple(sorted({layer for term in losses for layer in term.layers}))
+        self.ema_decay = next((t.ema_decay for t in losses if t.ema_decay is not None), None)
+
+    def per_sample(self, logits: Any, target: Tensor, **inputs: Any) -> Tensor:
+        total: Any = 0.0
+        for i, (weight, term) in enumerate(zip(self.weights, self.terms, strict=True)):
+            loss = term.run(logits, target, **inputs)
             name = f"{type(term).__name__.lower()}_{i}"
-            self.stats |= {name: loss.detach().mean()} | {
-                f"{name}_{k}": v for k, v in term.stats.items()
-            }
+            self.log(name, loss)
+            self.collect(term, name + "_{}")
             total = total + weight * loss
-        return total  # type: ignore[return-value]
+        return total
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}"
@@ -230,46 +342,30 @@ class Sum(Loss):
 def _terms(loss: Loss) -> list[tuple[float, Loss]]:
     return (
         list(zip(loss.weights, loss.terms, strict=True)) if isinstance(loss, Sum) else [(1.0, loss)]
-    )  # type: ignore[arg-type]
+    )
+
+
+def parts_of(module: nn.Module) -> Iterator[Loss]:
+    """The losses that a loss is made of; not the parts of these."""
+    for child in module.children():
+        if isinstance(child, Loss):
+            yield child
+        else:
+            yield from parts_of(child)
 
 
 def _full(z: Tensor) -> Tensor:
     return z.to(full_dtype(z))
 
 
-def _prepare(name: str, value: Any, loss: Loss) -> Any:
-    if name == "teacher":
-        value = value.unsqueeze(0) if value.dim() == 2 else value  # [T, B, C]
-        return _full(value.detach())
-    if name == "teacher_features":
-        return tree_map(lambda f: _full(f.detach()), list(value))
-    return tree_map(_full, value) if name == "features" else value
-
-
-def _refuse_nan(losses: Tensor, loss: Loss) -> None:
-    if torch.isnan(losses).any():
-        where = (
-            torch.isnan(losses).nonzero().flatten().tolist()[:5]
-            if losses.dim()
-            else "the whole batch"
-        )
-        raise ValueError(
-            f"{type(loss).__name__} is NaN for samples {where}: NaN stands in the logits or in the target, "
-            "and one step on it would make every weight NaN; look at the learning rate and the input"
-        )
+def _maps(value: Any) -> list[Tensor]:
+    """A network's maps, shallow to deep; a bare map is the only one."""
+    return [value] if isinstance(value, Tensor) else list(value)
 
 
 def at_layer(features: Any, layer: int) -> Tensor:
-    """One map [B, D, h, w] of a network's maps by layer, shallow to deep; a bare map is the one there is."""
+    """One map [B, D, h, w] of a network's maps by layer, shallow to deep; a bare map is the only one."""
     return features if isinstance(features, Tensor) else features[layer]
-
-
-def _what(x: Any) -> str:
-    if isinstance(x, Tensor):
-        return str(list(x.shape))
-    if isinstance(x, list | tuple):
-        return "(" + ", ".join(_what(v) for v in x) + ")"
-    return type(x).__name__
 
 
 def peer_name(k: int) -> str:

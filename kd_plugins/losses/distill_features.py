@@ -38,6 +38,7 @@ class _Taught(Loss):
                 "each teacher's (timm: model.num_features for the last)"
             )
         self.student_dim, self.teacher_dims, self.layer = student_dim, dims, layer
+        self.layers = (layer,)
 
     def maps(
         self, logits: Tensor, features: Any, teacher_features: Sequence[Any]
@@ -64,7 +65,8 @@ class _Taught(Loss):
 
 def _map(owner: Loss, logits: Tensor, features: Any, layer: int) -> Tensor:
     """The map of a layer, once it is one of this batch."""
-    if not isinstance(features, Tensor) and not -len(features) <= layer < len(features):
+    layer = layer if len(features) > 1 else -1
+    if not -len(features) <= layer < len(features):
         raise ValueError(
             f"{type(owner).__name__} reads layer {layer}, got the maps of {len(features)} layers"
         )
@@ -153,7 +155,7 @@ class AT(Loss):
             raise ValueError(
                 "AT: teacher_features is empty: expected the maps of at least one teacher"
             )
-        alone = any(isinstance(f, Tensor) for f in (features, *teacher_features))
+        alone = any(len(f) == 1 for f in (features, *teacher_features))
         total = torch.zeros_like(logits[:, 0])
         for layer in self.layers[-1:] if alone else self.layers:
             for taught in teacher_features:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from .base import Loss
+from .base import Loss, LossArguments
 from .mutual import NORMALIZE
 from .state import SampleTable
 
@@ -39,7 +39,12 @@ class Selected(Loss):
     """
 
     def __init__(
-        self, mask: Tensor | Sequence[bool], term: Loss, *, normalize: str = "batch", **base: Any
+        self,
+        mask: Tensor | Sequence[bool],
+        term: Loss,
+        *,
+        normalize: str = "batch",
+        **base: Unpack[LossArguments],
     ) -> None:
         if not isinstance(term, Loss):
             raise TypeError(
@@ -57,19 +62,19 @@ class Selected(Loss):
         self.normalize, self.term = normalize, term
         self.mask = SampleTable(len(mask), fill=False, dtype=torch.bool)
         self.mask.rows.copy_(mask)
-        self.reads, self.peers = term.reads | {"index"}, term.peers
+        self.num_peers, self.layers = term.num_peers, term.layers
+        self.ema_decay = term.ema_decay
+        self.required_inputs = term.required_inputs | {"index"}
 
     def per_sample(self, logits: Any, target: Tensor, **extra: Any) -> Tensor:
-        self.term.stats = {}
-        losses = self.term.per_sample(
-            logits, target, **{k: v for k, v in extra.items() if k in self.term.reads}
-        )
+        losses = self.term.run(logits, target, **extra)
         if losses.dim() == 0:
             raise TypeError(
                 f"{type(self.term).__name__} is a loss on the whole batch: it has no value for the kept samples alone"
             )
         kept = self.mask.read(extra["index"]).to(losses.dtype)
-        self.stats |= self.term.stats | {"kept": kept.mean()}
+        self.collect(self.term)
+        self.log("kept", kept)
         if self.normalize == "selected":  # times B, since the batch mean will divide by it
             kept = kept * (len(kept) / kept.sum().clamp_min(1.0))
         return kept * losses

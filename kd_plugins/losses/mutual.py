@@ -130,7 +130,7 @@ class Mutual(Loss):
         num_peers: how many networks.
     """
 
-    peers = True
+    num_peers = 2
 
     def __init__(
         self,
@@ -145,7 +145,7 @@ class Mutual(Loss):
         super().__init__(**base)
         if normalize not in NORMALIZE:
             raise ValueError(f"normalize={normalize!r}: expected one of {NORMALIZE}")
-        if not isinstance(refine, Loss) or refine.peers:
+        if not isinstance(refine, Loss) or refine.num_peers > 1:
             raise TypeError(f"refine must be a loss for one network, got {refine!r}")
         if num_peers < 2:
             raise ValueError(
@@ -155,7 +155,7 @@ class Mutual(Loss):
             [refine, *(copy.deepcopy(refine) for _ in range(num_peers - 1))]
         )
         self.select, self.own, self.normalize, self.num_peers = select, own, normalize, num_peers
-        self.reads = refine.reads
+        self.required_inputs, self.layers = refine.required_inputs, refine.layers
         # labels that are mixtures of q and p are never written down
         self.indices = (
             isinstance(refine, Refined)
@@ -169,11 +169,7 @@ class Mutual(Loss):
         ] = []  # per peer: mask [B], class that its target names [B]
 
     def per_sample(self, logits: Sequence[Tensor], target: Tensor, **extra: Any) -> Tensor:  # type: ignore[override]
-        if len(logits) != self.num_peers:
-            raise ValueError(
-                f"{type(self).__name__} was made for num_peers={self.num_peers}, got {len(logits)} logits"
-            )
-        self.stats, self.selection = {}, []
+        self.selection = []
         if self.indices:
             return self._mixed(logits, target)
         preds = [Prediction.of(z) for z in logits]
@@ -185,15 +181,15 @@ class Mutual(Loss):
             [],
         )  # per teacher: its targets [B, C] and their weights [B]; per peer: its own loss [B]
         for k, (refine, pred, const) in enumerate(zip(self.refine, preds, consts, strict=True)):
-            refine.stats = {}
             if isinstance(refine, Refined):
+                refine.stats = {}
                 q = refine.refine(const if refine.detach else pred, target)
                 own = cross_entropy(pred.log_p, q)
             else:
                 own_extra = {
                     name: value[k] if name == "features" else value for name, value in extra.items()
                 }
-                q, own = target, refine.per_sample(pred.log_p, target, **own_extra)
+                q, own = target, refine.run(pred.log_p, target, **own_extra)
                 if own.dim() == 0 and not isinstance(self.select, Nothing):
                     raise TypeError(
                         f"{type(refine).__name__} is a loss on the whole batch: it cannot teach selected samples"

@@ -19,7 +19,7 @@ from .registry import register_loss
 class _Peers(Loss):
     """L = Σ_k [ own · H(q, p_k) + taught · what peer k learns from the others ]; a subclass writes :meth:`lessons`."""
 
-    peers = True
+    num_peers = 2
     own, taught = 1.0, 1.0
 
     def __init__(self, num_peers: int = 2, **base: Any) -> None:

@@ -22,7 +22,7 @@ from .state import Progress
 class _Featured(Loss):
     """Peers, their features, and T² KL between their predictions at temperature T."""
 
-    peers = True
+    num_peers = 2
 
     def __init__(self, feature_dims: Sequence[int], temperature: float, **base: Any) -> None:
         super().__init__(**base)
@@ -187,7 +187,7 @@ class PCL(_Ramped):
             raise ValueError(
                 f"ema={ema}: expected the decay of the averages in [0, 1); at 1 they would never move"
             )
-        self.ema = ema
+        self.ema = self.ema_decay = ema
         self.head = nn.Linear(sum(self.feature_dims), num_classes)
 
     def per_sample(

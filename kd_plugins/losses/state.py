@@ -55,6 +55,14 @@ class KeepsPrecision(nn.Module):
     A mean over 2.4 million samples, or a schedule of 100,000 steps, does not fit the 8 bits of a bfloat16.
     """
 
+    @property
+    def moves_state(self) -> bool:
+        """Whether state may change now: in training mode with gradients enabled.
+
+        A validation pass under ``no_grad`` leaves it alone. Ask before entering ``no_grad`` yourself.
+        """
+        return self.training and torch.is_grad_enabled()
+
     def _apply(self, fn, recurse=True):
         before = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)

@@ -64,11 +64,10 @@ def refuse_pairing(
             f"{name} is a loss for one network and there are {len(peers)}: Mutual({name}(), Nothing()) trains them "
             "side by side, SMKD(...) lets them teach each other"
         )
-    for module in loss.modules():
-        if getattr(module, "num_peers", len(peers)) != len(peers):
-            raise ValueError(
-                f"{type(module).__name__} was made for num_peers={module.num_peers}, there are {len(peers)} networks"
-            )
+    if loss.peers and loss.num_peers != len(peers):
+        raise ValueError(
+            f"{name} was made for num_peers={loss.num_peers}, there are {len(peers)} networks"
+        )
     averaged = averages_of(loss) is not None
     if averaged and (teachers or cached is not None):
         given = (

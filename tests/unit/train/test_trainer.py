@@ -39,7 +39,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, TrainerCall
 
 from kd_plugins import CE, MKD, SMKD, LabelSmoothing, Loss, Mutual, MyLC, Nothing, ProSelfLC
 from kd_plugins.data import ImageView
-from kd_plugins.losses import base
+from kd_plugins.losses import validate
 from kd_plugins.train import MutualDistillationTrainer, MutualTrainingArguments, last_checkpoint
 
 STEPS = 12  # two epochs of six batches of eight
@@ -894,8 +894,8 @@ BAD = {
     ),
     "num_peers in a sum": (
         ValueError,
-        "MKD was made for num_peers=3, there are 2",
-        lambda: {"loss": 0.5 * MKD(num_peers=3) + SMKD()},
+        "Sum was made for num_peers=3, there are 2",
+        lambda: {"loss": 0.5 * MKD(num_peers=3) + SMKD(num_peers=3)},
     ),
     "one module twice": (
         ValueError,
@@ -1001,7 +1001,7 @@ def test_nan_in_the_logits_stops_the_run_before_the_step(tmp_path):
 @pytest.mark.parametrize("logging_steps", [1, 100])
 def test_nan_that_the_loss_does_not_see_spoils_no_checkpoint(tmp_path, monkeypatch, logging_steps):
     """On an accelerator the loss does not look, that would wait for it; the Trainer looks when it logs and when it saves."""
-    monkeypatch.setattr(base, "_refuse_nan", lambda *_: None)
+    monkeypatch.setattr(validate, "refuse_nan", lambda *_: None)
     settings = {
         "save_strategy": "steps",
         "save_steps": 4,
@@ -1038,7 +1038,7 @@ class NanValue(Loss):
 @pytest.mark.parametrize("logging_steps", [1, 100])
 def test_nan_of_the_loss_alone_is_no_zero_and_no_checkpoint(tmp_path, monkeypatch, logging_steps):
     """The Trainer's own filter would log it as the mean of the others."""
-    monkeypatch.setattr(base, "_refuse_nan", lambda *_: None)
+    monkeypatch.setattr(validate, "refuse_nan", lambda *_: None)
     run = trainer(
         tmp_path,
         Net(1),
