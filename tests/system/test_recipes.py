@@ -705,7 +705,13 @@ def test_webvision_mini_that_cannot_start_does_not_take_the_folder(tmp_path, mon
 def test_rows_that_the_benchmark_has_not(monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit, match=r"--rows \['lost'\]: .*import kd_plugins; noisy view"):
         start(
-            monkeypatch, "benchmark.py", "--rows", "import", "lost", "--output", tmp_path / "b.json"
+            monkeypatch,
+            "experiments/benchmark.py",
+            "--rows",
+            "import",
+            "lost",
+            "--output",
+            tmp_path / "b.json",
         )
     assert "import" not in capsys.readouterr().out
 
@@ -1047,7 +1053,15 @@ class Watched(MutualDistillationTrainer):
 def test_benchmark(tmp_path, monkeypatch, capsys):
     """Rows by part of their name; figure, goal, hardware and versions as JSON."""
     rows = ["loss alone [128, 100], eager", "AEKD", "noisy view"]
-    start(monkeypatch, "benchmark.py", "--quick", "--rows", *rows, "--output", tmp_path / "b.json")
+    start(
+        monkeypatch,
+        "experiments/benchmark.py",
+        "--quick",
+        "--rows",
+        *rows,
+        "--output",
+        tmp_path / "b.json",
+    )
     out = json.loads((tmp_path / "b.json").read_text())
     assert (
         len(out["rows"]) == 4
@@ -1061,7 +1075,7 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
 
 def test_rows_of_the_benchmark_that_want_a_gpu():
     """What runs here of them: two networks cost more than one, and every loss has its call."""
-    benchmark = runpy.run_path(str(RECIPES / "benchmark.py"))
+    benchmark = runpy.run_path(str(RECIPES / "experiments" / "benchmark.py"))
     assert benchmark["two_peers_on_one"]("eager", True)[0] > 1
     assert 1 <= benchmark["peak_memory"](64, 2000, torch.float32)[0] < 1.25
     assert 1 <= benchmark["peak_memory"](64, 2000, torch.bfloat16)[0] < 1.25

@@ -1,4 +1,4 @@
-"""The matrix of recipes/tables.py: what it runs, that nothing is run twice, and what it makes of the figures."""
+"""The matrix of recipes/experiments/tables.py: what it runs, that nothing is run twice, and what it makes of the figures."""
 
 import os
 import runpy
@@ -46,15 +46,16 @@ score = {"mylc": 0.6, "ce": 0.4}.get(value("--refine"), 0.5) + 0.01 * int(value(
 @pytest.fixture(scope="module")
 def tables():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RECIPES))  # as python puts it there for a script
-        return runpy.run_path(str(RECIPES / "tables.py"))
+        patch.syspath_prepend(str(RECIPES))
+        patch.syspath_prepend(str(RECIPES / "experiments"))  # as python puts it there for a script
+        return runpy.run_path(str(RECIPES / "experiments" / "tables.py"))
 
 
 @pytest.fixture
 def start(tables, tmp_path, monkeypatch):
     """Run the matrix with the stand-in; its exit code and the table's folder."""
     (tmp_path / "cifar100_noise.py").write_text(FAKE)
-    monkeypatch.setitem(tables["main"].__globals__, "HERE", tmp_path)
+    monkeypatch.setitem(tables["main"].__globals__, "RECIPES", tmp_path)
 
     def run(*argv, budget="full", fail="nothing", times=9):
         monkeypatch.setenv("FAIL", fail)  # not an option: what is done was done with the same ones

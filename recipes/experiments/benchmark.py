@@ -1,8 +1,8 @@
 """What the library costs, as ratios measured in one run: each row against the same work without it, in turns.
 
-    python recipes/benchmark.py                          # every row that this machine can measure: minutes
-    python recipes/benchmark.py --rows "loss" "import"   # rows whose name holds one of these
-    python recipes/benchmark.py --quick                  # smaller networks and data
+    python recipes/experiments/benchmark.py                          # every row that this machine can measure: minutes
+    python recipes/experiments/benchmark.py --rows "loss" "import"   # rows whose name holds one of these
+    python recipes/experiments/benchmark.py --quick                  # smaller networks and data
 
 Both sides of a ratio are warmed up and then run in turns; the figure is the median of the ratios of neighbouring runs, so that a
 machine that is slow for a while is slow for both. The table goes to the screen, and with hardware and versions into
@@ -55,6 +55,7 @@ from kd_plugins import (
 from kd_plugins.data import ImageView, noisy_view, symmetric
 from kd_plugins.losses import loss_class
 from kd_plugins.models import Hosted  # and makes resnet18_cifar known to timm
+from kd_plugins.train import run_main
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -636,4 +637,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -1,7 +1,7 @@
 """Rerun the papers' tables with one command: a matrix of method x setting x seed, one recipe run a cell.
 
-    python recipes/tables.py --table smkd-1 --data uoft-cs/cifar100 --label fine_label --bf16 --jobs 4
-    python recipes/tables.py --table smkd-1 --data FOLDER --budget small --jobs 2
+    python recipes/experiments/tables.py --table smkd-1 --data uoft-cs/cifar100 --label fine_label --bf16 --jobs 4
+    python recipes/experiments/tables.py --table smkd-1 --data FOLDER --budget small --jobs 2
 
 Each cell is a run of `cifar100_noise.py` or `distill_teachers.py` in a folder of its own, `OUTPUT_DIR/TABLE/BUDGET/...`, with its
 log. Give the same command again and what is done is not done again, what was killed goes on from its checkpoint, and what failed is
@@ -38,8 +38,9 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
 from kd_plugins.audit import plots as report
+from kd_plugins.train import run_main
 
-HERE = Path(__file__).resolve().parent
+RECIPES = Path(__file__).resolve().parents[1]
 Values = dict[tuple[str, str], list[float]]  # (row, column): a figure of each seed
 
 
@@ -161,7 +162,7 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
             if options.get("method") == "smkd":
                 options = merged(options, {"loss_args": {"normalize": "batch"}})
         options |= {"output_dir": folder, "seed": seed}
-        command = [sys.executable, str(HERE / table.recipe), *arguments(options)]
+        command = [sys.executable, str(RECIPES / table.recipe), *arguments(options)]
         for key, values in given.items():
             if not row or key not in (
                 "teacher_epochs",
@@ -445,4 +446,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(lambda: sys.exit(main()))
