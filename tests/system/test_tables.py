@@ -48,7 +48,7 @@ def tables():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(RECIPES))
         patch.syspath_prepend(str(RECIPES / "experiments"))  # as python puts it there for a script
-        return runpy.run_path(str(RECIPES / "experiments" / "tables.py"))
+        yield runpy.run_path(str(RECIPES / "experiments" / "tables.py"))
 
 
 @pytest.fixture
