@@ -1,30 +1,36 @@
-"""Training dynamics: what each network said of each training sample, visit by visit, in a folder of Parquet segments.
+"""Training dynamics: what each network predicted for each sample at each visit, in Parquet files.
 
-A visit is one row. Columns, for the peers a, b ... (one network is a):
+A visit is one sample in one training batch; it is one row. The peers are a, b ... (a single network
+is a). Columns:
 
 | column | type | |
 |---|---|---|
-| epoch | int16 | as the Trainer counts, from 0 |
-| step | int32 | the optimizer step that it was part of, from 1 |
-| index | int32 | position in the data set |
-| label | int16 | the given class; of a soft target (Mixup) its largest; int32 above 32,768 classes, as pred |
-| pred_a | int16 | most probable class |
+| epoch | int16 | from 0, as the Trainer counts |
+| step | int32 | the optimizer step, from 1 |
+| index | int32 | the row in the data set |
+| label | int16 | the given class; the largest one of a soft target (Mixup) |
+| pred_a | int16 | the most probable class |
 | conf_a | float16 | its probability |
-| p_label_a | float16 | probability of the given class |
-| selected_a | bool | a hands this sample over to the others; only where the loss is a ``Mutual`` |
+| p_label_a | float16 | the probability of the given class |
+| selected_a | bool | a teaches this sample to its peers; only if the loss selects |
 
-The figures are of the forward pass that trained: with augmentation, dropout and batch statistics, before the step. Logits that are
-NaN leave a row with NaN in conf and p_label, and a pred without meaning. A sample that a sampler repeats, to fill up the
-last batch of several processes, has a row for each visit; so has the neighbour that stands in for a broken picture.
+Above 32,768 classes, label and pred are int32.
 
->>> from kd_plugins.audit import read_dynamics, summarise
+Notes:
+    The values come from the forward pass that trains: with augmentation, dropout and batch
+    statistics, before the step. NaN logits leave NaN in conf and p_label, and a meaningless pred.
+    A sample that comes up twice in an epoch has two rows. This happens if the sampler fills up the
+    last batch of several processes, or if a sample replaces an unreadable picture.
+
 >>> trainer.add_callback(DynamicsCallback("runs/pair/dynamics"))  # doctest: +SKIP
->>> trainer.train(resume_from_checkpoint=True)  # doctest: +SKIP
->>> summarise("runs/pair/dynamics")["forgetting"], read_dynamics("runs/pair/dynamics")[0]  # doctest: +SKIP
+>>> trainer.train()  # doctest: +SKIP
+>>> visits = read_dynamics("runs/pair/dynamics")  # doctest: +SKIP
+>>> summarise("runs/pair/dynamics")["forgetting"]  # doctest: +SKIP
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -33,23 +39,26 @@ import pyarrow.dataset as pads
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-SEGMENTS = "step-*-rank-*.parquet"
+SEGMENT = re.compile(r"step-(?P<step>\d+)-rank-\d+\.parquet")  # the names of the files
 
 
 def read_dynamics(folder: str | Path) -> Dataset:
-    """All visits as a ``datasets.Dataset`` in memory, in no promised order; also of a run that is still going.
+    """Read all visits as a ``datasets.Dataset`` in memory, also those of a running training.
 
-    It takes 24 bytes a visit with two networks. :func:`summarise` reads the folder an epoch at a time.
+    The order of the rows is not defined. With two networks a visit takes 24 bytes of memory.
+    :func:`summarise` needs less, because it reads one epoch at a time.
     """
-    return Dataset(_segments(folder).to_table())
+    return Dataset(_open(folder).to_table())
 
 
-def _segments(folder: str | Path) -> pads.Dataset:
-    paths = sorted(Path(folder).glob(SEGMENTS))
+def _open(dynamics: str | Path | Dataset) -> pads.Dataset:
+    if isinstance(dynamics, Dataset):
+        return pads.dataset(dynamics.with_format("arrow")[:])
+    paths = [path for path in sorted(Path(dynamics).glob("*")) if SEGMENT.fullmatch(path.name)]
     if not paths:
         raise FileNotFoundError(
-            f"{folder} holds no training dynamics: expected {SEGMENTS}, as DynamicsCallback writes them to "
-            "output_dir/dynamics at the end of an epoch and before a checkpoint"
+            f"{dynamics} holds no training dynamics: expected step-*-rank-*.parquet. DynamicsCallback "
+            "writes such files into output_dir/dynamics after each epoch and before a checkpoint"
         )
     return pads.dataset(paths, format="parquet")
 
@@ -57,97 +66,110 @@ def _segments(folder: str | Path) -> pads.Dataset:
 def summarise(
     dynamics: str | Path | Dataset, num_samples: int | None = None, first_epoch: int = 0
 ) -> dict[str, np.ndarray]:
-    """What the visits say of each sample i = 0 ... N - 1, as arrays [N].
+    """Summarise the visits of each sample i = 0 ... N - 1, as arrays [N].
 
-    - ``index``, ``label``: i, and the class it was last given (-1: never visited).
-    - ``visits``: how many there were; those with NaN do not count, here and below.
-    - ``p_label``: probability of the given class, mean over visits and networks.
-    - ``proposed``: the class c with most Σ conf over the votes (visit, network) with pred = c; -1 without a visit.
-    - ``confidence``: that sum over the number of votes, so 1 where all are sure of the same class.
-    - ``forgetting``: how often pred = label turned into pred ≠ label from one visit to the next, mean over networks.
-    - ``selected``, where the loss selects: share of the visits in which each network handed the sample over, [N, K].
+    - ``index``, ``label``: i, and the label at its last visit (-1 without a visit).
+    - ``visits``: the number of visits. Visits with NaN are ignored here and below.
+    - ``p_label``: the probability of the given class, averaged over visits and networks.
+    - ``proposed``: the class with the largest sum of conf over the votes for it; each network casts
+      one vote per visit, for its pred. -1 without a visit.
+    - ``confidence``: this sum, divided by the number of all votes. 1 if all are sure of one class.
+    - ``forgetting``: how often pred = label turned into pred ≠ label from one visit to the next,
+      averaged over networks.
+    - ``selected`` [N, K], if the loss selects: the fraction of visits at which each network taught
+      the sample to its peers.
 
-    Figures of samples without a visit are NaN.
-
-    Source: forgetting events are from Toneva et al., "An empirical study of example forgetting during deep neural network
-    learning", ICLR 2019. Differs: a sample that was never learnt has 0 here, there it counts as forgotten for ever.
+    The values of a sample without a visit are NaN.
 
     Args:
-        dynamics: the folder, which is read an epoch at a time, or what :func:`read_dynamics` made of it.
-        num_samples: N; the largest index + 1 by default.
-        first_epoch: leave out the visits of earlier epochs.
-    """
-    whole = isinstance(dynamics, Dataset)
-    source = pads.dataset(dynamics.with_format("arrow")[:]) if whole else _segments(dynamics)  # type: ignore[union-attr, arg-type]
-    where = source.to_table(columns=["epoch", "index"])
-    epochs = sorted(epoch for epoch in where["epoch"].unique().to_pylist() if epoch >= first_epoch)
-    rows = pc.max(where["index"]).as_py() + 1
-    if not epochs:
-        raise ValueError(
-            f"first_epoch={first_epoch}: the dynamics end with epoch {pc.max(where['epoch'])}; no visit would count"
-        )
-    if num_samples is not None and num_samples < rows:
-        raise ValueError(
-            f"num_samples={num_samples}, but the dynamics hold index {rows - 1}: they are of another data set"
-        )
-    n = num_samples or rows
-    peers = [name.removeprefix("pred_") for name in source.schema.names if name.startswith("pred_")]
-    selects = f"selected_{peers[0]}" in source.schema.names
+        dynamics: the folder, or the result of :func:`read_dynamics`.
+        num_samples: N; by default the largest index + 1.
+        first_epoch: ignore the visits of earlier epochs.
 
-    visits, label, p_label, forgotten = (
-        np.zeros(n, np.int64),
-        np.full(n, -1),
-        np.zeros(n),
-        np.zeros(n),
-    )
-    selected, right_before = np.zeros((n, len(peers))), np.zeros((n, len(peers)), bool)
-    keys, votes = (
-        np.empty(0, np.int64),
-        np.empty(0),
-    )  # index · 2^32 + class, sorted, and the sum of conf
+    References:
+        Toneva et al., "An empirical study of example forgetting during deep neural network
+        learning", ICLR 2019 (forgetting events).
+
+    Notes:
+        In the paper a sample that was never learned counts as forgotten infinitely often. Here its
+        ``forgetting`` is 0.
+    """
+    source = _open(dynamics)
+    rows = source.to_table(columns=["epoch", "index"])
+    size, last = pc.max(rows["index"]).as_py() + 1, pc.max(rows["epoch"]).as_py()
+    if first_epoch > last:
+        raise ValueError(
+            f"first_epoch={first_epoch}: the dynamics end with epoch {last}; no visit would count"
+        )
+    if num_samples is not None and num_samples < size:
+        raise ValueError(
+            f"num_samples={num_samples}, but the dynamics contain index {size - 1}: they belong to "
+            "another data set"
+        )
+    summary = _Summary(num_samples or size, source.schema.names)
+    epochs = sorted(epoch for epoch in rows["epoch"].unique().to_pylist() if epoch >= first_epoch)
     for epoch in tqdm(epochs, desc="dynamics", unit="epoch", disable=None):
         table = source.to_table(filter=pc.field("epoch") == epoch)
-        seen = {name: table[name].to_numpy() for name in table.column_names}
-        known = np.all([np.isfinite(seen[f"conf_{peer}"]) for peer in peers], axis=0)
-        order = np.lexsort(
-            (seen["step"], seen["index"])
-        )  # visits of a sample stand together, in time
-        seen = {name: values[order[known[order]]] for name, values in seen.items()}
-        index, given = seen["index"].astype(np.int64), seen["label"]
-        first = np.diff(index, prepend=-1) > 0
-        last = np.diff(index, append=n) > 0
-        visits += np.bincount(index, minlength=n)
-        label[index[last]] = given[last]
-        for k, peer in enumerate(peers):
-            pred, conf = seen[f"pred_{peer}"], seen[f"conf_{peer}"]
-            right = pred == given
-            before = np.where(first, right_before[index, k], np.roll(right, 1))
-            forgotten += np.bincount(index, before & ~right, n)
-            right_before[index[last], k] = right[last]
-            p_label += np.bincount(index, seen[f"p_label_{peer}"], n)
-            if selects:
-                selected[:, k] += np.bincount(index, seen[f"selected_{peer}"], n)
-            keys = np.concatenate([keys, index << 32 | pred])
-            votes = np.concatenate([votes, conf])
-        order = np.argsort(keys, kind="stable")
-        keys, votes = keys[order], votes[order]
-        starts = np.flatnonzero(np.diff(keys, prepend=-1))
-        keys, votes = keys[starts], np.add.reduceat(votes, starts) if len(starts) else votes
+        summary.add({name: table[name].to_numpy() for name in table.column_names})
+    return summary.arrays()
 
-    index, pred = keys >> 32, keys & (2**32 - 1)
-    order = np.lexsort(
-        (-pred, votes, index)
-    )  # the last of a sample has most votes, of equals the first class
-    best = order[np.diff(index[order], append=n) > 0]
-    proposed, confidence = np.full(n, -1), np.zeros(n)
-    proposed[index[best]], confidence[index[best]] = pred[best], votes[best]
-    count = np.where(visits, visits, np.nan)  # so that 0 visits give NaN
-    summary = {
-        "index": np.arange(n),
-        "label": label,
-        "visits": visits,
-        "p_label": p_label / (count * len(peers)),
-    }
-    summary |= {"proposed": proposed, "confidence": confidence / (count * len(peers))}
-    summary |= {"forgetting": np.where(visits, forgotten / len(peers), np.nan)}
-    return summary | ({"selected": selected / count[:, None]} if selects else {})
+
+class _Summary:
+    """Sums over the visits of each sample, epoch by epoch."""
+
+    def __init__(self, size: int, columns: list[str]) -> None:
+        self.peers = [c.removeprefix("pred_") for c in columns if c.startswith("pred_")]
+        self.selects = f"selected_{self.peers[0]}" in columns
+        self.visits, self.label = np.zeros(size, np.int64), np.full(size, -1)
+        self.p_label, self.forgotten = np.zeros(size), np.zeros(size)
+        self.selected = np.zeros((size, len(self.peers)))
+        self.right = np.zeros((size, len(self.peers)), bool)  # at the last visit
+        # Votes of the same sample for the same class: key = index · 2^32 + class, sorted.
+        self.keys: np.ndarray = np.empty(0, np.int64)
+        self.votes: np.ndarray = np.empty(0)
+
+    def add(self, visits: dict[str, np.ndarray]) -> None:
+        """Add the visits of one epoch."""
+        known = np.all([np.isfinite(visits[f"conf_{peer}"]) for peer in self.peers], axis=0)
+        order = np.lexsort((visits["step"], visits["index"]))  # by sample, then by time
+        order = order[known[order]]
+        visits = {name: values[order] for name, values in visits.items()}
+        index, label, size = visits["index"].astype(np.int64), visits["label"], len(self.visits)
+        first, last = np.diff(index, prepend=-1) > 0, np.diff(index, append=size) > 0
+        self.visits += np.bincount(index, minlength=size)
+        self.label[index[last]] = label[last]
+        for k, peer in enumerate(self.peers):
+            right = visits[f"pred_{peer}"] == label
+            before = np.where(first, self.right[index, k], np.roll(right, 1))
+            self.forgotten += np.bincount(index, before & ~right, size)
+            self.right[index[last], k] = right[last]
+            self.p_label += np.bincount(index, visits[f"p_label_{peer}"], size)
+            if self.selects:
+                self.selected[:, k] += np.bincount(index, visits[f"selected_{peer}"], size)
+            self._vote(index, visits[f"pred_{peer}"], visits[f"conf_{peer}"])
+
+    def _vote(self, index: np.ndarray, pred: np.ndarray, conf: np.ndarray) -> None:
+        keys = np.concatenate([self.keys, index << 32 | pred])
+        self.keys, group = np.unique(keys, return_inverse=True)
+        self.votes = np.bincount(group, np.concatenate([self.votes, conf]), len(self.keys))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The summary."""
+        size = len(self.visits)
+        index, pred = self.keys >> 32, self.keys & (2**32 - 1)
+        order = np.lexsort((-pred, self.votes, index))
+        best = order[np.diff(index[order], append=size) > 0]  # most votes; of equals, first class
+        proposed, confidence = np.full(size, -1), np.zeros(size)
+        proposed[index[best]], confidence[index[best]] = pred[best], self.votes[best]
+        visits = np.where(self.visits, self.visits, np.nan)  # 0 visits give NaN
+        peers = len(self.peers)
+        summary = {
+            "index": np.arange(size),
+            "label": self.label,
+            "visits": self.visits,
+            "p_label": self.p_label / (visits * peers),
+            "proposed": proposed,
+            "confidence": confidence / (visits * peers),
+            "forgetting": np.where(self.visits, self.forgotten / peers, np.nan),
+        }
+        return summary | ({"selected": self.selected / visits[:, None]} if self.selects else {})

@@ -278,7 +278,7 @@ def test_a_shuffled_loader_without_index_is_refused(how):
         else None
     )
     loader = DataLoader(data, batch_size=5, shuffle=sampler is None, sampler=sampler)
-    with pytest.raises(ValueError, match="no score could be put to its sample"):
+    with pytest.raises(ValueError, match="no score could be assigned to its sample"):
         influence_scores(Linear(), loader, batches(*draw()))
 
 
@@ -322,7 +322,7 @@ class Scaled(Net):
         (Pair(), "Pair: .*its classifier is tuple"),
         (
             Scaled(),
-            r"Scaled: its logits are more than its classifier applied to its features \[7, 4\]",
+            r"Scaled: expected logits that are its classifier applied to its features \[7, 4\]",
         ),
     ],
 )
@@ -343,7 +343,7 @@ def test_what_cannot_be_computed_is_refused(monkeypatch):
             influence_scores(model, [], data, exact=exact)
     monkeypatch.setattr(selection, "LARGEST", 14)
     influence_scores(model, data, data)
-    with pytest.raises(ValueError, match=r"last layer has 15 numbers.*at most 14"):
+    with pytest.raises(ValueError, match=r"last layer has 15 parameters.*at most 14"):
         influence_scores(model, data, data, exact=True)
 
 
