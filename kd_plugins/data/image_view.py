@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from hashlib import blake2b
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -16,7 +13,9 @@ import torch
 from datasets import ClassLabel, Dataset
 from PIL import Image
 
+from .input_config import input_config
 from .noise import column_array
+from .randomness import generators_kept, seed_generators
 
 
 class ImageView(torch.utils.data.Dataset):
@@ -109,6 +108,26 @@ class ImageView(torch.utils.data.Dataset):
         """The rows found broken so far (by this process and its workers), by path where there is one, else `row 12`."""
         return [self._name(row) for row in self._broken.nonzero().flatten().tolist()]
 
+    def input_config(self) -> dict[str, Any] | None:
+        """What the transform does to a picture, in the terms of a timm `pretrained_cfg`.
+
+        It is found by running the transform on test pictures of the size of the first readable one.
+        Global generators and the view stay as they were.
+
+        Returns:
+            `input_size` (C, H, W), `mean`, `std` (per channel, absent if the output is uint8),
+            `crop_pct`, `crop_mode`, `interpolation` ("bicubic" if it cannot be read off). None if
+            the transform is random or these terms cannot describe it.
+        """
+        with generators_kept():
+            for row in range(len(self)):
+                try:
+                    picture = _decode(self._values([row])[0])
+                except Exception:  # a broken picture, as in _readable
+                    continue
+                return input_config(self.transform, picture.size)
+        return None
+
     def _items(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         for index in indices:
             if not 0 <= index < len(self):
@@ -116,10 +135,10 @@ class ImageView(torch.utils.data.Dataset):
         indices = [int(index) for index in indices]
         values = dict(zip(indices, self._values(indices), strict=True))
         items = []
-        with _generators_kept():
+        with generators_kept():
             for index in indices:
                 row, picture = self._readable(index, values)
-                _seed(self.seed, int(self._epoch), index)
+                seed_generators(self.seed, int(self._epoch), index)
                 item = {
                     "pixel_values": self.transform(picture),
                     "labels": int(self.labels[row]),
@@ -216,38 +235,6 @@ def _convert(picture: Image.Image) -> Image.Image:
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # straight to RGB is a warning
     return picture.convert("RGB")
-
-
-@contextmanager
-def _generators_kept() -> Iterator[None]:
-    """Put torch's CPU generator, `random` and `numpy.random` back as they were: 0.07 ms, so once for several items."""
-    state = torch.default_generator.get_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state[0])
-        random.setstate(state[1])
-        np.random.set_state(state[2])
-
-
-def _seed(seed: int, epoch: int, index: int) -> None:
-    """Seed the three from a hash; `torch.manual_seed` would reseed CUDA as well, `default_generator` does not."""
-    number = (
-        int.from_bytes(
-            blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=8).digest(), "little"
-        )
-        >> 1
-    )
-    torch.default_generator.manual_seed(number)
-    random.seed(number)
-    np.random.seed(number & 0xFFFFFFFF)
-
-
-@contextmanager
-def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
-    with _generators_kept():
-        _seed(seed, epoch, index)
-        yield
 
 
 def _column(dataset: Dataset | Sequence[dict], name: str) -> np.ndarray:

@@ -10,7 +10,6 @@ import errno
 import json
 import logging
 import os
-import random
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,8 @@ from tqdm.auto import tqdm
 from ..losses.state import in_eval
 from ..models.factory import class_count, logits_of
 from ..models.inputs import _Input, _normalization
-from .image_view import ImageView, _decode, _seeded
+from .image_view import ImageView, _decode
+from .randomness import repeated
 
 logger = logging.getLogger(__name__)
 
@@ -317,28 +317,16 @@ def _fixed_pixels(view: ImageView) -> str:
     """Hash of the pixels that the transform makes of some rows; refused where it draws, or makes others in another epoch."""
     digest = blake2b(digest_size=16)
     for row in sorted({round(k * (len(view) - 1) / 15) for k in range(16)}):
-        seen = []
-        for epoch in range(3):
-            picture = view._readable(row)[1]
-            with _seeded(view.seed, epoch, row):
-                untouched = _draw()
-            with _seeded(view.seed, epoch, row):
-                seen.append(_bytes(torch.as_tensor(view.transform(picture))))
-                drew = (
-                    _draw() != untouched
-                )  # a flip with p = 0.01 draws every time, and shows in few pixels
-            if drew or seen[epoch] != seen[0]:
-                raise ValueError(
-                    f"the transform draws at random (row {row} of the data): {_hint(view)}. In each epoch it makes "
-                    "other pixels, and the cached logits would belong to another crop. Take one without randomness, "
-                    "or give the teachers to the Trainer"
-                )
-        digest.update(seen[0])
+        picture = view._readable(row)[1]
+        pixels = repeated(lambda picture=picture: view.transform(picture), view.seed, row)  # type: ignore[misc]
+        if pixels is None:
+            raise ValueError(
+                f"the transform draws at random (row {row} of the data): {_hint(view)}. In each epoch it makes "
+                "other pixels, and the cached logits would belong to another crop. Take one without randomness, "
+                "or give the teachers to the Trainer"
+            )
+        digest.update(_bytes(pixels))
     return digest.hexdigest()
-
-
-def _draw() -> tuple[float, float, float]:
-    return torch.rand(()).item(), random.random(), np.random.random()
 
 
 def _hint(view: ImageView) -> str:
