@@ -15,35 +15,27 @@ from .export import library_of
 _TIMES = ("runtime", "per_second", "model_preparation_time")
 
 
-def model_card(trainer: Any, k: int, repo: str | None = None, **metadata: Any) -> str:
-    """Card of network k of a ``MutualDistillationTrainer``: method, data, noise, and the figures of its last evaluation.
+def model_card(
+    trainer: Any,
+    k: int,
+    repo: str | None = None,
+    input_config: dict[str, Any] | None = None,
+    **metadata: Any,
+) -> str:
+    """Card of network k of a ``MutualDistillationTrainer``: method, data, noise and figures.
 
     Args:
-        repo: id of the repository that it is for; none for a folder.
-        **metadata: fields of ``huggingface_hub.ModelCardData``, such as ``license`` and ``datasets``, which nobody here knows.
+        trainer: after training.
+        k: number of the network among the peers.
+        repo: id of the repository that the card is for; None for a folder.
+        input_config: how pictures were prepared for this network.
+        **metadata: fields of ``huggingface_hub.ModelCardData`` that only the caller knows, such as
+            ``license`` and ``datasets``.
     """
-    peers, args, state, data = (
-        trainer.model.peers,
-        trainer.args,
-        trainer.state,
-        trainer.train_dataset,
-    )
-    peer, name = peers[k], peer_name(k)
-    library = library_of(peer)
+    peers, data = trainer.model.peers, trainer.train_dataset
+    peer, name, library = peers[k], peer_name(k), library_of(peers[k])
     beside = ", ".join(_architecture(other) for other in peers if other is not peer)
     loss = "\n".join(f"    {line}" for line in repr(trainer.model.criterion).splitlines())
-    figures: dict[str, float] = {}
-    for log in state.log_history:  # the last of each kind
-        figures |= {
-            n: v for n, v in log.items() if n.startswith("eval_") and not n.endswith(_TIMES)
-        }
-    rows = "\n".join(
-        [
-            "| metric | last evaluation |",
-            "|---|---|",
-            *(f"| {_plain(n)} | {figures[n]:.4f} |" for n in sorted(figures)),
-        ]
-    )
     return f"""---
 {_metadata(library, metadata)}
 ---
@@ -59,15 +51,17 @@ Network {name} of {len(peers)}, trained with kd-plugins{f" beside {beside}" if b
 
 **Label noise**: {_noise(data)}
 
-**Training**: {state.global_step} steps, {state.epoch or 0:.4g} epochs, {getattr(args.optim, "value", args.optim)},
-learning rate {args.learning_rate}, batch {args.train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size},
-seed {args.seed}.
+**Training**: {_training(trainer.args, trainer.state)}
+
+**Input**: {_input(input_config)}
 
 **Figures** (all networks of the run; {name} is this one)
 
-{rows if figures else "Not evaluated."}
+{_figures(trainer.state.log_history)}
 
-**Use**: {_use(library, repo, _architecture(peer))}
+**Use**
+
+{_use(library, repo, _architecture(peer))}
 """
 
 
@@ -76,51 +70,85 @@ def _metadata(library: str, given: dict[str, Any]) -> str:
     fields = set(inspect.signature(ModelCardData).parameters) - {"kwargs", "ignore_metadata_errors"}
     if unknown := set(given) - fields:
         raise TypeError(
-            f"a model card has no field {sorted(unknown)}, the hub would ignore it; it has {sorted(fields)}"
+            f"a model card has no field {sorted(unknown)}, the hub would ignore it; it has "
+            f"{sorted(fields)}"
         )
     loaders = {"timm": ["timm", "transformers"], "transformers": ["transformers"]}.get(library, [])
     tags = given.get("tags") or []
+    tags = [tags] if isinstance(tags, str) else tags
     known = {"library_name": library, "pipeline_tag": "image-classification"} | given
-    known["tags"] = [
-        "image-classification",
-        *loaders,
-        "kd-plugins",
-        *([tags] if isinstance(tags, str) else tags),
-    ]
+    known["tags"] = ["image-classification", *loaders, "kd-plugins", *tags]
     return ModelCardData(**known).to_yaml()
 
 
-def _use(library: str, repo: str | None, architecture: str) -> str:
-    place = repo or "FOLDER"
-    transformers = f'`AutoModelForImageClassification.from_pretrained("{place}")`.'
-    if library == "transformers":
-        return transformers
-    if library == "pytorch":
-        return '`safetensors.torch.load_model(network, "model.safetensors")`, into the module that was trained.'
-    first = (
-        " after `import kd_plugins.models`, which knows the architecture"
-        if architecture.endswith("_cifar")
-        else ""
+def _training(args: Any, state: Any) -> str:
+    batch = f"{args.train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size}"
+    return (
+        f"{state.global_step} steps, {state.epoch or 0:.4g} epochs, "
+        f"{getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate}, "
+        f"batch {batch}, seed {args.seed}."
     )
-    return f'`timm.create_model("{"hf-hub" if repo else "local-dir"}:{place}", pretrained=True)` or\n{transformers[:-1]}{first}.'
+
+
+def _input(config: dict[str, Any] | None) -> str:
+    if config is None or "mean" not in config:
+        return "not known; the config holds what the network came with."
+    size = " x ".join(str(n) for n in config["input_size"])
+    mean, std = (", ".join(f"{v:.4g}" for v in config[key]) for key in ("mean", "std"))
+    return f"{size}, mean ({mean}), std ({std}) of pixels in [0, 1]."
+
+
+def _figures(log_history: list[dict[str, Any]]) -> str:
+    """A table of the last value of every figure of an evaluation."""
+    figures: dict[str, float] = {}
+    for log in log_history:
+        figures |= {
+            n: v for n, v in log.items() if n.startswith("eval_") and not n.endswith(_TIMES)
+        }
+    rows = [f"| {_plain(n)} | {figures[n]:.4f} |" for n in sorted(figures)]
+    head = ["| metric | last evaluation |", "|---|---|"]
+    return "\n".join([*head, *rows]) if rows else "Not evaluated."
+
+
+def _use(library: str, repo: str | None, architecture: str) -> str:
+    """How the network is loaded, as code."""
+    place = repo or "FOLDER"
+    with_timm = f"""import timm
+from timm.data import create_transform, resolve_data_config
+network = timm.create_model("{"hf-hub" if repo else "local-dir"}:{place}", pretrained=True).eval()
+transform = create_transform(**resolve_data_config({{}}, model=network))"""
+    with_transformers = f"""from transformers import AutoImageProcessor, AutoModelForImageClassification
+network = AutoModelForImageClassification.from_pretrained("{place}")
+processor = AutoImageProcessor.from_pretrained("{place}")"""
+    with_torch = """from safetensors.torch import load_model
+load_model(network, "model.safetensors")  # into the module that was trained"""
+    blocks = {
+        "timm": [with_timm, with_transformers],
+        "transformers": [with_transformers],
+        "pytorch": [with_torch],
+    }[library]
+    if architecture.endswith("_cifar"):
+        known = "import kd_plugins.models  # makes the architecture known to timm\n"
+        blocks = [known + block for block in blocks]
+    return "\n\nor\n\n".join(f"```python\n{block}\n```" for block in blocks)
 
 
 def _plain(text: Any) -> str:
-    """A name that comes with data, on one line and with nothing that Markdown or HTML would read."""
+    """A name from the data on one line, without anything that Markdown or HTML would read."""
     return re.sub(r"[^\w .,/()%+-]", "_", " ".join(str(text).split()))
 
 
 def _architecture(model: Any) -> str:
-    return _plain(
-        (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
-    )
+    cfg = getattr(model, "pretrained_cfg", None) or {}
+    return _plain(cfg.get("architecture") or type(model).__name__)
 
 
 def _noise(data: Any) -> str:
     given, clean = getattr(data, "labels", None), getattr(data, "clean_labels", None)
     if given is None or clean is None:
         return "not known: there are no clean labels to compare with"
-    return f"{np.mean(np.asarray(given) != np.asarray(clean)):.1%} of the {len(given)} training labels are wrong"
+    share = np.mean(np.asarray(given) != np.asarray(clean))
+    return f"{share:.1%} of the {len(given)} training labels are wrong"
 
 
 def _describe(data: Any) -> str:

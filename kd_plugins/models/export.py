@@ -4,54 +4,127 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from safetensors.torch import save_model
 
 
 def library_of(model: Any) -> str:
-    """What loads an exported network: ``"timm"`` (and transformers), ``"transformers"``, or for any other module ``"pytorch"``."""
+    """What loads an exported network: ``"timm"`` (and transformers), ``"transformers"``, or for
+    any other module ``"pytorch"``.
+    """
     if hasattr(model, "save_pretrained"):
         return "transformers"
-    known = isinstance(getattr(model, "pretrained_cfg", None), dict) and hasattr(
-        model, "default_cfg"
-    )
-    return "timm" if known else "pytorch"
+    known = isinstance(getattr(model, "pretrained_cfg", None), dict)
+    return "timm" if known and hasattr(model, "default_cfg") else "pytorch"
 
 
-def export(model: Any, folder: str | Path, class_names: Sequence[str] | None = None) -> Path:
-    """Save one network so that timm and transformers load it alone, with equal logits. Nobody deploys a pair.
+def export(
+    model: Any,
+    folder: str | Path,
+    class_names: Sequence[str] | None = None,
+    input_config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save one network so that timm and transformers load it alone, with equal logits.
 
     timm: ``timm.create_model("local-dir:FOLDER", pretrained=True)``; transformers:
-    ``AutoModelForImageClassification.from_pretrained("FOLDER")``. A module of neither is saved as ``model.safetensors``.
+    ``AutoModelForImageClassification.from_pretrained("FOLDER")``. A module of neither library is
+    saved as ``model.safetensors``. The module itself is left as it was.
+
+    Args:
+        model: the network.
+        folder: where to; it is made if need be.
+        class_names: names of the classes, in order.
+        input_config: how pictures were prepared for this network: ``input_size`` (C, H, W),
+            ``mean``, ``std``, ``crop_pct``, ``interpolation``, as ``ImageView.input_config()``
+            returns them. It becomes what ``timm.data.resolve_data_config`` and
+            ``AutoImageProcessor`` find; without it they find what the network came with.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     names = list(class_names) if class_names is not None else None
+    data = {k: v for k, v in (input_config or {}).items() if v is not None}
     library = library_of(model)
     if library == "transformers":
-        if names and hasattr(model, "config"):
+        _export_transformers(model, folder, names, data)
+    elif library == "timm":
+        _export_timm(model, folder, names, data)
+    else:
+        save_model(model, str(folder / "model.safetensors"))
+        _save_image_processor(folder, data)
+    return folder
+
+
+def _export_timm(model: Any, folder: Path, names: list[str] | None, data: dict[str, Any]) -> None:
+    # safetensors does not save channels_last
+    packed = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    timm.models.save_for_hf(
+        packed,
+        str(folder),
+        model_config={"label_names": names} if names else None,
+        data_config=data,
+        safe_serialization=True,
+    )
+
+    def without_num_classes(config: dict[str, Any]) -> None:
+        # transformers passes num_classes itself and fails on a second one in model_args
+        config.get("model_args", {}).pop("num_classes", None)
+
+    _edit(folder / "config.json", without_num_classes)
+
+
+def _export_transformers(
+    model: Any, folder: Path, names: list[str] | None, data: dict[str, Any]
+) -> None:
+    config = model.config
+    model.config = copy.deepcopy(config)  # save_pretrained writes into it too
+    try:
+        if names:
             model.config.id2label = dict(enumerate(names))
             model.config.label2id = {name: i for i, name in enumerate(names)}
+        if getattr(config, "pretrained_cfg", None):  # timm's network in transformers
+            model.config.pretrained_cfg = {**config.pretrained_cfg, **data}
+        else:
+            _save_image_processor(folder, data)
         model.save_pretrained(folder)
-    elif library == "timm":
-        model_config = {"label_names": names} if names else None
-        packed = copy.deepcopy(model).to(
-            memory_format=torch.contiguous_format
-        )  # safetensors takes no channels_last
-        timm.models.save_for_hf(
-            packed, str(folder), model_config=model_config, safe_serialization=True
-        )
-        # transformers passes num_classes itself and fails on a second one in model_args
-        path = folder / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config.get("model_args", {}).pop("num_classes", None)
-        path.write_text(json.dumps(config, indent=2), encoding="utf-8")
-    else:
-        from safetensors.torch import save_model
+    finally:
+        model.config = config
 
-        save_model(model, str(folder / "model.safetensors"))
-    return folder
+
+def _save_image_processor(folder: Path, data: dict[str, Any]) -> None:
+    """Write what ``AutoImageProcessor`` reads: resize the shorter side, crop the centre, normalise."""
+    if not {"input_size", "mean", "std"} <= data.keys():
+        return
+    _, height, width = data["input_size"]
+    scaled = [math.floor(side / data.get("crop_pct", 1.0)) for side in (height, width)]
+    square = scaled[0] == scaled[1] and data.get("crop_mode") != "squash"
+    interpolation = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": data["input_size"][0] == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": scaled[0]}
+        if square
+        else {"height": scaled[0], "width": scaled[1]},
+        "resample": interpolation[data.get("interpolation", "bilinear")],
+        "do_center_crop": True,
+        "crop_size": {"height": height, "width": width},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(data["mean"]),
+        "image_std": list(data["std"]),
+    }
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(processor, indent=2), encoding="utf-8")
+
+
+def _edit(path: Path, change: Any) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    change(config)
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -1,7 +1,8 @@
-"""What each network gets to see of a batch."""
+"""What each network sees of a batch of pictures."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,11 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class _Input(nn.Module):
-    """Pixels as the first peer expects them, or bytes -> pixels as this network expects them: normalisation, fixed size.
+class InputAdapter(nn.Module):
+    """Convert a batch of pictures to what one network expects: its normalisation and its fixed size.
 
-    What is not known of either network is left alone. A module tells by ``pretrained_cfg`` (``mean``, ``std``), as timm's do.
-    Bytes are normalised here, a whole batch on the device; for a network that does not tell they become x / 255.
+    Floats are taken as normalised for the reference network (the first peer) and are normalised
+    again for this one. Bytes (uint8) are normalised here, on the device; for a network without a
+    known normalisation they become x / 255. A network tells its normalisation by ``pretrained_cfg``
+    (``mean``, ``std``), as timm's do. Where it is not known of both networks, floats pass unchanged.
+
+    Args:
+        model: the network that will see the batch.
+        reference: the network for which the data normalises floats.
     """
 
     of_floats: Tensor | None
@@ -21,34 +28,36 @@ class _Input(nn.Module):
 
     def __init__(self, model: nn.Module, reference: nn.Module) -> None:
         super().__init__()
-        own, ref = _normalization(model), _normalization(reference)
+        self.own, self.reference = normalization(model), normalization(reference)
         self.size = _fixed_size(model)
-        self._keep("of_floats", own if own != ref else None, ref)
-        self._keep("of_bytes", own or ((0.0,), (1.0,)), ((0.0,), (1.0,)), 255.0)
+        changed = self.own if self.own != self.reference else None
+        self._keep("of_floats", changed, self.reference)
+        self._keep("of_bytes", self.own or ((0.0,), (1.0,)), ((0.0,), (1.0,)), 255.0)
 
-    def _keep(self, name: str, own: Any, ref: Any, unit: float = 1.0) -> None:
-        """((x / unit · std_ref + mean_ref) - mean) / std as (scale, shift), x · scale + shift; nothing where one is not known."""
-        both = None
-        if own and ref:
-            (mean, std), (ref_mean, ref_std) = (
-                torch.tensor(pair, dtype=torch.float64) for pair in (own, ref)
-            )
-            both = torch.stack([ref_std / std / unit, (ref_mean - mean) / std]).float()[
-                :, :, None, None
-            ]
-        self.register_buffer(name, both, persistent=False)
+    def _keep(self, name: str, own: Any, reference: Any, unit: float = 1.0) -> None:
+        """Store x -> ((x / unit * std_ref + mean_ref) - mean) / std as (scale, shift), or None."""
+        affine = None
+        if own and reference:
+            pairs = (torch.tensor(pair, dtype=torch.float64) for pair in (own, reference))
+            (mean, std), (ref_mean, ref_std) = pairs
+            affine = torch.stack([ref_std / std / unit, (ref_mean - mean) / std]).float()
+            affine = affine[:, :, None, None]
+        self.register_buffer(name, affine, persistent=False)
+
+    def _affine(self, channels: int, of_bytes: bool) -> Tensor | None:
+        """(scale, shift) for pictures of so many channels; None where it does not fit them."""
+        affine = self.of_bytes if of_bytes else self.of_floats
+        return affine if affine is not None and affine.shape[1] in (1, channels) else None
 
     def forward(self, pixels: Tensor) -> Tensor:
         of_bytes = pixels.dtype == torch.uint8
-        known = self.of_bytes if of_bytes else self.of_floats
-        if known is not None and known.shape[1] in (1, pixels.shape[1]):
-            pixels = (
-                pixels.to(known.dtype, copy=not of_bytes).mul_(known[0]).add_(known[1])
-            )  # one new batch, not two
+        affine = self._affine(pixels.shape[1], of_bytes)
+        if affine is not None:  # one new batch, not two
+            pixels = pixels.to(affine.dtype, copy=not of_bytes).mul_(affine[0]).add_(affine[1])
         elif of_bytes:
             raise ValueError(
-                f"bytes of {pixels.shape[1]} channels, {list(pixels.shape)}, and the network's mean and std have "
-                "another number: hand over normalised floats"
+                f"bytes of {pixels.shape[1]} channels, {list(pixels.shape)}, and the network's mean "
+                "and std have another number: hand over normalised floats"
             )
         if self.size and tuple(pixels.shape[-2:]) != self.size:
             pixels = F.interpolate(
@@ -56,25 +65,52 @@ class _Input(nn.Module):
             )
         return pixels
 
+    def input_config(self, batch: Mapping[str, Any], of_bytes: bool) -> dict[str, Any]:
+        """The input config of what this network sees, given that of the batches.
 
-def _normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    cfg = (
-        getattr(model, "pretrained_cfg", None)
-        or getattr(getattr(model, "config", None), "pretrained_cfg", None)
-        or {}
-    )
+        Args:
+            batch: ``input_size`` (C, H, W) and, where they are known, ``mean``, ``std``,
+                ``crop_pct``, ``interpolation``, as ``ImageView.input_config`` returns them.
+            of_bytes: whether the batches hold bytes.
+        """
+        config = dict(batch)
+        channels, *size = config["input_size"]
+        if self.size and tuple(size) != self.size:
+            config |= {"input_size": (channels, *self.size), "interpolation": "bilinear"}
+        if "mean" not in config or of_bytes:
+            unchanged = ((0.0,) * channels, (1.0,) * channels) if of_bytes else None
+            if known := self.own or unchanged:
+                config["mean"], config["std"] = known
+        elif (affine := self._affine(channels, of_bytes)) is not None:
+            scale, shift = affine.double().cpu().flatten(1)
+            mean, std = (torch.tensor(config[k], dtype=torch.float64) for k in ("mean", "std"))
+            config["mean"] = _rounded(mean - shift * std / scale)
+            config["std"] = _rounded(std / scale)
+        return config
+
+
+def _rounded(values: Tensor) -> tuple[float, ...]:
+    return tuple(round(value, 6) for value in values.tolist())
+
+
+def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """(mean, std) that a network expects, from its ``pretrained_cfg``; None if it does not say."""
+    config = getattr(model, "config", None)
+    cfg = getattr(model, "pretrained_cfg", None) or getattr(config, "pretrained_cfg", None) or {}
     if cfg.get("mean") is None or cfg.get("std") is None:
         return None
     return tuple(cfg["mean"]), tuple(cfg["std"])
 
 
+_Input, _normalization = InputAdapter, normalization  # until kd_plugins.data imports the new names
+
+
 def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
-    """(height, width) if the network takes one size only: a ViT or Swin of timm, or of transformers."""
+    """(height, width) if the network takes one size only, as a ViT or a Swin does."""
     model = getattr(model, "timm_model", model)  # as transformers wraps it
     embed = getattr(model, "patch_embed", None)
     size = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", True) else None
-    if size is None and hasattr(
-        model, "config"
-    ):  # not config.image_size: convolutional networks name one and take any
+    if size is None and hasattr(model, "config"):
+        # not config.image_size: convolutional networks name one and take any
         size = next((m.image_size for m in model.modules() if getattr(m, "image_size", None)), None)
     return (size, size) if isinstance(size, int) else tuple(size) if size else None  # type: ignore[return-value]

@@ -23,6 +23,7 @@ from ..models.card import model_card
 from ..models.export import export
 from ..models.factory import logits_of, make_model, make_teacher
 from ..models.hosted import Hosted
+from ..models.input_config import batch_range, input_configs
 from .arguments import MutualTrainingArguments
 from .callbacks import ProgressCallback, _ShortBar
 from .checks import refuse_arguments, refuse_labels, refuse_pairing, refuse_tables
@@ -124,6 +125,7 @@ class MutualDistillationTrainer(Trainer):
                 module.watch = watch
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
+        self._first_batches: dict[str, dict[str, Any]] = {}  # by kind, for the export
         hf.setdefault(
             "preprocess_logits_for_metrics", _ranked
         )  # class ids, not logits: 20k x 1000 x 2 takes 300 MB
@@ -196,6 +198,9 @@ class MutualDistillationTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Any:
+        kind = "training" if self.model.training else "evaluation"
+        if kind not in self._first_batches and "pixel_values" in inputs:
+            self._first_batches[kind] = batch_range(inputs["pixel_values"])
         outputs = model(**inputs)
         if self.model.training:
             for name, value in self.model.stats.items():  # on the device: nothing waits for it
@@ -287,18 +292,53 @@ class MutualDistillationTrainer(Trainer):
 
     # ---------------------------------------------------------------------------------------------------------- export
 
-    def export(self, output_dir: str | Path | None = None, **card: Any) -> list[Path]:
-        """Save each network by itself, with a model card, as ``peer_a``, ``peer_b`` ...: see :func:`kd_plugins.models.export`.
+    def export(
+        self,
+        output_dir: str | Path | None = None,
+        *,
+        input_config: dict[str, Any] | None = None,
+        **card: Any,
+    ) -> list[Path]:
+        """Save each network by itself, with a model card, as ``peer_a``, ``peer_b`` ...: see
+        :func:`kd_plugins.models.export`.
 
-        ``card``: fields of the card's metadata, as the hub names them: ``license="apache-2.0"``, ``datasets=["uoft-cs/cifar100"]``.
+        With it goes how pictures were prepared for this network: as the evaluation data say
+        (``view.input_config()``), else the training data, composed with what the network's input
+        adapter does.
+
+        Args:
+            output_dir: where to; ``args.output_dir`` by default.
+            input_config: of the batches, where the data cannot say it: ``input_size`` (C, H, W),
+                ``mean``, ``std`` (left out for bytes), ``crop_pct``, ``interpolation``.
+            **card: fields of the card's metadata, as the hub names them:
+                ``license="apache-2.0"``, ``datasets=["uoft-cs/cifar100"]``.
+
+        Raises:
+            ValueError: the first evaluation batch contradicts the config that would be exported.
         """
         folder = Path(output_dir or str(self.args.output_dir))
         folders = [folder / f"peer_{peer_name(k)}" for k in range(len(self.model.peers))]
         if self.is_world_process_zero():
-            for k, (peer, path) in enumerate(zip(self.model.peers, folders, strict=True)):
-                export(peer, path, getattr(self.train_dataset, "class_names", None))
-                (path / "README.md").write_text(model_card(self, k, **card), encoding="utf-8")
+            names = getattr(self.train_dataset, "class_names", None)
+            configs = self._input_configs(input_config)
+            for k, path in enumerate(folders):
+                export(self.model.peers[k], path, names, configs[k])
+                self._write_card(k, path, configs[k], card)
         return folders
+
+    def _write_card(
+        self, k: int, folder: Path, config: dict[str, Any] | None, card: dict[str, Any]
+    ) -> None:
+        text = model_card(self, k, input_config=config, **card)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+    def _input_configs(self, given: dict[str, Any] | None) -> list[dict[str, Any] | None]:
+        """How pictures were prepared for each network."""
+        evals = self.eval_dataset
+        evals = next(iter(evals.values()), None) if isinstance(evals, dict) else evals
+        views = {"evaluation": evals, "training": self.train_dataset}
+        adapters = self.model.inputs[: len(self.model.peers)]
+        return input_configs(adapters, views, self._first_batches, given)  # type: ignore[arg-type]
 
     def create_model_card(self, **card: Any) -> None:
         """Write the networks and their cards: see :meth:`export`."""
@@ -311,6 +351,8 @@ class MutualDistillationTrainer(Trainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        *,
+        input_config: dict[str, Any] | None = None,
         **card: Any,
     ) -> list[Any]:
         """Upload each network with its card, and nothing else, to a repository of its own, which is made if need be.
@@ -329,13 +371,13 @@ class MutualDistillationTrainer(Trainer):
         private = args.hub_private_repo if private is None else private
         name = args.hub_model_id or Path(str(args.output_dir)).absolute().name
         names = [f"{name}-{peer_name(k)}" if len(peers) > 1 else name for k in peers]
-        folders = self.export(**card)
+        folders = self.export(input_config=input_config, **card)
         repos = [
             api.create_repo(n, token=token, private=private, exist_ok=True).repo_id for n in names
         ]
-        commits = []
+        commits, configs = [], self._input_configs(input_config)
         for k, repo, folder in zip(peers, repos, folders, strict=True):
-            (folder / "README.md").write_text(model_card(self, k, repo, **card), encoding="utf-8")
+            self._write_card(k, folder, configs[k], {"repo": repo, **card})
             commits.append(
                 api.upload_folder(
                     repo_id=repo,
@@ -348,6 +390,7 @@ class MutualDistillationTrainer(Trainer):
                         "config.json",
                         "model*.safetensors",
                         "model*.json",
+                        "preprocessor_config.json",
                         "README.md",
                     ],
                 )

@@ -1,0 +1,135 @@
+"""An exported network gives the accuracy that its card names, loaded by the code of its card."""
+
+import re
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers.tiny import trainer, vit
+from PIL import Image
+from torchvision import transforms
+from transformers import ResNetConfig, ResNetForImageClassification, pipeline
+
+from kd_plugins import CE, SMKD
+from kd_plugins.data import ImageView
+
+MEAN, STD = (0.9, 0.1, 0.4), (0.1, 0.3, 0.15)  # nobody's default
+SIZE, CLASSES = 24, 3
+
+
+def pictures(n, seed):
+    """Dark, medium and bright pictures: another mean or std and the classes are taken for others."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(n) % CLASSES
+    level = 70 + 45 * labels + rng.normal(0, 14, n)
+    pixels = level[:, None, None, None] + rng.normal(0, 25, (n, SIZE, SIZE, 3))
+    arrays = pixels.clip(0, 255).astype(np.uint8)
+    return [{"image": a, "label": int(y)} for a, y in zip(arrays, labels, strict=True)]
+
+
+class Told(ImageView):
+    def input_config(self):
+        said = {} if self.of_bytes else {"mean": MEAN, "std": STD}
+        return {"input_size": (3, SIZE, SIZE), "crop_pct": 1.0, "interpolation": "bilinear"} | said
+
+
+def view(n, seed, of_bytes=False, cls=Told):
+    steps = [transforms.PILToTensor()]
+    if not of_bytes:
+        steps = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    view = cls(pictures(n, seed), transforms.Compose(steps))
+    view.of_bytes = of_bytes
+    return view
+
+
+def timm_conv():
+    return timm.create_model("resnet10t", channels=(8, 8, 8, 8), num_classes=CLASSES)
+
+
+def timm_vit():
+    torch.manual_seed(1)
+    return timm.create_model("test_vit", img_size=16, patch_size=8, num_classes=CLASSES)
+
+
+def hf_vit():
+    return vit(CLASSES, image_size=16, patch_size=8)
+
+
+def hf_conv():
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1]}
+    return ResNetForImageClassification(ResNetConfig(**sizes, num_labels=CLASSES))
+
+
+def trained(folder, models, of_bytes=False):
+    loss = SMKD(CE(), eta=1, b2=0) if len(models) > 1 else CE()
+    settings = {"per_device_train_batch_size": 16, "num_train_epochs": 6, "logging_steps": 50}
+    settings |= {"optim": "adamw_torch", "optim_args": None, "learning_rate": 0.008}
+    train, test = view(192, 0, of_bytes), view(120, 1, of_bytes)
+    run = trainer(folder, models, loss, train, test, **settings)
+    run.train()
+    run.evaluate()
+    return run
+
+
+def card_accuracy(folder, peer):
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    found = re.search(rf"\| eval_accuracy{peer} \| ([\d.]+) \|", card)
+    return float(found[1])
+
+
+def loaded_by_card(folder):
+    """The variables that each block of code in the card leaves."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        names = {}
+        exec(block.replace("FOLDER", str(folder)), names)
+        yield names
+
+
+def accuracy(predict, name=int):
+    rows = pictures(120, 1)
+    right = [predict(Image.fromarray(row["image"])) == name(row["label"]) for row in rows]
+    return np.mean(right)
+
+
+def predictor(names):
+    """Picture -> class, as the code of the card prepares it."""
+    network = names["network"].eval()
+    if "transform" in names:
+        prepare = lambda picture: names["transform"](picture)[None]  # noqa: E731
+    else:
+        prepare = lambda picture: names["processor"](picture, return_tensors="pt")["pixel_values"]  # noqa: E731
+
+    @torch.no_grad()
+    def predict(picture):
+        output = network(prepare(picture))
+        return getattr(output, "logits", output).argmax(-1).item()
+
+    return predict
+
+
+RUNS = {
+    "timm": ([timm_conv], False),
+    "transformers": ([hf_conv], False),
+    "transformers, bytes": ([hf_conv], True),
+    "two input sizes": ([timm_conv, timm_vit], False),
+    "two input sizes, bytes": ([timm_conv, timm_vit], True),
+    "transformers beside timm": ([timm_conv, hf_vit], False),
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_the_accuracy_of_the_card(kind, tmp_path):
+    """The normalisation is not what any network comes with, and a ViT sees another size."""
+    makers, of_bytes = RUNS[kind]
+    run = trained(tmp_path, [make() for make in makers], of_bytes)
+    folders = run.export()
+    for k, folder in enumerate(folders):
+        expected = card_accuracy(folder, f"_{'ab'[k]}" if len(folders) > 1 else "")
+        assert expected > 0.75
+        ways = [accuracy(predictor(names)) for names in loaded_by_card(folder)]
+        assert len(ways) == (2 if makers[k] in (timm_conv, timm_vit) else 1)
+        classify = pipeline("image-classification", model=str(folder))
+        ways.append(accuracy(lambda picture: classify(picture)[0]["label"], str))  # noqa: B023
+        assert ways == pytest.approx([expected] * len(ways), abs=0.005)
