@@ -4,8 +4,12 @@ from .._moved import moved_names
 from .base import Loss, Sum
 from .co_teaching import S2E, CoTeaching, CoTeachingPlus, S2ESchedule, SmallLoss
 from .curriculum import MentorNet
-from .distill import AEKD, AVER, CAMKD, EBKD, KD, LabelRevision, TfKDReg, TfKDSelf
-from .distill_features import AT, CRD, VID, CAMKDFeatures, FitNet
+from .distill import AEKD, AVER, CAMKD, EBKD, KD, LabelRevision
+from .teacher_free import TfKDReg, TfKDSelf
+from .teacher_free import TfKDReg, TfKDSelf
+from .distill_features import AT, VID, CAMKDFeatures, FitNet
+from .distill_contrast import CRD
+from .distill_contrast import CRD
 from .gradients import mask_noncritical_
 from .masked import Selected
 from .mutual import SMKD, Confident, Everything, Mutual, Nothing, Selector
@@ -22,7 +26,9 @@ from .refined import (
     Refined,
 )
 from .registry import create_loss, list_losses, loss_class, register_loss
-from .robust import APL, DMI, GCE, MAE, NCE, NFL, RCE, SCE, TruncatedGCE
+from .dmi import DMI
+from .dmi import DMI
+from .robust import APL, GCE, MAE, NCE, NFL, RCE, SCE, TruncatedGCE
 from .sample_memory import Joint, SoftLabels
 from .transition import BackwardCorrection, ForwardCorrection, TRevision
 

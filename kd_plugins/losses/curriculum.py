@@ -1,47 +1,57 @@
-"""Curricula: which samples count, and how much, judged by their loss."""
+"""Curricula: the loss of a sample decides whether, and how much, the sample counts."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import validate
 from .base import Loss
-from .functional import Prediction, cross_entropy
+from .functional import cross_entropy, log_softmax
 from .registry import register_loss
 from .state import Progress, gather_over_ranks
 
 CURRICULA = ("predefined", "self_paced", "linear")
-
-
-BURN_IN, LINEAR_FROM = 0.18, 0.90  # of the predefined one, in progress
+BURN_IN, LINEAR_FROM = 0.18, 0.90  # phases of the predefined curriculum, as training progress
 
 
 @register_loss("mentornet")
 class MentorNet(Loss):
-    """MentorNet's predefined curricula, L_i = v_i H(q_i, p_i), v_i from d_i = H(q_i, p_i) - m, m a moving percentile.
+    """MentorNet's predefined curricula, L_i = v_i H(q_i, p_i).
 
-    ``"self_paced"``: v = 1 where d <= 0, else 0. ``"linear"``: v = 1 - d / gamma, clipped to [0, 1]. ``"predefined"`` (PD):
-    v = 1 up to progress 0.18, self-paced until 0.90, then linear. m moves with each batch of training, over all processes, and
-    the weights are read after it: m <- decay m + (1 - decay) (percentile of the batch), from m = 0. The weights carry no
-    gradient, and the mean is over the whole batch, not over what counts.
+    The weight v_i depends on d_i = H(q_i, p_i) - m, where m is a moving percentile of the losses:
 
-    Source: Jiang et al., "MentorNet", ICML 2018 (arXiv 1712.05055): the predefined curricula, with the moving percentile of the
-    authors' code.
-    Differs: left out are the dropping of examples at random, the scaling of the weight decay by mean v, and the curriculum that
-    a trained MentorNet gives (DD), whose weights are not to be had. The authors' stop_gradient(v) had no effect, as its
-    result was dropped; here v is detached.
-    Unsaid there: gamma, 1 nat here. A batch whose percentile is not finite does not move m.
+    - ``"self_paced"``: v = 1 where d <= 0, else 0.
+    - ``"linear"``: v = 1 - d / gamma, clipped to [0, 1].
+    - ``"predefined"`` (PD): v = 1 up to progress 0.18, then self-paced, and linear from 0.90 on.
+
+    Each training batch moves m <- decay m + (1 - decay) (percentile of the batch), starting from
+    m = 0; the batch of all processes counts. The weights are read after this update and carry no
+    gradient. The mean is over the whole batch, not over the samples that count.
 
     Args:
         curriculum: ``"predefined"``, ``"self_paced"`` or ``"linear"``.
-        percentile: the share of samples that count once the loss stands still; 0.7 to 0.75 there.
+        percentile: the share of samples that count once the losses stand still; 0.7 to 0.75 in
+            the authors' code.
         decay: of m.
-        gamma: the excess of loss, in nats, at which the linear weight is 0.
+        gamma: the excess of loss, in nats, at which the linear weight reaches 0.
 
-    >>> loss = MentorNet("self_paced", decay=0.0)  # m is the batch's percentile: three of four count
-    >>> loss(torch.tensor([[3.0, 0.0]] * 3 + [[0.0, 3.0]]), torch.tensor([0, 0, 0, 0])), loss.stats["kept"]
+    References:
+        Jiang et al., "MentorNet", ICML 2018 (arXiv 1712.05055): the predefined curricula, with the
+        moving percentile of the authors' code.
+
+    Notes:
+        Not included: random dropping of samples, weight decay scaled by the mean of v, and the
+        curriculum of a trained MentorNet (DD), whose weights are not available. The authors' code
+        calls ``stop_gradient(v)`` and drops the result; here v is detached. gamma is not
+        published. A batch whose percentile is not finite does not move m.
+
+    >>> loss = MentorNet("self_paced", decay=0.0)  # m is the batch's percentile: 3 of 4 count
+    >>> z = torch.tensor([[3.0, 0.0]] * 3 + [[0.0, 3.0]])
+    >>> loss(z, torch.tensor([0, 0, 0, 0])), loss.stats["kept"]
     (tensor(0.0364), tensor(0.7500))
     """
 
@@ -56,31 +66,17 @@ class MentorNet(Loss):
         **base: Any,
     ) -> None:
         super().__init__(**base)
-        if curriculum not in CURRICULA:
-            raise ValueError(f"curriculum={curriculum!r}: expected one of {CURRICULA}")
-        if not 0.0 <= percentile <= 1.0:
-            raise ValueError(
-                f"percentile={percentile}: expected a share in [0, 1], 0.75 for the 75th percentile"
-            )
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(
-                f"decay={decay}: expected a number in [0, 1); at 1 the percentile would stay at 0"
-            )
-        if not gamma > 0:
-            raise ValueError(
-                f"gamma={gamma}: expected a number above 0; the excess of loss is divided by it"
-            )
-        self.curriculum, self.percentile, self.decay, self.gamma = (
-            curriculum,
-            percentile,
-            decay,
-            gamma,
+        self.curriculum = validate.one_of("curriculum", curriculum, CURRICULA)
+        self.percentile = validate.fraction("percentile", percentile, "the 75th percentile is 0.75")
+        self.decay = validate.fraction(
+            "decay", decay, "at 1 the percentile would stay at 0", with_one=False
         )
+        self.gamma = validate.positive("gamma", gamma, "the excess of loss is divided by it")
         self.register_buffer("moving_percentile", torch.zeros(()))
         self.progress = Progress() if curriculum == "predefined" else None
 
     def weights(self, losses: Tensor) -> Tensor:
-        """v [B] in [0, 1] of losses [B], as m stands."""
+        """v [B] in [0, 1] of losses [B], for the current m."""
         excess = losses - self.moving_percentile
         self_paced = (excess <= 0).to(losses.dtype)
         linear = (1.0 - excess / self.gamma).clamp(0.0, 1.0)
@@ -90,15 +86,18 @@ class MentorNet(Loss):
         return torch.where(t < LINEAR_FROM, torch.where(t <= BURN_IN, 1.0, self_paced), linear)
 
     def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
-        losses = cross_entropy(Prediction.of(logits).log_p, target)
+        losses = cross_entropy(log_softmax(logits), target)
+        if self.training and torch.is_grad_enabled():
+            self._move(losses.detach())
         with torch.no_grad():
-            m = self.moving_percentile
-            if self.training:
-                batch = torch.quantile(
-                    gather_over_ranks(losses.detach()), self.percentile, interpolation="nearest"
-                )
-                moved = self.decay * m + (1.0 - self.decay) * batch.to(m.dtype)
-                m.copy_(torch.where(moved.isfinite(), moved, m))
             v = self.weights(losses)
-        self.stats |= {"kept": v.mean(), "percentile": m.clone()}
+        self.stats |= {"kept": v.mean(), "percentile": self.moving_percentile.clone()}
         return v * losses
+
+    @torch.no_grad()
+    def _move(self, losses: Tensor) -> None:
+        losses, m = gather_over_ranks(losses), self.moving_percentile
+        nearest = round(self.percentile * (len(losses) - 1))
+        batch = torch.where(losses.isnan().any(), math.nan, losses.sort().values[nearest])
+        moved = self.decay * m + (1.0 - self.decay) * batch.to(m.dtype)
+        m.copy_(torch.where(moved.isfinite(), moved, m))

@@ -1,82 +1,98 @@
-"""Distillation through the features of one or several teachers, each the term alone: ``CE() + 100 * FitNet(...)``.
+"""Distillation through feature maps: hints, attention, information, a teacher's own classifier.
 
-The student's ``features`` are its maps [B, D, h, w] by layer, shallow to deep, or one such map; ``teacher_features`` the same
-for each teacher. What these losses learn (regressors, embeddings, variances) are their own parameters: train them too.
+Each is the term alone, as in ``CE() + 100 * FitNet()``. Some learn parameters of their own
+(regressors, variances, embeddings), which have to be trained with the student;
+``MutualDistillationTrainer`` does so.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Loss, at_layer
-from .functional import cross_entropy
-from .online_features import _pooled, _same_size
+from . import validate
+from .base import Loss, LossArguments, Sizes
+from .functional import cross_entropy, log_softmax
+from .maps import at_layer, map_at, pooled, same_size
 from .registry import register_loss
-from .state import KeepsPrecision, SampleTable, sum_over_ranks
+from .state import KeepsPrecision
 
 SCALES = ("code", "paper")
+Maps = Sequence[Tensor]  # of one network, shallow to deep
 
 
-class _Taught(Loss):
-    """One student map and one map of each teacher, of known channels, from one layer."""
+class MapDistillation(Loss):
+    """A loss on a map of the student and a map of each teacher, all from one layer.
+
+    Args:
+        student_dim: channels of the student's map; None until :meth:`bind`.
+        teacher_dims: of the teacher's, or of each teacher's; None until :meth:`bind`.
+        layer: which map.
+    """
+
+    student_dim: Any  # int, or None as long as it is not known
+    teacher_dims: Any  # tuple[int, ...], or None
+    needs: Mapping[str, str] = {
+        "student_dim": "feature_dims",
+        "teacher_dims": "teacher_feature_dims",
+    }
 
     def __init__(
-        self, student_dim: int, teacher_dims: int | Sequence[int], layer: int, **base: Any
+        self,
+        student_dim: int | None,
+        teacher_dims: int | Sequence[int] | None,
+        layer: int,
+        **base: Unpack[LossArguments],
     ) -> None:
         super().__init__(**base)
-        dims = (teacher_dims,) if isinstance(teacher_dims, int) else tuple(teacher_dims)
-        if not dims or min(student_dim, *dims) < 1:
+        dims = (teacher_dims,) if isinstance(teacher_dims, int) else teacher_dims
+        self.student_dim, self.layer, self.layers = student_dim, layer, (layer,)
+        self.teacher_dims = None if dims is None else tuple(dims)
+        known = [1 if student_dim is None else student_dim, *(self.teacher_dims or ())]
+        if self.teacher_dims == () or min(known) < 1:
             raise ValueError(
-                f"student_dim={student_dim}, teacher_dims={dims}: expected the channels of the student's map and of "
-                "each teacher's (timm: model.num_features for the last)"
+                f"student_dim={student_dim}, teacher_dims={self.teacher_dims}: expected the "
+                "channels of the student's map and of each teacher's (timm: model.num_features "
+                "for the last)"
             )
-        self.student_dim, self.teacher_dims, self.layer = student_dim, dims, layer
-        self.layers = (layer,)
+
+    def take_sizes(self, sizes: Sizes) -> None:
+        name = type(self).__name__
+        if sizes.feature_dims is not None:
+            self.settle("student_dim", at_layer(name, sizes.feature_dims[0], self.layer))
+        if sizes.teacher_feature_dims is not None:
+            dims = (at_layer(name, t, self.layer) for t in sizes.teacher_feature_dims)
+            self.settle("teacher_dims", tuple(dims))
+        super().take_sizes(sizes)
 
     def maps(
-        self, logits: Tensor, features: Any, teacher_features: Sequence[Any]
+        self, logits: Tensor, features: Maps, teacher_features: Sequence[Maps]
     ) -> tuple[Tensor, list[Tensor]]:
-        """F_S and the F_k, once they fit."""
+        """F_S and the F_k, if they fit this loss."""
+        name = type(self).__name__
         student, *teachers = (
-            _map(self, logits, f, self.layer) for f in (features, *teacher_features)
+            map_at(name, f, self.layer, len(logits)) for f in (features, *teacher_features)
         )
         found = student.shape[1], tuple(f.shape[1] for f in teachers)
         if found != (self.student_dim, self.teacher_dims):
             raise ValueError(
-                f"{type(self).__name__} was made for student_dim={self.student_dim} and teacher_dims="
+                f"{name} was made for student_dim={self.student_dim} and teacher_dims="
                 f"{self.teacher_dims}, got maps with {found[0]} and {found[1]} channels"
             )
         return student, teachers
 
     def pairs(
-        self, logits: Tensor, features: Any, teacher_features: Sequence[Any]
+        self, logits: Tensor, features: Maps, teacher_features: Sequence[Maps]
     ) -> list[list[Tensor]]:
-        """[F_S, F_k] for each teacher k, the larger pooled to the smaller; always from the maps as they came."""
+        """[F_S, F_k] for each teacher k, the larger map pooled to the size of the smaller."""
         student, teachers = self.maps(logits, features, teacher_features)
-        return [_same_size([student, teacher]) for teacher in teachers]
-
-
-def _map(owner: Loss, logits: Tensor, features: Any, layer: int) -> Tensor:
-    """The map of a layer, once it is one of this batch."""
-    layer = layer if len(features) > 1 else -1
-    if not -len(features) <= layer < len(features):
-        raise ValueError(
-            f"{type(owner).__name__} reads layer {layer}, got the maps of {len(features)} layers"
-        )
-    found = at_layer(features, layer)
-    if found.dim() != 4 or len(found) != len(logits):
-        raise ValueError(
-            f"{type(owner).__name__}: expected a map [{len(logits)}, D, h, w] at layer {layer}, got "
-            f"{list(found.shape)}"
-        )
-    return found
+        return [same_size([student, teacher]) for teacher in teachers]
 
 
 def _per_sample_mean(x: Tensor) -> Tensor:
@@ -84,86 +100,101 @@ def _per_sample_mean(x: Tensor) -> Tensor:
 
 
 @register_loss("fitnet")
-class FitNet(_Taught):
-    """Hints, L = mean_k mean (r_k(F_S) - F_k)², r_k a learned 1x1 convolution to teacher k's channels.
+class FitNet(MapDistillation):
+    """Hints, L = mean_k mean (r_k(F_S) - F_k)², r_k a learned 1x1 convolution to k's channels.
 
-    The inner mean is over channels and positions. The larger map is pooled to the smaller. The weight is 100.
-
-    Source: Romero et al., "FitNets: hints for thin deep nets", ICLR 2015; the joint form with weight 100 of CRD's public code,
-    the mean over several teachers (FitNet-MKD) of CA-MKD's.
-    Differs: FitNets trains the hint in a stage of its own, before distillation. Public code has strided or transposed
-    convolutions with normalisation and ReLU as regressor. That of FitNet-MKD rebuilds the list of hints as a new tensor, which
-    cuts the graph, so that the term trains nothing there; here it does.
+    The inner mean is over channels and positions. The larger map is pooled to the smaller. The
+    usual weight is 100.
 
     Args:
-        student_dim: channels of the student's map.
+        student_dim: channels of the student's map. :meth:`bind` can fill in this and
+            ``teacher_dims``.
         teacher_dims: of the teacher's, or of each teacher's.
-        layer: which map; the last but one by default, where there are several.
+        layer: which map; by default the last but one, where there are several.
+
+    References:
+        Romero et al., "FitNets: hints for thin deep nets", ICLR 2015; the joint form with weight
+        100 of CRD's public code, the mean over several teachers (FitNet-MKD) of CA-MKD's.
+
+    Notes:
+        FitNets trains the hint in a stage of its own, before distillation. Public code has strided
+        or transposed convolutions with normalisation and ReLU as regressor. That of FitNet-MKD
+        makes a new tensor of the list of hints, which cuts the graph: the term trains nothing
+        there.
     """
 
     def __init__(
-        self, student_dim: int, teacher_dims: int | Sequence[int], layer: int = -2, **base: Any
+        self,
+        student_dim: int | None = None,
+        teacher_dims: int | Sequence[int] | None = None,
+        layer: int = -2,
+        **base: Unpack[LossArguments],
     ) -> None:
         super().__init__(student_dim, teacher_dims, layer, **base)
-        self.regressors: Any = nn.ModuleList(
-            nn.Conv2d(student_dim, d, 1) for d in self.teacher_dims
-        )
+        self.complete()
+
+    def build(self) -> None:
+        convolutions = (nn.Conv2d(self.student_dim, d, 1) for d in self.teacher_dims)
+        self.regressors: Any = nn.ModuleList(convolutions)
 
     def per_sample(
-        self, logits: Tensor, target: Tensor, features: Any, teacher_features: Sequence[Any]
+        self, logits: Tensor, target: Tensor, features: Maps, teacher_features: Sequence[Maps]
     ) -> Tensor:
+        hints = []
         pairs = self.pairs(logits, features, teacher_features)
-        hints = [
-            _per_sample_mean((r(s) - t) ** 2)
-            for r, (s, t) in zip(self.regressors, pairs, strict=True)
-        ]
-        self.stats |= {f"teacher_{k}": hint.detach().mean() for k, hint in enumerate(hints)}
+        for k, (student, teacher) in enumerate(pairs):
+            hints.append(_per_sample_mean((self.regressors[k](student) - teacher) ** 2))
+            self.log(f"teacher_{k}", hints[k])
         return torch.stack(hints).mean(0)
 
 
 @register_loss("at")
 class AT(Loss):
-    """Attention transfer, L = mean_k Σ_layers mean (Q_S - Q_k)², Q = a / ‖a‖ over positions, a = mean over channels of F².
+    """Attention transfer, L = mean_k Σ_layers mean (Q_S - Q_k)².
 
-    Nothing is learned, and channels need not agree. The larger map is pooled to the smaller. The weight is 1000. Of a network
-    that gives one map only, that one is compared, once. A map of zeros has Q = 0.
-
-    Source: Zagoruyko and Komodakis, "Paying more attention to attention", ICLR 2017, in the form of CRD's public code.
-    Differs: the paper, from memory, has the norm of Q_S - Q_k, not the mean of squares, with a weight of its own. The mean over
-    teachers is ours.
+    Q = a / ‖a‖ over positions, with a the mean over channels of F². Nothing is learned, and the
+    numbers of channels need not agree. The larger map is pooled to the smaller. The usual weight is
+    1000. If a network has one map only, that one is compared, once. A map of zeros has Q = 0.
 
     Args:
         layers: which maps.
 
+    References:
+        Zagoruyko and Komodakis, "Paying more attention to attention", ICLR 2017, in the form of
+        CRD's public code.
+
+    Notes:
+        The paper has a norm of Q_S - Q_k instead of the mean of squares, with another weight, as
+        far as known; its equation could not be read (docs/unconfirmed.md). The mean over teachers
+        is not from the paper.
+
     >>> f = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[0.0, 2.0]], [[0.0, 0.0]]]])
-    >>> AT()(torch.zeros(1, 2), torch.tensor([0]), features=f[0], teacher_features=[f[1]])
+    >>> z, y = torch.zeros(1, 2), torch.tensor([0])
+    >>> AT()(z, y, features=[f[0]], teacher_features=[[f[1]]])
     tensor(1.)
     """
 
-    def __init__(self, layers: Sequence[int] = (-3, -2, -1), **base: Any) -> None:
+    def __init__(self, layers: Sequence[int] = (-3, -2, -1), **base: Unpack[LossArguments]) -> None:
         super().__init__(**base)
-        if len(layers) < 1:
-            raise ValueError(
-                f"layers={layers}: expected at least one layer; the loss would be a constant zero"
-            )
         self.layers = tuple(layers)
+        validate.check(
+            len(layers) > 0, "layers", layers, "at least one layer", "the loss would be 0"
+        )
 
     def per_sample(
-        self, logits: Tensor, target: Tensor, features: Any, teacher_features: Sequence[Any]
+        self, logits: Tensor, target: Tensor, features: Maps, teacher_features: Sequence[Maps]
     ) -> Tensor:
         if not teacher_features:
             raise ValueError(
-                "AT: teacher_features is empty: expected the maps of at least one teacher"
+                "AT: teacher_features is empty: expected the maps of a teacher or more"
             )
-        alone = any(len(f) == 1 for f in (features, *teacher_features))
+        single = any(len(maps) == 1 for maps in (features, *teacher_features))
         total = torch.zeros_like(logits[:, 0])
-        for layer in self.layers[-1:] if alone else self.layers:
-            for taught in teacher_features:
-                s, t = (
-                    _attention(f)
-                    for f in _same_size([_map(self, logits, f, layer) for f in (features, taught)])
-                )
-                total = total + ((s - t) ** 2).mean(1)
+        for layer in self.layers[-1:] if single else self.layers:
+            for maps in teacher_features:
+                pair = [map_at("AT", f, layer, len(logits)) for f in (features, maps)]
+                student, teacher = (_attention(f) for f in same_size(pair))
+                total = total + ((student - teacher) ** 2).mean(1)
         return total / len(teacher_features)
 
 
@@ -173,60 +204,62 @@ def _attention(f: Tensor) -> Tensor:
 
 
 @register_loss("vid")
-class VID(_Taught):
+class VID(MapDistillation):
     """Variational information distillation, L = mean_k mean 1/2 [ (F_k - μ_k(F_S))² / σ²_k + ln σ²_k ].
 
-    The negative log-likelihood, but for a constant, of the teacher's map under a Gaussian whose mean μ_k is a network of three
-    1x1 convolutions on the student's map and whose variance σ²_kc = softplus(α_kc) + 1e-5 is learned for each channel: channels
-    that the student cannot follow count less. The inner mean is over channels and positions. The larger map is pooled to the
-    smaller. It falls below zero where variances are below 1. The weight is 1; for several layers add several terms.
-
-    Source: Ahn et al., "Variational information distillation for knowledge transfer", CVPR 2019, from memory of the paper; the
-    form of μ, the initial variance and the weight as in CRD's public code.
-    Unsaid there: the mean over several teachers.
+    This is the negative log-likelihood, up to a constant, of the teacher's map under a Gaussian. A
+    network of three 1x1 convolutions on the student's map gives the mean μ_k. The variance
+    σ²_kc = softplus(α_kc) + 1e-5 is learned for each channel: channels that the student cannot
+    follow count less. The inner mean is over channels and positions. The larger map is pooled to
+    the smaller. L is negative where variances are small. The usual weight is 1; for several
+    layers, add several terms.
 
     Args:
-        student_dim: channels of the student's map.
+        student_dim: channels of the student's map. :meth:`bind` can fill in this and
+            ``teacher_dims``.
         teacher_dims: of the teacher's, or of each teacher's.
         layer: which map.
         variance: σ² at the start.
+
+    References:
+        Ahn et al., "Variational information distillation for knowledge transfer", CVPR 2019, in the
+        form of the authors' code as CRD's public code has it.
+
+    Notes:
+        The mean over several teachers is not from the paper.
     """
 
     floor = 1e-5
 
     def __init__(
         self,
-        student_dim: int,
-        teacher_dims: int | Sequence[int],
+        student_dim: int | None = None,
+        teacher_dims: int | Sequence[int] | None = None,
         layer: int = -1,
         variance: float = 5.0,
-        **base: Any,
+        **base: Unpack[LossArguments],
     ) -> None:
         super().__init__(student_dim, teacher_dims, layer, **base)
-        if not variance > self.floor:
-            raise ValueError(
-                f"variance={variance}: expected the initial variance, above {self.floor}"
-            )
-        self.variance = variance
-        self.means: Any = nn.ModuleList(_regressor(student_dim, d) for d in self.teacher_dims)
-        start = variance - self.floor
+        self.variance = validate.check(
+            variance > self.floor, "variance", variance, f"a number above {self.floor}"
+        )
+        self.complete()
+
+    def build(self) -> None:
+        self.means: Any = nn.ModuleList(_regressor(self.student_dim, d) for d in self.teacher_dims)
+        start = self.variance - self.floor
         alpha = start + math.log(-math.expm1(-start))  # the inverse of softplus
         self.alphas: Any = nn.ParameterList(torch.full((d,), alpha) for d in self.teacher_dims)
 
     def per_sample(
-        self, logits: Tensor, target: Tensor, features: Any, teacher_features: Sequence[Any]
+        self, logits: Tensor, target: Tensor, features: Maps, teacher_features: Sequence[Maps]
     ) -> Tensor:
         total: Any = 0.0
         for k, (student, teacher) in enumerate(self.pairs(logits, features, teacher_features)):
             variance = (F.softplus(self.alphas[k]) + self.floor)[:, None, None]
-            total = (
-                total
-                + _per_sample_mean(
-                    (self.means[k](student) - teacher) ** 2 / variance + variance.log()
-                )
-                / 2
-            )
-            self.stats[f"variance_{k}"] = variance.detach().mean()
+            error = (self.means[k](student) - teacher) ** 2
+            total = total + _per_sample_mean(error / variance + variance.log()) / 2
+            self.log(f"variance_{k}", variance)
         return total / len(self.teacher_dims)
 
 
@@ -235,158 +268,8 @@ def _regressor(student_dim: int, dim: int) -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), middle, nn.ReLU(), last)
 
 
-class _Contrast(KeepsPrecision):
-    """A student, a teacher, their embeddings and banks: maps, positions, positions of negatives -> NCE loss [B]."""
-
-    z: Tensor
-
-    def __init__(
-        self,
-        num_samples: int,
-        dims: Sequence[int],
-        feat_dim: int,
-        tau: float,
-        momentum: float,
-        start: torch.Generator,
-    ) -> None:
-        super().__init__()
-        self.tau, self.momentum = tau, momentum
-        self.embeds: Any = nn.ModuleList(nn.Linear(d, feat_dim) for d in dims)
-        self.banks: Any = nn.ModuleList(SampleTable(num_samples, feat_dim) for _ in dims)
-        bank: Any
-        for bank in self.banks:
-            bank.rows.uniform_(
-                -math.sqrt(3 / feat_dim), math.sqrt(3 / feat_dim), generator=start
-            )  # E ‖m‖² = 1
-        self.register_buffer("z", torch.zeros(2))  # 0: not known yet
-
-    def forward(self, maps: Sequence[Tensor], index: Tensor, negatives: Tensor) -> Tensor:
-        anchors = [
-            F.normalize(e(_pooled(f)), dim=1) for e, f in zip(self.embeds, maps, strict=True)
-        ]
-        rows, scores = torch.cat([index, negatives]), []
-        for v, bank in zip(
-            anchors, (self.banks[1], self.banks[0]), strict=True
-        ):  # each against the other's bank
-            # positives too by a matrix product: what only feeds elementwise products, torch.compile reads anew in the
-            # backward, from banks that have changed by then (pytorch/pytorch#197039)
-            found = v @ bank.read(rows).to(v.dtype).T / self.tau  # [B, B + K]
-            scores.append(
-                torch.cat(
-                    [found[:, : len(index)].diagonal()[:, None], found[:, len(index) :]], dim=1
-                )
-            )
-        score = torch.stack(scores)  # [2, B, 1 + K]
-        share = len(negatives) / self.banks[0].num_samples  # K P_n
-        log_odds = score - (share * self._normalizer(score.detach())).log()[:, None, None]
-        if self.training:
-            for v, bank in zip(anchors, self.banks, strict=True):
-                mixed = (
-                    self.momentum * bank.read(index).to(v.dtype)
-                    + (1.0 - self.momentum) * v.detach()
-                )
-                bank.write(index, F.normalize(mixed, dim=1))
-        return (F.softplus(-log_odds[..., 0]) + F.softplus(log_odds[..., 1:]).sum(-1)).sum(0)
-
-    @torch.no_grad()
-    def _normalizer(self, score: Tensor) -> Tensor:
-        """Z of both directions, [2]: N times the mean e^score of the first batch, over all processes."""
-        total = torch.cat([score.exp().sum((1, 2)), score.new_full((1,), score[0].numel())])
-        if self.training:
-            total = sum_over_ranks(total)
-        now = self.banks[0].num_samples * total[:2] / total[2]
-        z = torch.where(self.z > 0, self.z, now.to(self.z.dtype))
-        if self.training:
-            self.z.copy_(torch.where(z.isfinite(), z, self.z))
-        return z.to(score.dtype)
-
-
-@register_loss("crd")
-class CRD(_Taught):
-    """Contrastive distillation, L = mean_k Σ_{a,b} [ -ln D(s_ab) - Σ_negatives ln(1 - D(s)) ], D = P / (P + K/N), P = e^s / Z.
-
-    s = <u_a, m_b> / tau: u_a is the unit embedding (a learned linear layer) of the pooled last map of a, m_b a row of b's memory
-    bank, which holds the embedding of each of the N training samples. (a, b) is (student, teacher) and (teacher, student). The
-    sample's own row is the positive, K rows drawn at random the negatives. Z is set by the first batch, N times the mean e^s, and
-    then kept. After the loss, in training mode, m <- momentum m + (1 - momentum) u, normalised. The weight is 0.8.
-
-    The banks take 8 · N · feat_dim bytes for each teacher, on the device and in each checkpoint (CIFAR-100: 51 MB).
-
-    Source: Tian et al., "Contrastive representation distillation", ICLR 2020, as in its public code.
-    Differs: the K negatives are drawn once for the batch, not for each sample: as likely, K rows to gather instead of B K, and
-    nothing depends on the order of the samples. As there, they are drawn with replacement and may hold a sample's own row.
-    More than N - 1 are not drawn. The code's 1e-7 in D is not needed. Several teachers each have embeddings and banks of
-    their own; the mean over them is ours.
-
-    Args:
-        num_samples: N, rows of the training data; ``index`` counts in them.
-        student_dim: channels of the student's last map.
-        teacher_dims: of the teacher's, or of each teacher's.
-        feat_dim: size of the embeddings.
-        negatives: K.
-        tau: temperature.
-        momentum: of the banks.
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        student_dim: int,
-        teacher_dims: int | Sequence[int],
-        feat_dim: int = 128,
-        negatives: int = 16384,
-        tau: float = 0.07,
-        momentum: float = 0.5,
-        **base: Any,
-    ) -> None:
-        super().__init__(student_dim, teacher_dims, -1, **base)
-        if num_samples < 2 or negatives < 1:
-            raise ValueError(
-                f"num_samples={num_samples}, negatives={negatives}: expected two samples or more and a negative or "
-                "more; without one there is nothing to tell apart"
-            )
-        if not tau >= 0.02:
-            raise ValueError(
-                f"tau={tau}: expected at least 0.02; below, e^(s / tau) exceeds float32"
-            )
-        if not 0.0 <= momentum < 1.0:
-            raise ValueError(
-                f"momentum={momentum}: expected a share in [0, 1); at 1 the banks would stay random"
-            )
-        self.num_samples, self.feat_dim, self.tau, self.momentum = (
-            num_samples,
-            feat_dim,
-            tau,
-            momentum,
-        )
-        self.negatives = min(negatives, num_samples - 1)
-        start = torch.Generator().manual_seed(
-            0
-        )  # DDP does not send tables: all processes have to begin with the same
-        self.contrasts: Any = nn.ModuleList(
-            _Contrast(num_samples, (student_dim, d), feat_dim, tau, momentum, start)
-            for d in self.teacher_dims
-        )
-
-    def per_sample(
-        self,
-        logits: Tensor,
-        target: Tensor,
-        features: Any,
-        teacher_features: Sequence[Any],
-        index: Tensor,
-    ) -> Tensor:
-        student, teachers = self.maps(logits, features, teacher_features)
-        negatives = torch.randint(self.num_samples, (self.negatives,), device=index.device)
-        losses = [
-            c((student, teacher), index, negatives)
-            for c, teacher in zip(self.contrasts, teachers, strict=True)
-        ]
-        return torch.stack(losses).mean(0)
-
-
 class _Head(KeepsPrecision):
-    """A teacher's classifier, frozen: a map [B, D, h, w] -> logits [B, C]. Not trained and not in the checkpoint."""
+    """A teacher's classifier, frozen: a map [B, D, h, w] -> logits [B, C]. Not in the checkpoint."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -396,14 +279,11 @@ class _Head(KeepsPrecision):
         linear = isinstance(head, nn.Linear)
         for name in ("weight", "bias"):
             own = getattr(head, name) if linear else None
-            self.register_buffer(
-                name, None if own is None else own.detach().clone(), persistent=False
-            )
+            copied = None if own is None else own.detach().clone()
+            self.register_buffer(name, copied, persistent=False)
         if isinstance(head, nn.Module):
             head = copy.deepcopy(head).requires_grad_(False).eval()
-        self.hidden = (
-            [] if linear else [head]
-        )  # a list: no module of ours, so not in the state dict
+        self.hidden = [] if linear else [head]  # a list hides it from the state dict
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         for head in self.hidden:
@@ -414,93 +294,100 @@ class _Head(KeepsPrecision):
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None:
             return self.hidden[0](x)
-        return F.linear(
-            _pooled(x),
-            self.weight.to(x.dtype),
-            None if self.bias is None else self.bias.to(x.dtype),
-        )
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(pooled(x), self.weight.to(x.dtype), bias)
 
 
 @register_loss("camkd_features")
-class CAMKDFeatures(_Taught):
-    """CA-MKD's feature term, L = Σ_k w_k ‖F_k - r_k(F_S)‖², w_k = (1 - e^L_k / Σ_j e^L_j) / (K - 1), L_k = H(q, h_k(r_k(F_S))).
+class CAMKDFeatures(MapDistillation):
+    """CA-MKD's feature term, L = Σ_k w_k ‖F_k - r_k(F_S)‖².
 
-    F are last maps, r_k a learned 1x1 convolution with batch normalisation and ReLU to teacher k's channels, h_k teacher k's own
-    classifier, frozen: a teacher that reads the label from the student's features weighs more, sample by sample. A single
-    teacher has weight 1. The code's objective is ``CE() + CAMKD(scale="code") + 50 * CAMKDFeatures(...)``.
-
-    Source: Zhang et al., "Confidence-aware multi-teacher knowledge distillation", ICASSP 2022, the intermediate term; the
-    equations from memory of the paper and its public code.
-    Differs: the code has the mean over channels and positions for the squared norm, and divides by K once more. The published
-    weight of 50 belongs to that, so it is the default; ``scale="paper"`` is the equation above, larger by K D h w. There the
-    classifier reads the student's pooled features; r_k comes first because the channels differ, as in the code. The code pools
-    or enlarges the student's map for one teacher after the other, each from what the last one left, so that their order
-    matters: here each starts from the map itself and the larger one is pooled. The code leaves the term out in its first
-    epoch. Here a batch is normalised by its own statistics, in eval mode as well: r_k is of no use after training.
+    The weights are w_k = (1 - e^L_k / Σ_j e^L_j) / (K - 1) with L_k = H(q, h_k(r_k(F_S))). F are
+    last maps, r_k is a learned 1x1 convolution with batch normalisation and ReLU to teacher k's
+    channels, and h_k is teacher k's own classifier, frozen. Per sample, a teacher weighs the more
+    the better it reads the label from the student's features. A single teacher has weight 1. The
+    objective of the authors' code is ``CE() + CAMKD(scale="code") + 50 * CAMKDFeatures(heads=...)``.
 
     Args:
-        student_dim: channels of the student's last map.
+        student_dim: channels of the student's last map. :meth:`bind` can fill in this and
+            ``teacher_dims``.
         teacher_dims: of each teacher's.
-        heads: each teacher's classifier, copied as it stands: an ``nn.Linear`` on the pooled map (timm:
-            ``teacher.get_classifier()``), any other module that makes logits of the map, or a function, which is used as it is
-            (``teacher.forward_head``, of a frozen teacher on the same device).
+        heads: each teacher's classifier; required. An ``nn.Linear`` on the pooled map (timm:
+            ``teacher.get_classifier()``) or another module that makes logits of the map is copied
+            as it is. A function (``teacher.forward_head``, of a frozen teacher on the same device)
+            is used itself.
         scale: ``"code"``, or ``"paper"`` for the squared norm and no 1/K.
         detach_weights: take w as a constant; the code differentiates it.
+
+    References:
+        Zhang et al., "Confidence-aware multi-teacher knowledge distillation", ICASSP 2022, the
+        intermediate term, after the authors' code. The paper's equations could not be read
+        (docs/unconfirmed.md).
+
+    Notes:
+        The code has the mean over channels and positions instead of the squared norm, and divides
+        by K once more. The published weight of 50 belongs to that, so it is the default;
+        ``scale="paper"`` is larger by K D h w. r_k comes before the classifier because the channels
+        differ, as in the code. The code pools or enlarges the student's map for one teacher after
+        the other, each time from the last result, so the order of teachers matters; here each
+        starts from the map itself, and the larger map is pooled. The code leaves the term out in
+        its first epoch. Here a batch is normalised by its own statistics, in eval mode as well:
+        r_k is of no use after training.
     """
 
     def __init__(
         self,
-        student_dim: int,
-        teacher_dims: int | Sequence[int],
-        heads: Sequence[Callable[[Tensor], Tensor]],
+        student_dim: int | None = None,
+        teacher_dims: int | Sequence[int] | None = None,
+        heads: Sequence[Callable[[Tensor], Tensor]] = (),
         scale: str = "code",
         detach_weights: bool = False,
         **base: Any,
     ) -> None:
         linear = [head for head in heads if isinstance(head, nn.Linear)]
+        if teacher_dims is None and linear and len(linear) == len(heads):
+            teacher_dims = [head.in_features for head in linear]
         classes = {"num_classes": linear[0].out_features} if linear else {}
         super().__init__(student_dim, teacher_dims, -1, **classes | base)
-        if scale not in SCALES:
-            raise ValueError(f"scale={scale!r}: expected one of {SCALES}")
-        if len(heads) != len(self.teacher_dims):
-            raise ValueError(
-                f"teacher_dims={self.teacher_dims} and {len(heads)} heads: expected one classifier per teacher"
-            )
-        for head, dim in zip(heads, self.teacher_dims, strict=True):
-            if isinstance(head, nn.Linear) and (head.in_features, head.out_features) != (
-                dim,
-                self.num_classes,
-            ):
-                raise ValueError(
-                    f"heads: expected a classifier from {dim} features to {self.num_classes} classes, got {head}"
-                )
-        self.scale, self.detach_weights = scale, detach_weights
+        validate.check(len(heads) > 0, "heads", heads, "the classifier of each teacher")
+        self.scale, self.detach_weights = validate.one_of("scale", scale, SCALES), detach_weights
         self.heads: Any = nn.ModuleList(_Head(head) for head in heads)
+        self.complete()
+
+    def build(self) -> None:
+        validate.same_length(
+            "one classifier per teacher", teachers=self.teacher_dims, heads=self.heads
+        )
+        for head, dim in zip(self.heads, self.teacher_dims, strict=True):
+            if head.weight is not None and head.weight.shape != (self.num_classes, dim):
+                raise ValueError(
+                    f"heads: expected a classifier from {dim} features to {self.num_classes} "
+                    f"classes, got one from {head.weight.shape[1]} to {head.weight.shape[0]}"
+                )
         self.embeds: Any = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(student_dim, d, 1, bias=False),
-                nn.BatchNorm2d(d, track_running_stats=False),
+                nn.Conv2d(self.student_dim, dim, 1, bias=False),
+                nn.BatchNorm2d(dim, track_running_stats=False),
                 nn.ReLU(),
             )
-            for d in self.teacher_dims
+            for dim in self.teacher_dims
         )
 
     def per_sample(
-        self, logits: Tensor, target: Tensor, features: Any, teacher_features: Sequence[Any]
+        self, logits: Tensor, target: Tensor, features: Maps, teacher_features: Sequence[Maps]
     ) -> Tensor:
         losses, distances, count = [], [], len(self.teacher_dims)
         pairs = self.pairs(logits, features, teacher_features)
         for head, embed, (student, teacher) in zip(self.heads, self.embeds, pairs, strict=True):
             student = embed(student)
-            losses.append(cross_entropy(head(student).log_softmax(1), target))
+            losses.append(cross_entropy(log_softmax(head(student)), target))
             square = ((teacher - student) ** 2).flatten(1)
             distances.append(square.mean(1) / count if self.scale == "code" else square.sum(1))
-        weights = (
-            (1.0 - torch.stack(losses).softmax(0)) / (count - 1)
-            if count > 1
-            else torch.ones_like(losses[0])[None]
-        )
-        self.stats |= {f"weight_{k}": w.detach().mean() for k, w in enumerate(weights)}
-        return (
-            (weights.detach() if self.detach_weights else weights) * torch.stack(distances)
-        ).sum(0)
+        weights = torch.ones_like(losses[0])[None]
+        if count > 1:
+            weights = (1.0 - torch.stack(losses).softmax(0)) / (count - 1)
+        if self.detach_weights:
+            weights = weights.detach()
+        for k, weight in enumerate(weights):
+            self.log(f"weight_{k}", weight)
+        return (weights * torch.stack(distances)).sum(0)

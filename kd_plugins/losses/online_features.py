@@ -1,223 +1,268 @@
-"""Peers that teach each other through their features: a fused or concatenated head, averages over time, adversaries.
+"""Peers that teach each other through features: fused or joined heads, averages, adversaries.
 
-What these losses learn (heads, adversaries) are their own parameters; ``MutualDistillationTrainer`` trains them with the
-networks and keeps them in the checkpoint. Features are the last maps [B, D, h, w], one per peer.
+These losses learn parameters of their own (heads, adversaries). ``MutualDistillationTrainer``
+trains them with the networks and keeps them in the checkpoint.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import Loss, at_layer, peer_name
-from .functional import Prediction, cross_entropy, kl
+from . import validate
+from .base import Loss, LossArguments, Sizes
+from .functional import cross_entropy, kl, log_softmax
+from .maps import at_layer, map_at, pooled, same_size
 from .registry import register_loss
 from .state import Progress
 
+PeerMaps = Sequence[Sequence[Tensor]]  # per peer, shallow to deep
+
 
 class _Featured(Loss):
-    """Peers, their features, and T² KL between their predictions at temperature T."""
+    """Peers with features, and T² KL between their predictions at temperature T."""
 
     num_peers = 2
+    feature_dims: Any  # tuple[int, ...], or None as long as it is not known
+    needs: Mapping[str, str] = {"feature_dims": "feature_dims"}
 
-    def __init__(self, feature_dims: Sequence[int], temperature: float, **base: Any) -> None:
+    def __init__(
+        self,
+        feature_dims: Sequence[int] | None,
+        temperature: float,
+        num_peers: int | None,
+        **base: Any,
+    ) -> None:
         super().__init__(**base)
-        if len(feature_dims) < 2:
-            raise ValueError(
-                f"feature_dims={tuple(feature_dims)}: expected the channels of each peer's last map, two or "
-                "more (timm: model.num_features)"
-            )
-        if not temperature > 0.0:
-            raise ValueError(
-                f"temperature={temperature}: logits are divided by it; expected a positive number"
-            )
-        self.feature_dims, self.temperature = tuple(feature_dims), temperature
-        self.num_peers = len(self.feature_dims)
+        self.feature_dims = dims = None if feature_dims is None else tuple(feature_dims)
+        self.num_peers = num_peers or (2 if dims is None else len(dims))
+        validate.count("num_peers", self.num_peers if dims is None else 2, least=2)
+        validate.check(
+            dims is None or len(dims) == self.num_peers >= 2,
+            "feature_dims",
+            dims,
+            f"the channels of the last map of {max(self.num_peers, 2)} peers or more",
+        )
+        self.temperature = validate.positive("temperature", temperature, "logits are divided by it")
 
-    def soft(self, logits: Tensor) -> Tensor:
-        """log softmax(z / T)."""
-        return F.log_softmax(logits / self.temperature, dim=-1)
+    def take_sizes(self, sizes: Sizes) -> None:
+        if sizes.feature_dims is not None:
+            name = type(self).__name__
+            dims = tuple(at_layer(name, network, -1) for network in sizes.feature_dims)
+            if len(dims) != self.num_peers:
+                raise ValueError(
+                    f"{name} was made for num_peers={self.num_peers}, and there are {len(dims)} "
+                    f"networks: {name}(num_peers={len(dims)})"
+                )
+            self.settle("feature_dims", dims)
+        super().take_sizes(sizes)
 
     def taught(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """T² KL(teacher ‖ student) per sample at temperature T; the teacher's logits are a constant."""
-        return self.temperature**2 * kl(self.soft(teacher.detach()), self.soft(student))
+        """T² KL(teacher ‖ student) [B] at temperature T; the teacher's logits are a constant."""
+        t = self.temperature
+        return t * t * kl(log_softmax(teacher.detach() / t), log_softmax(student / t))
 
-    def last_maps(self, logits: Sequence[Tensor], features: Sequence[Any]) -> list[Tensor]:
-        """The last map of each peer, once they fit."""
+    def last_maps(self, logits: Sequence[Tensor], features: PeerMaps) -> list[Tensor]:
+        """The last map of each peer, if they fit this loss."""
         name = type(self).__name__
-        if len(logits) != self.num_peers or len(features) != self.num_peers:
+        if len(features) != self.num_peers:
             raise ValueError(
-                f"{name} was made for {self.num_peers} peers, got {len(logits)} logits and {len(features)} features"
+                f"{name} was made for {self.num_peers} peers, got {len(logits)} logits and "
+                f"{len(features)} features"
             )
-        maps = [at_layer(f, -1) for f in features]
+        maps = [map_at(name, f, -1, len(logits[0])) for f in features]
         if (dims := tuple(f.shape[1] for f in maps)) != self.feature_dims:
             raise ValueError(
-                f"{name} was made for feature_dims={self.feature_dims}, got features with {dims} channels"
+                f"{name} was made for feature_dims={self.feature_dims}, got features with {dims} "
+                "channels"
             )
         return maps
 
+    def add_up(
+        self,
+        logits: Sequence[Tensor],
+        target: Tensor,
+        lessons: Sequence[Tensor],
+        weight: Tensor | float = 1.0,
+    ) -> Tensor:
+        """Σ_k [ CE_k + weight · lesson_k ], [B]."""
+        owns = [cross_entropy(log_softmax(z), target) for z in logits]
+        self.log("own", owns)
+        self.log("taught", lessons)
+        total = torch.zeros_like(owns[0])
+        for own, lesson in zip(owns, lessons, strict=True):
+            total = total + own + weight * lesson
+        return total
+
 
 class _Ramped(_Featured):
-    """A weight on what is taught that rises as w(t) = exp(-5 (1 - t / ramp)²) and stays 1 after ``ramp``."""
+    """A weight on the lessons that rises as w(t) = exp(-5 (1 - t / ramp)²) and is 1 after ``ramp``.
+
+    Its head [C] needs the number of classes.
+    """
+
+    num_classes: Any
+    needs: Mapping[str, str] = {"feature_dims": "feature_dims", "num_classes": "num_classes"}
 
     def __init__(
-        self, feature_dims: Sequence[int], temperature: float, ramp: float, **base: Any
+        self,
+        feature_dims: Sequence[int] | None,
+        temperature: float,
+        num_peers: int | None,
+        ramp: float,
+        **base: Any,
     ) -> None:
-        super().__init__(feature_dims, temperature, **base)
-        if not 0.0 <= ramp <= 1.0:
-            raise ValueError(f"ramp={ramp}: expected a share of the training in [0, 1]")
-        self.ramp = ramp
+        super().__init__(feature_dims, temperature, num_peers, **base)
+        self.ramp = validate.fraction("ramp", ramp, "it is a share of the training")
         self.progress = Progress()
 
-    def weight(self) -> Tensor:
+    def ramp_weight(self) -> Tensor:
         """w(t), 0-d."""
         t = self.progress.get(self)
-        return (
-            torch.exp(-5.0 * (1.0 - (t / self.ramp).clamp(max=1.0)) ** 2)
-            if self.ramp
-            else torch.ones_like(t)
-        )
-
-
-def _pooled(features: Tensor) -> Tensor:
-    """A map [B, D, h, w] or pooled features [B, D] -> [B, D]."""
-    return features.flatten(2).mean(2) if features.dim() > 2 else features
-
-
-def _same_size(features: Sequence[Tensor]) -> list[Tensor]:
-    """Maps [B, D, h, w] pooled to the smallest height and width among them."""
-    size = min(f.shape[-2] for f in features), min(f.shape[-1] for f in features)
-    return [f if f.shape[-2:] == size else F.adaptive_avg_pool2d(f, size) for f in features]
+        if not self.ramp:
+            return torch.ones_like(t)
+        return torch.exp(-5.0 * (1.0 - (t / self.ramp).clamp(max=1.0)) ** 2)
 
 
 @register_loss("ffl")
 class FFL(_Ramped):
-    """Feature fusion learning: L = Σ_k CE_k + CE_f + w(t) [ Σ_k T² KL(p_f ‖ p_k) + T² KL(p_m ‖ p_f) ].
+    """Feature fusion, L = Σ_k CE_k + CE_f + w(t) [ Σ_k T² KL(p_f ‖ p_k) + T² KL(p_m ‖ p_f) ].
 
-    p_f is a classifier on the peers' last maps, fused by a depthwise and a pointwise convolution; p_m is the softmax of the
-    peers' mean logits. Whoever teaches is a constant; w(t) = exp(-5 (1 - t / ramp)²), 1 after ``ramp``.
-
-    Source: Kim et al., "Feature fusion for online mutual knowledge distillation", ICPR 2020; the objective as in its
-    public code, the fusion module from memory of the paper.
-    Unsaid there: maps of different size are pooled to the smallest; probabilities need no 1e-7, as logarithms are kept.
+    p_f is a classifier on the peers' last maps, fused by a depthwise and a pointwise convolution.
+    p_m is the softmax of the peers' mean logits. A teacher is always a constant.
+    w(t) = exp(-5 (1 - t / ramp)²), and 1 after ``ramp``. Maps of different size are pooled to the
+    smallest.
 
     Args:
         feature_dims: channels of each peer's last map (timm: ``model.num_features``).
+            :meth:`bind` can fill in this and ``num_classes``.
         num_classes: C.
-        temperature: 3 in the code.
-        ramp: share of the training after which w = 1; 80 of 300 epochs in the code.
+        temperature: 3 in the authors' code.
+        ramp: share of the training after which w = 1; 80 of 300 epochs in the authors' code.
+        num_peers: how many networks; None is as many as ``feature_dims``, or 2.
+
+    References:
+        Kim et al., "Feature fusion for online mutual knowledge distillation", ICPR 2020; the
+        objective and the fusion module as in the authors' code.
+
+    Notes:
+        The authors' fusion module has a ReLU after each of its two normalisations; this one has
+        none. It needs no 1e-7 beside probabilities, since it keeps logarithms.
     """
 
     def __init__(
         self,
-        feature_dims: Sequence[int],
-        num_classes: int,
+        feature_dims: Sequence[int] | None = None,
+        num_classes: int | None = None,
         temperature: float = 3.0,
         ramp: float = 80 / 300,
+        num_peers: int | None = None,
         **base: Any,
     ) -> None:
-        super().__init__(feature_dims, temperature, ramp, num_classes=num_classes, **base)
+        super().__init__(
+            feature_dims, temperature, num_peers, ramp, num_classes=num_classes, **base
+        )
+        self.complete()
+
+    def build(self) -> None:
         wide, width = sum(self.feature_dims), max(self.feature_dims)
         self.fuse = nn.Sequential(
             nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False),
-            nn.BatchNorm2d(
-                wide, track_running_stats=False
-            ),  # one NaN batch would stay in its statistics
+            # without running statistics, in which one NaN batch would stay
+            nn.BatchNorm2d(wide, track_running_stats=False),
             nn.Conv2d(wide, width, 1, bias=False),
             nn.BatchNorm2d(width, track_running_stats=False),
         )
-        self.head = nn.Linear(width, num_classes)
+        self.head = nn.Linear(width, self.num_classes)
 
-    def per_sample(
-        self, logits: Sequence[Tensor], target: Tensor, features: Sequence[Tensor]
-    ) -> Tensor:
-        features = self.last_maps(logits, features)
-        fused = self.head(_pooled(self.fuse(torch.cat(_same_size(features), dim=1))))
+    def per_sample(self, logits: Sequence[Tensor], target: Tensor, features: PeerMaps) -> Tensor:
+        maps = same_size(self.last_maps(logits, features))
+        fused = self.head(pooled(self.fuse(torch.cat(maps, dim=1))))
         mean = torch.stack([z.detach() for z in logits]).mean(0)
-        weight = self.weight()
-        own = cross_entropy(Prediction.of(fused).log_p, target)
-        total = own + weight * self.taught(mean, fused)
-        self.stats |= {"own_fused": own.detach().mean(), "ramp": weight}
-        for k, z in enumerate(logits):
-            own, lesson = cross_entropy(Prediction.of(z).log_p, target), self.taught(fused, z)
-            self.stats |= {
-                f"own_{peer_name(k)}": own.detach().mean(),
-                f"taught_{peer_name(k)}": lesson.detach().mean(),
-            }
-            total = total + own + weight * lesson
-        return total
+        own, weight = cross_entropy(log_softmax(fused), target), self.ramp_weight()
+        self.log("own_fused", own)
+        self.log("ramp", weight)
+        lessons = [self.taught(fused, z) for z in logits]
+        own = own + weight * self.taught(mean, fused)
+        return own + self.add_up(logits, target, lessons, weight)
 
 
 @register_loss("pcl")
 class PCL(_Ramped):
-    """Peer collaborative learning: L = CE_e + Σ_k [ CE_k + w(t) T² ( KL(p_e ‖ p_k) + mean_{j≠k} KL(p^ema_j ‖ p_k) ) ].
+    """Peer collaboration, L = CE_e + Σ_k [ CE_k + w(t) T² (KL(p_e ‖ p_k) + mean_{j≠k} KL(a_j ‖ p_k)) ].
 
-    p_e is a classifier on the peers' concatenated pooled features, p^ema_j peer j with weights averaged over time: read as
-    ``teacher`` [K, B, C]. ``MutualDistillationTrainer`` keeps the averages (decay ``ema``); in a loop of your own,
-    ``torch.optim.swa_utils.AveragedModel`` does. w(t) = exp(-5 (1 - t / ramp)²), 1 after ``ramp``.
-
-    Source: Wu and Gong, "Peer collaborative learning for online knowledge distillation", AAAI 2021, from memory of the
-    paper and a public port; whether the averages teach in training or in eval mode could not be confirmed (here: eval).
-    Differs: the paper's peers share their first stages, these are networks of their own; the port's ramp divides by 1
-    epoch instead of 80, so that it never is one.
+    p_e is a classifier on the peers' joined pooled features. a_j is the prediction of peer j with
+    its weights averaged over time; the averages are read as ``teacher`` [K, B, C].
+    ``MutualDistillationTrainer`` keeps them (decay ``ema``); in your own loop,
+    ``torch.optim.swa_utils.AveragedModel`` does. w(t) = exp(-5 (1 - t / ramp)²), and 1 after
+    ``ramp``.
 
     Args:
-        feature_dims: channels of each peer's features (timm: ``model.num_features``).
+        feature_dims: channels of each peer's last map (timm: ``model.num_features``).
+            :meth:`bind` can fill in this and ``num_classes``.
         num_classes: C.
         temperature: 3 in the paper.
         ramp: share of the training after which w = 1; 80 of 300 epochs.
         ema: decay of the averages.
+        num_peers: how many networks; None is as many as ``feature_dims``, or 2.
+
+    References:
+        Wu and Gong, "Peer collaborative learning for online knowledge distillation", AAAI 2021, as
+        in a public port. The paper's equations could not be read (docs/unconfirmed.md).
+
+    Notes:
+        The averages teach in eval mode; the paper's choice is not known. The paper's peers share
+        their first stages; these are separate networks. The port's ramp divides by 1 epoch instead
+        of 80, so that it never is a ramp.
     """
 
     def __init__(
         self,
-        feature_dims: Sequence[int],
-        num_classes: int,
+        feature_dims: Sequence[int] | None = None,
+        num_classes: int | None = None,
         temperature: float = 3.0,
         ramp: float = 80 / 300,
         ema: float = 0.999,
+        num_peers: int | None = None,
         **base: Any,
     ) -> None:
-        super().__init__(feature_dims, temperature, ramp, num_classes=num_classes, **base)
-        if not 0.0 <= ema < 1.0:
-            raise ValueError(
-                f"ema={ema}: expected the decay of the averages in [0, 1); at 1 they would never move"
-            )
-        self.ema = self.ema_decay = ema
-        self.head = nn.Linear(sum(self.feature_dims), num_classes)
+        super().__init__(
+            feature_dims, temperature, num_peers, ramp, num_classes=num_classes, **base
+        )
+        self.ema = self.ema_decay = validate.fraction(
+            "ema", ema, "at 1 the averages would never move", with_one=False
+        )
+        self.complete()
+
+    def build(self) -> None:
+        self.head = nn.Linear(sum(self.feature_dims), self.num_classes)
 
     def per_sample(
-        self, logits: Sequence[Tensor], target: Tensor, features: Sequence[Tensor], teacher: Tensor
+        self, logits: Sequence[Tensor], target: Tensor, features: PeerMaps, teacher: Tensor
     ) -> Tensor:
-        features = self.last_maps(logits, features)
-        if teacher.shape[0] != self.num_peers:
+        maps = self.last_maps(logits, features)
+        if len(teacher) != self.num_peers:
             raise ValueError(
-                f"PCL: expected as teacher the logits of the {self.num_peers} averaged peers [K, B, C], got "
-                f"{list(teacher.shape)}"
+                f"PCL: expected as teacher the logits of the {self.num_peers} averaged peers "
+                f"[K, B, C], got {list(teacher.shape)}"
             )
-        ensemble = self.head(torch.cat([_pooled(f) for f in features], dim=1))
-        weight = self.weight()
-        own = cross_entropy(Prediction.of(ensemble).log_p, target)
-        total = own
-        self.stats |= {"own_ensemble": own.detach().mean(), "ramp": weight}
+        ensemble = self.head(torch.cat([pooled(f) for f in maps], dim=1))
+        own, weight = cross_entropy(log_softmax(ensemble), target), self.ramp_weight()
+        self.log("own_ensemble", own)
+        self.log("ramp", weight)
+        lessons = []
         for k, z in enumerate(logits):
-            own = cross_entropy(Prediction.of(z).log_p, target)
-            others = [self.taught(teacher[j], z) for j in range(self.num_peers) if j != k]
-            lesson = self.taught(ensemble, z) + torch.stack(others).mean(0)
-            self.stats |= {
-                f"own_{peer_name(k)}": own.detach().mean(),
-                f"taught_{peer_name(k)}": lesson.detach().mean(),
-            }
-            total = total + own + weight * lesson
-        return total
+            others = [self.taught(average, z) for j, average in enumerate(teacher) if j != k]
+            lessons.append(self.taught(ensemble, z) + torch.stack(others).mean(0))
+        return own + self.add_up(logits, target, lessons, weight)
 
 
 class _Adversary(nn.Module):
-    """D: a map [B, D, h, w] -> a score [B]. ``frozen`` takes its weights as constants, for the network that fools it."""
+    """D: a map [B, D, h, w] -> a score [B]. ``frozen`` takes its weights as constants."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -225,66 +270,73 @@ class _Adversary(nn.Module):
         self.last = nn.Linear(max(dim // 2, 4), 1)
 
     def forward(self, x: Tensor, frozen: bool = False) -> Tensor:
-        w, b, v, c = (
-            p.detach() if frozen else p for p in (*self.first.parameters(), *self.last.parameters())
-        )
-        return F.linear(_pooled(F.leaky_relu(F.conv2d(x, w, b, padding=1), 0.2)), v, c).squeeze(1)
+        w, b, v, c = (p.detach() if frozen else p for p in self.parameters())
+        return F.linear(pooled(F.leaky_relu(F.conv2d(x, w, b, padding=1), 0.2)), v, c).squeeze(1)
 
 
 @register_loss("afd")
 class AFD(_Featured):
-    """Adversarial feature-map distillation: L = Σ_k [ CE_k + mean_{j≠k} T² KL(p_j ‖ p_k) + a (1 - D_k(r_k F_k))² + L_D,k ].
+    """Adversarial maps, L = Σ_k [ CE_k + mean_{j≠k} T² KL(p_j ‖ p_k) + a (1 - D_k(r_k F_k))² + L_D,k ].
 
-    Each adversary learns L_D,k = (1 - D_k(F_j))² + D_k(r_k F_k)² with the maps F as constants: the map of the next peer
-    j = k + 1 (cyclically) is real, that of k, brought to j's channels by a 1x1 convolution r_k, is not. Network k learns to
-    fool D_k, whose weights are constants there: one backward serves both.
-
-    Source: Chung et al., "Feature-map-level online adversarial knowledge distillation", ICML 2020, from memory of the
-    paper. Could not be confirmed: the layers of D and r, and the weight a of the adversarial part.
-    Differs: the paper steps the adversarial part by an optimizer of its own; here a small weight stands for its small steps. At
-    a = 1 two networks trained from scratch learned to fool each other and nothing else (recipes/README.md).
+    Each adversary D_k learns L_D,k = (1 - D_k(F_j))² + D_k(r_k F_k)², with the maps F as constants:
+    the map of the next peer j = k + 1 (cyclically) is real; that of k, which a 1x1 convolution r_k
+    brings to j's channels, is not. Network k learns to fool D_k, whose weights are constants there:
+    one backward pass serves both.
 
     Args:
-        feature_dims: channels of each peer's last map (timm: ``model.num_features``).
-        temperature: 3 in the paper.
-        adversarial: a; ours.
+        feature_dims: channels of each peer's last map (timm: ``model.num_features``);
+            :meth:`bind` can fill it in.
+        temperature: 3.
+        adversarial: a, the weight of what fools the adversaries.
+        num_peers: how many networks; None is as many as ``feature_dims``, or 2.
+
+    References:
+        Chung et al., "Feature-map-level online adversarial knowledge distillation", ICML 2020. The
+        paper could not be read; the losses agree with a summary of it. The layers of D and r, the
+        temperature and the weight a are not confirmed (docs/unconfirmed.md).
+
+    Notes:
+        The paper steps the adversarial part with an optimizer and a learning rate of its own; here
+        a small weight stands for its small steps. At a = 1, two networks trained from scratch
+        learned to fool each other and nothing else (recipes/README.md).
     """
 
     def __init__(
         self,
-        feature_dims: Sequence[int],
+        feature_dims: Sequence[int] | None = None,
         temperature: float = 3.0,
         adversarial: float = 0.01,
-        **base: Any,
+        num_peers: int | None = None,
+        **base: Unpack[LossArguments],
     ) -> None:
-        super().__init__(feature_dims, temperature, **base)
+        super().__init__(feature_dims, temperature, num_peers, **base)
         self.adversarial = adversarial
+        self.complete()
+
+    def build(self) -> None:
         following = [*self.feature_dims[1:], self.feature_dims[0]]
         self.transfer = nn.ModuleList(
             nn.Conv2d(a, b, 1) for a, b in zip(self.feature_dims, following, strict=True)
         )
         self.adversaries = nn.ModuleList(_Adversary(b) for b in following)
 
-    def per_sample(
-        self, logits: Sequence[Tensor], target: Tensor, features: Sequence[Tensor]
-    ) -> Tensor:
-        features = self.last_maps(logits, features)
-        total = torch.zeros_like(logits[0][:, 0])
-        for k, (z, transfer, adversary) in enumerate(
-            zip(logits, self.transfer, self.adversaries, strict=True)
-        ):
-            own = cross_entropy(Prediction.of(z).log_p, target)
-            others = [self.taught(y, z) for j, y in enumerate(logits) if j != k]
-            lesson = torch.stack(others).mean(0)
-            real, fake = _same_size(
-                [features[(k + 1) % self.num_peers].detach(), transfer(features[k])]
-            )
-            fool = (1.0 - adversary(fake, frozen=True)) ** 2
-            tell = (1.0 - adversary(real)) ** 2 + adversary(fake.detach()) ** 2
-            self.stats |= {
-                f"own_{peer_name(k)}": own.detach().mean(),
-                f"taught_{peer_name(k)}": lesson.detach().mean(),
-            }
-            self.stats |= {f"adversary_{peer_name(k)}": tell.detach().mean()}
-            total = total + own + lesson + self.adversarial * fool + tell
+    def per_sample(self, logits: Sequence[Tensor], target: Tensor, features: PeerMaps) -> Tensor:
+        maps = self.last_maps(logits, features)
+        lessons = [
+            torch.stack([self.taught(y, z) for j, y in enumerate(logits) if j != k]).mean(0)
+            for k, z in enumerate(logits)
+        ]
+        total = self.add_up(logits, target, lessons)
+        games = [self.play(k, maps) for k in range(self.num_peers)]
+        self.log("adversary", [tell for _, tell in games])
+        for fool, tell in games:
+            total = total + self.adversarial * fool + tell
         return total
+
+    def play(self, k: int, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """What network k pays if it does not fool its adversary, and L_D,k; [B] each."""
+        adversary = self.adversaries[k]
+        following = maps[(k + 1) % self.num_peers].detach()
+        real, fake = same_size([following, self.transfer[k](maps[k])])
+        fool = (1.0 - adversary(fake, frozen=True)) ** 2
+        return fool, (1.0 - adversary(real)) ** 2 + adversary(fake.detach()) ** 2
