@@ -347,7 +347,8 @@ def methods() -> str:
         cls = loss_class(name)
         doc = " ".join((cls.__doc__ or "").split())
         formula = (cls.__doc__ or "").split("\n\n")[0]
-        source = doc.partition("Source: ")[2].partition(". ")[0].split(" Unsaid")[0].rstrip(".")
+        source = re.split("References: |Source: ", doc, maxsplit=1)[-1]
+        source = re.split(r"\. | Notes:| Unsaid| >>> ", source, maxsplit=1)[0].rstrip(".")
         reads = ", ".join(
             ["logits of each peer" if cls.peers else "logits", "target", *sorted(cls.reads)]
         )

@@ -5,11 +5,9 @@ from .base import Loss, Sum
 from .co_teaching import S2E, CoTeaching, CoTeachingPlus, S2ESchedule, SmallLoss
 from .curriculum import MentorNet
 from .distill import AEKD, AVER, CAMKD, EBKD, KD, LabelRevision
-from .teacher_free import TfKDReg, TfKDSelf
-from .teacher_free import TfKDReg, TfKDSelf
+from .distill_contrast import CRD
 from .distill_features import AT, VID, CAMKDFeatures, FitNet
-from .distill_contrast import CRD
-from .distill_contrast import CRD
+from .dmi import DMI
 from .gradients import mask_noncritical_
 from .masked import Selected
 from .mutual import SMKD, Confident, Everything, Mutual, Nothing, Selector
@@ -26,10 +24,9 @@ from .refined import (
     Refined,
 )
 from .registry import create_loss, list_losses, loss_class, register_loss
-from .dmi import DMI
-from .dmi import DMI
 from .robust import APL, GCE, MAE, NCE, NFL, RCE, SCE, TruncatedGCE
 from .sample_memory import Joint, SoftLabels
+from .teacher_free import TfKDReg, TfKDSelf
 from .transition import BackwardCorrection, ForwardCorrection, TRevision
 
 __all__ = [

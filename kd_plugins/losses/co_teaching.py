@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .functional import Prediction, cross_entropy
 from .mutual import Mutual, Selector
-from .online import _refuse_count
 from .refined import CE
 from .registry import register_loss
 from .state import KeepsPrecision, Progress
@@ -175,7 +174,6 @@ class CoTeachingPlus(Mutual):
         self.progress = Progress() if start else None
 
     def per_sample(self, logits: Sequence[Tensor], target: Tensor) -> Tensor:
-        _refuse_count(self, logits)
         log_ps = [Prediction.of(z).log_p for z in logits]
         losses = [cross_entropy(log_p, target) for log_p in log_ps]
         a, b = (log_p.detach().argmax(-1) for log_p in log_ps)

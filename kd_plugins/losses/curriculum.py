@@ -87,7 +87,7 @@ class MentorNet(Loss):
 
     def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
         losses = cross_entropy(log_softmax(logits), target)
-        if self.training and torch.is_grad_enabled():
+        if self.moves_state:
             self._move(losses.detach())
         with torch.no_grad():
             v = self.weights(losses)

@@ -46,6 +46,7 @@ class _Contrast(KeepsPrecision):
         self.embeds: Any = nn.ModuleList(nn.Linear(d, feat_dim) for d in dims)
         self.banks: Any = nn.ModuleList(SampleTable(num_samples, feat_dim) for _ in dims)
         bound = math.sqrt(3 / feat_dim)  # E ‖m‖² = 1
+        bank: Any
         for bank in self.banks:
             bank.rows.uniform_(-bound, bound, generator=start)
         self.register_buffer("z", torch.zeros(2))  # 0: not known yet
@@ -57,7 +58,7 @@ class _Contrast(KeepsPrecision):
         ]
         score = self._scores(anchors, index, negatives)  # [2, B, 1 + K]
         noise = len(negatives) / self.banks[0].num_samples  # K P_n
-        learns = self.training and torch.is_grad_enabled()
+        learns = self.moves_state
         z = self._normalizer(score.detach(), learns)
         log_odds = score - (noise * z).log()[:, None, None]
         if learns:

@@ -186,7 +186,7 @@ class AT(Loss):
     ) -> Tensor:
         if not teacher_features:
             raise ValueError(
-                "AT: teacher_features is empty: expected the maps of a teacher or more"
+                "AT: teacher_features is empty: expected the maps of at least one teacher"
             )
         single = any(len(maps) == 1 for maps in (features, *teacher_features))
         total = torch.zeros_like(logits[:, 0])
@@ -355,9 +355,7 @@ class CAMKDFeatures(MapDistillation):
         self.complete()
 
     def build(self) -> None:
-        validate.same_length(
-            "one classifier per teacher", teachers=self.teacher_dims, heads=self.heads
-        )
+        validate.same_length(teacher_dims=self.teacher_dims, heads=self.heads)
         for head, dim in zip(self.heads, self.teacher_dims, strict=True):
             if head.weight is not None and head.weight.shape != (self.num_classes, dim):
                 raise ValueError(

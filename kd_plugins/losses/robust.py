@@ -122,6 +122,7 @@ class TruncatedGCE(GCE):
         leaves out L_q(k) of every sample, pruned or not: another value, the same gradient.
     """
 
+    num_samples: Any  # int, or None as long as it is not known
     needs: Mapping[str, str] = {"num_samples": "num_samples"}
 
     def __init__(
@@ -150,7 +151,7 @@ class TruncatedGCE(GCE):
 
     def per_sample(self, logits: Tensor, target: Tensor, index: Tensor) -> Tensor:
         losses = super().per_sample(logits, target)
-        if self.training and torch.is_grad_enabled():
+        if self.moves_state:
             self._decide(losses.detach(), index)
         w = self.weights.read(index).to(losses.dtype)
         self.log("kept", w)
@@ -200,7 +201,7 @@ class RCE(Loss):
 
 @register_loss("sce")
 class SCE(Loss):
-    """Symmetric cross-entropy, L = alpha H(q, p) + beta RCE, see :class:`RCE`.
+    """Symmetric cross-entropy, L = alpha H(q, p) + beta R(q, p), R the reverse cross-entropy.
 
     Args:
         alpha, beta: weights of the two terms. CIFAR-100 6, 0.1 (the default); CIFAR-10 0.1, 1;

@@ -54,6 +54,8 @@ class Joint(Loss):
         what is stored; one that was never seen has its given label.
     """
 
+    num_samples: Any  # int, or None as long as it is not known
+    num_classes: Any
     needs: Mapping[str, str] = {"num_samples": "num_samples", "num_classes": "num_classes"}
 
     def __init__(
@@ -106,7 +108,7 @@ class Joint(Loss):
         log_p = log_softmax(logits)
         p = log_p.exp()
         label = self._read(index, target)
-        if self.training and torch.is_grad_enabled():
+        if self.moves_state:
             self._store(index, p.detach())
         # ln mean_j p_jc in logarithms: finite, with its gradient, where the mean is 0 in floats
         log_mean = log_p.logsumexp(0) - math.log(len(logits))  # [C]

@@ -75,6 +75,7 @@ class TfKDReg(_TeacherFree):
         ``kl_reduction="mean"``, which equals the defaults here. Others of theirs, all with "mean":
         MobileNetV2 0.95, 40, 1; ShuffleNetV2 0.95, 10, 1; GoogLeNet 0.1, 40, 50.
 
+    >>> import torch
     >>> loss = TfKDReg(alpha=1.0, temperature=1e6)  # a uniform teacher
     >>> loss(torch.zeros(1, 4), torch.tensor([0])).abs() < 1e-6
     tensor(True)
@@ -131,6 +132,7 @@ class TfKDSelf(_TeacherFree):
         The authors' KL is a mean over samples and classes, 1/C of this one. Their settings (alpha
         0.9 to 0.95, T = 20, multiplier 1 to 100 by architecture) need ``kl_reduction="mean"``.
 
+    >>> import torch
     >>> z = torch.tensor([[2.0, 0.0, -1.0]])
     >>> TfKDSelf(alpha=1.0)(z, torch.tensor([0]), teacher=z).abs() < 1e-6
     tensor(True)

@@ -39,32 +39,33 @@ from kd_plugins.losses import registry as registry_module
 from kd_plugins.losses.state import KeepsPrecision, Progress
 
 B, C, T, STUDENT_DIM, TEACHER_DIM = 8, 4, 2, 6, 5
-ARGUMENTS = {  # of constructors that have required ones, by parameter name, for c classes
-    "num_samples": lambda c: 16,
-    "num_classes": lambda c: c,
+ARGUMENTS = {  # required by constructors, by parameter name, for c classes
     "transition": lambda c: 0.8 * torch.eye(c) + 0.2 / c,
-    "student_dim": lambda c: STUDENT_DIM,
-    "teacher_dim": lambda c: TEACHER_DIM,
-    "teacher_dims": lambda c: (TEACHER_DIM,) * T,
     "labels": lambda c: torch.randn(16, c).softmax(1),
-    "feature_dims": lambda c: (STUDENT_DIM,) * 2,
     "heads": lambda c: [torch.nn.Linear(TEACHER_DIM, c) for _ in range(T)],
 }
 every = pytest.mark.parametrize("name", list_losses())
 
 
+SIZES = {  # what bind fills in, for c classes
+    "num_samples": lambda c: 16,
+    "num_classes": lambda c: c,
+    "feature_dims": lambda c: [[STUDENT_DIM]] * 2,
+    "teacher_feature_dims": lambda c: [[TEACHER_DIM]] * T,
+}
+
+
 def required(cls):
-    return [
-        p.name
-        for p in inspect.signature(cls).parameters.values()
-        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    ]
+    parameters = inspect.signature(cls).parameters.values()
+    open_ = {"heads", *(p.name for p in parameters if p.default is p.empty)}
+    return [p.name for p in parameters if p.name in open_ and p.kind != p.VAR_KEYWORD]
 
 
 def make(name, classes=C, progress=0.7, **kwargs):
     torch.manual_seed(0)
     cls = loss_class(name)
     loss = create_loss(name, **{p: ARGUMENTS[p](classes) for p in required(cls)} | kwargs)
+    loss.bind(**{size: known(classes) for size, known in SIZES.items()})
     if progress is not None:
         loss.set_progress(progress)
     return loss
@@ -735,7 +736,8 @@ def test_never_waits_for_a_real_device(name):
 
 @every
 def test_docstring_says_where_it_comes_from(name):
-    assert "Source:" in inspect.cleandoc(loss_class(name).__doc__)
+    doc = inspect.cleandoc(loss_class(name).__doc__)
+    assert "\nReferences:" in doc or "\nSource:" in doc
 
 
 @pytest.fixture

@@ -323,7 +323,7 @@ def test_vid_with_one_fixed_variance_is_a_scaled_hint():
 def test_the_best_variance_of_a_channel_is_its_mean_squared_error():
     loss = VID(S, DIMS).double()
     f, ts = inputs(6)
-    for k, (s, t) in enumerate(loss.pairs(Z, f, ts)):
+    for k, (s, t) in enumerate(loss.pairs(Z, [f], [[t] for t in ts])):
         error = ((loss.means[k](s) - t) ** 2).mean((0, 2, 3)).detach()
         loss.alphas[k].data = torch.log(torch.expm1(error - loss.floor))
     best = call(loss, f, ts)
@@ -603,14 +603,19 @@ def test_weights_as_constants():
     assert call(loss, f, ts) == call(held, f, ts)
     assert (gradient(loss) - gradient(held)).abs().max() > 1e-5
     total = 0.0
-    ours = [embed(s) for embed, (s, _) in zip(held.embeds, held.pairs(Z, f, ts), strict=True)]
+    ours = [
+        embed(s)
+        for embed, (s, _) in zip(held.embeds, held.pairs(Z, [f], [[t] for t in ts]), strict=True)
+    ]
     doubt = torch.stack(
         [
             nn.functional.cross_entropy(h(s), Y, reduction="none")
             for h, s in zip(held.heads, ours, strict=True)
         ]
     )
-    for w, s, (_, t) in zip(1 - doubt.softmax(0), ours, held.pairs(Z, f, ts), strict=True):
+    for w, s, (_, t) in zip(
+        1 - doubt.softmax(0), ours, held.pairs(Z, [f], [[t] for t in ts]), strict=True
+    ):
         total = total + (w.detach() * (s - t).square().flatten(1).mean(1) / 2).mean()
     torch.testing.assert_close(gradient(held), torch.autograd.grad(total, f)[0])
 
@@ -623,7 +628,7 @@ def test_equal_teachers_weigh_the_same(count):
         embed.load_state_dict(loss.embeds[0].state_dict())
     f, ts = inputs(9)
     value = call(loss, f, ts[:1] * count)
-    small, goal = loss.pairs(Z, f, ts[:1] * count)[0]
+    small, goal = loss.pairs(Z, [f], [ts[:1]] * count)[0]
     torch.testing.assert_close(
         value, (loss.embeds[0](small) - goal).square().flatten(1).sum(1).mean()
     )
@@ -703,7 +708,7 @@ def test_heads_stay_frozen(kind):
 
 def test_heads_that_do_not_fit():
     for wrong, match in (
-        ([nn.Linear(3, C)], r"\(3, 2\) and 1 heads"),
+        ([nn.Linear(3, C)], "2 of teacher_dims, 1 of heads"),
         ([nn.Linear(2, C), nn.Linear(3, C)], "from 3 features to 3 classes"),
         ([nn.Linear(3, C), nn.Linear(2, 7)], "from 2 features to 3 classes"),
     ):

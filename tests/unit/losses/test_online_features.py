@@ -102,7 +102,7 @@ def test_the_ramp_is_one_at_its_end():
     seen = []
     for progress in (0.0, 0.25, 0.5, 1.0):
         loss.set_progress(progress)
-        seen.append(loss.weight().item())
+        seen.append(loss.ramp_weight().item())
     assert seen == pytest.approx([math.exp(-5), math.exp(-1.25), 1, 1])
 
 
