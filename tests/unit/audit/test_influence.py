@@ -391,7 +391,8 @@ class Hint(Loss):
     """A term on features alone."""
 
     def per_sample(self, logits, target, features, teacher_features):
-        return (features.mean((1, 2, 3)) - teacher_features[0].mean((1, 2, 3))).square()
+        (student,), ((teacher,), *_) = features, teacher_features
+        return (student.mean((1, 2, 3)) - teacher.mean((1, 2, 3))).square()
 
 
 class Taught(Loss):
