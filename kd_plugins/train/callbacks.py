@@ -3,45 +3,38 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_callback import ProgressCallback as TrainerBar
 
 from ..losses.base import Loss
 from ..losses.gradients import _rate, mask_noncritical_
 from ..models.hosted import Hosted
-from .run_folder import _checkpoint
+from .run_folder import (
+    LOSS,
+    checkpoint_of,
+    describe_run,
+    refuse_damaged,
+    refuse_other_run,
+    write_run,
+)
 
 
-class ProgressCallback(TrainerCallback):
-    """Tell a loss how far training is, and a seeded view which epoch it is; keep the loss's state in the checkpoints.
+class ScheduleCallback(TrainerCallback):
+    """Tell a loss how far training is, and a seeded view which epoch it is."""
 
-    For a plain ``Trainer``; ``MutualDistillationTrainer`` brings its own. The loss is saved as ``loss.safetensors`` in each
-    checkpoint and restored when training resumes from one in ``args.output_dir``.
-    """
-
-    def __init__(self, loss: Loss, *, save: bool = True) -> None:
-        self.loss, self.save = loss, save
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if not (self.save and state.global_step and self.loss.state_dict()):
-            return
-        path = _checkpoint(args, state) / "loss.safetensors"
-        if not path.exists():
-            raise FileNotFoundError(
-                f"{path} is missing: the loss would start with empty state; resume from a checkpoint in "
-                f"{args.output_dir} that has it"
-            )
-        self.loss.load_state_dict(load_file(path))
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # accelerate sets the epoch of the sampler or of the data set, never of both
         dataset: Any = getattr(train_dataloader, "dataset", None)
-        if hasattr(
-            dataset, "set_epoch"
-        ):  # accelerate sets the sampler's epoch or the data set's, never both
+        if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -52,12 +45,83 @@ class ProgressCallback(TrainerCallback):
         if isinstance(hosted, Hosted):
             hosted.average()
 
-    def on_save(self, args, state, control, **kwargs):
-        if self.save and args.should_save and self.loss.state_dict():
-            save_file(
-                {k: v.contiguous() for k, v in self.loss.state_dict().items()},
-                _checkpoint(args, state) / "loss.safetensors",
+
+class ProgressCallback(ScheduleCallback, ExportableState):
+    """Tell a loss how far training is; keep the state of the loss in the checkpoints.
+
+    For a plain ``Trainer``; ``MutualDistillationTrainer`` brings its own. Each checkpoint gets
+    ``run.json`` (what the run is) and ``loss.safetensors`` (where the loss has state). They are
+    written before ``trainer_state.json``, which completes a checkpoint, and before older ones are
+    deleted: a run that is killed at any moment can be resumed.
+
+    Args:
+        loss: the loss that ``as_compute_loss_func`` was given.
+        save: whether to write and to read these files.
+
+    Raises:
+        ValueError (when a run resumes from a checkpoint in ``args.output_dir``): the checkpoint
+            belongs to another run, or a file is missing or damaged.
+
+    Notes:
+        ``resume_from_checkpoint=True`` of the plain ``Trainer`` takes the newest folder, also one
+        that a kill has left unfinished. :func:`~kd_plugins.train.last_checkpoint` does not. On
+        several processes the Trainer may delete an old checkpoint before the others have written
+        their part of the new one: keep at least two (``save_total_limit=2``).
+
+    >>> trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))  # doctest: +SKIP
+    """
+
+    def __init__(self, loss: Loss, *, save: bool = True) -> None:
+        super().__init__(loss)
+        self.save = save
+        self._training: tuple[Any, Any, dict[str, Any]] | None = None
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        if args.restore_callback_states_from_checkpoint:
+            raise ValueError(
+                "restore_callback_states_from_checkpoint=True makes new callbacks from JSON, and "
+                "ProgressCallback holds a loss: leave it out"
             )
+        # A checkpoint of a run without this callback does not know it, and the Trainer asks.
+        state.stateful_callbacks.setdefault(type(self).__name__, {})
+        if not self.save:
+            return
+        data = getattr(train_dataloader, "dataset", None)
+        run = describe_run(args, self.loss, [extract_model_from_parallel(model)], (), data)
+        if state.global_step:
+            self._resume(checkpoint_of(args, state), run)
+        self._training = args, state, run
+
+    def _resume(self, folder: Path, run: dict[str, Any]) -> None:
+        if not folder.exists() and not self.loss.state_dict():
+            return  # a checkpoint from elsewhere, and nothing to read from it
+        refuse_other_run(folder, run)
+        refuse_damaged(folder)
+        if self.loss.state_dict():
+            if not (folder / LOSS).exists():
+                raise FileNotFoundError(
+                    f"{folder / LOSS} is missing: the loss would start with empty state. Resume "
+                    f"from a checkpoint in {folder.parent} that has it"
+                )
+            self.loss.load_state_dict(load_file(folder / LOSS))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._training = None
+
+    def state(self) -> dict[str, Any]:
+        """Write the files of a checkpoint.
+
+        The Trainer calls this on the main process when all else is written, just before it writes
+        its own state. It has no other hook there: ``on_save`` comes after the old are deleted.
+        """
+        if self._training is not None and self.save:
+            args, state, run = self._training
+            if (folder := checkpoint_of(args, state)).is_dir():
+                tensors = {k: v.contiguous() for k, v in self.loss.state_dict().items()}
+                if tensors:
+                    save_file(tensors, folder / LOSS)
+                write_run(folder, run, args, *[LOSS] * bool(tensors))
+        return {"args": {}, "attributes": {}}
 
 
 class CDRCallback(TrainerCallback):

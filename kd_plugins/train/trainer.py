@@ -25,9 +25,9 @@ from ..models.factory import logits_of, make_model, make_teacher
 from ..models.hosted import Hosted
 from ..models.input_config import batch_range, input_configs
 from .arguments import MutualTrainingArguments
-from .callbacks import ProgressCallback, _ShortBar
+from .callbacks import ScheduleCallback, _ShortBar
 from .checks import refuse_arguments, refuse_labels, refuse_pairing, refuse_tables
-from .run_folder import DATA, identity, last_checkpoint, refuse_other_data
+from .run_folder import describe_run, last_checkpoint, refuse_damaged, refuse_other_run, write_run
 
 logger = logging.get_logger(__name__)
 
@@ -133,7 +133,7 @@ class MutualDistillationTrainer(Trainer):
         hosted = Hosted(peers, loss, masters)
         super().__init__(hosted, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **hf)
         self.label_names = ["labels"]
-        self.add_callback(ProgressCallback(loss, save=False))  # the loss is part of the model
+        self.add_callback(ScheduleCallback(loss))  # the loss is part of the model
         if self.pop_callback(TrainerBar):
             self.add_callback(_ShortBar)
 
@@ -242,8 +242,21 @@ class MutualDistillationTrainer(Trainer):
         # networks in channels_last are strided, and safetensors takes packed tensors only
         super()._save(output_dir, {name: value.contiguous() for name, value in state_dict.items()})
         if self.args.should_save:
-            path = Path(output_dir or str(self.args.output_dir), DATA)
-            path.write_text(json.dumps(identity(self.train_dataset)), encoding="utf-8")
+            write_run(Path(output_dir or str(self.args.output_dir)), self._run(), self.args)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The main process then completes the checkpoint and deletes older ones. Every process has
+        # to have written its part by then.
+        self.accelerator.wait_for_everyone()
+
+    def _run(self) -> dict[str, Any]:
+        """What this run is: see :func:`~kd_plugins.train.run_folder.describe_run`."""
+        hosted = self.model
+        run = describe_run(
+            self.args, hosted.criterion, hosted.peers, hosted.teachers, self.train_dataset
+        )
+        return run | {"optim_per_peer": json.loads(json.dumps(self.optim_per_peer, default=str))}
 
     def _refuse_nan(self, means: dict[str, float]) -> None:
         if not math.isfinite(means["loss"]):
@@ -257,19 +270,26 @@ class MutualDistillationTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """As the Trainer's. ``resume_from_checkpoint=True`` goes on from the last complete checkpoint, if there is one."""
+        """As the Trainer's. ``resume_from_checkpoint=True`` goes on from the last complete checkpoint,
+        if there is one, and starts anew otherwise.
+
+        Raises:
+            ValueError: the checkpoint belongs to another run, or a file is missing or damaged.
+        """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = self._last_checkpoint()
+        if resume_from_checkpoint:
+            folder = Path(resume_from_checkpoint)
+            refuse_damaged(folder)
+            refuse_other_run(folder, self._run())
+        self._sums, self._steps = {}, 0
         try:
-            if resume_from_checkpoint:
-                refuse_other_data(Path(resume_from_checkpoint, DATA), self.train_dataset)
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         except Exception as error:
-            ours = type(error) is ValueError  # which says it all
-            if resume_from_checkpoint and not self._sums and not ours:
+            if resume_from_checkpoint and not self._sums:
                 error.add_note(
-                    f"while resuming from {resume_from_checkpoint}, before the first step: where a file there is "
-                    "damaged, or not of this trainer, resume from another checkpoint"
+                    f"while resuming from {resume_from_checkpoint}, before the first step: where a "
+                    "file there is damaged, or not of this trainer, resume from another checkpoint"
                 )
             raise
         for name, view in _named({"train": self.train_dataset}, self.eval_dataset):
@@ -280,6 +300,11 @@ class MutualDistillationTrainer(Trainer):
                     f"{len(broken)} pictures of the {name} data were not readable and were replaced: {shown}"
                 )
         return output
+
+    def _last_checkpoint(self) -> str | None:
+        """The last checkpoint that every process can go on from."""
+        paths = gather_object([last_checkpoint(self.args.output_dir)])
+        return None if None in paths else min(paths, key=lambda p: int(p.rsplit("-", 1)[1]))
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import (
+    ResNetConfig,
+    ResNetForImageClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -131,6 +133,16 @@ def hard(folder, callbacks=(), **kwargs):
     )
 
 
+class StopAt(TrainerCallback):
+    """Training ends after this step, as if it had been interrupted; the schedule is that of the whole."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= state.global_step >= self.step
+
+
 class Killed(TrainerCallback):
     """The power goes."""
 
@@ -172,6 +184,13 @@ def vit(classes=CLASSES, seed=0, **config):
         "hidden_dropout_prob": 0.0,
     }
     return ViTForImageClassification(ViTConfig(**sizes | config))
+
+
+def resnet(classes=CLASSES, seed=0):
+    """A Hugging Face classifier whose checkpoints its Trainer reads back exactly (a ViT's it does not)."""
+    torch.manual_seed(seed)
+    sizes = {"embedding_size": 4, "hidden_sizes": [4, 4], "depths": [1, 1], "num_labels": classes}
+    return ResNetForImageClassification(ResNetConfig(**sizes))
 
 
 def plain(folder, loss, model=None, train=None, *, callbacks=None, **kwargs):

@@ -1,6 +1,7 @@
 """Two gloo processes against one, in one launch: each rank trains, and writes what it holds for this file to compare."""
 
 import copy
+import json
 import os
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ from kd_plugins import (
 )
 from kd_plugins.data import ImageView
 from kd_plugins.models import Hosted
+from kd_plugins.train.run_folder import faults
 
 WORLD = 2
 BROKEN = range(1, ROWS, 6)
@@ -200,7 +202,8 @@ def rank_main(folder):
 
     run = saving(folder / "saved", WORLD, save_strategy="steps", save_steps=1)
     run.train()
-    out["whole"] = result(run)
+    last = folder / "saved" / "checkpoint-9"
+    out["whole"] = result(run) | {"faults": faults(last), "run": (last / "run.json").read_text()}
     for step in (2, 3, 5):
         run = saving(folder / f"resumed{step}", WORLD)
         run.train(str(folder / "saved" / f"checkpoint-{step}"))
@@ -333,6 +336,14 @@ def test_resume_on_two_processes_is_bit_equal(ranks, step):
         assert rank["whole"]["steps"] == rank[f"resumed{step}"]["steps"] == 9
     first = ranks[0]
     assert difference(first["whole"]["state"], first[f"resumed{step}"]["state"]) == 0
+
+
+def test_a_checkpoint_consists_of_the_files_of_both_processes(ranks):
+    for rank in ranks:
+        assert rank["whole"]["faults"] == []
+        content = json.loads(rank["whole"]["run"])
+        assert content["files"] == ["rng_state_0.pth", "rng_state_1.pth"]
+        assert content["processes"] == 2
 
 
 @pytest.mark.parametrize("name", STATEFUL)

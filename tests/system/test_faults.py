@@ -23,9 +23,12 @@ import torch
 from helpers.tiny import (
     CLASSES,
     Net,
+    StopAt,
     difference,
     hard,
+    jitter,
     plain,
+    resnet,
     rows,
     state,
     to_tensor,
@@ -34,14 +37,15 @@ from helpers.tiny import (
     vit,
 )
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.task import resume_task_checkpoint
 
-from kd_plugins import DynamicsCallback, MyLC, find_suspects, html_page, predict_probs
+from kd_plugins import DynamicsCallback, MyLC, ProSelfLC, find_suspects, html_page, predict_probs
 from kd_plugins.audit.dynamics import read_dynamics, summarise
 from kd_plugins.data import ImageView, cache_teachers
 from kd_plugins.models import export, make_model, make_teacher
 from kd_plugins.train import last_checkpoint
+from kd_plugins.train.run_folder import STATE, is_finished
 from kd_plugins.train.timm import StatefulClassificationTask
 
 STEPS = 60
@@ -50,10 +54,21 @@ fork = multiprocessing.get_context(
 )  # what is imported stays imported: a start takes no seconds
 
 
-def train(folder):
+def mutual(folder):
     run = hard(folder, callbacks=[DynamicsCallback()], max_steps=STEPS, save_total_limit=3)
     run.train(resume_from_checkpoint=True)
     run.save_model(str(folder / "end"))
+
+
+def stock(folder):
+    """A plain Trainer that keeps one checkpoint, and a loss with state in a file of its own."""
+    loss, model = MyLC(window=20) + ProSelfLC(), resnet()
+    settings = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    data = ImageView(rows(), jitter)
+    run = plain(folder, loss, model, data, max_steps=STEPS, logging_steps=20, **settings)
+    run.train(resume_from_checkpoint=last_checkpoint(folder))
+    run.save_model(str(folder / "end"))
+    save_file(loss.state_dict(), folder / "end" / "loss.safetensors")
 
 
 def child(work, *args):
@@ -70,50 +85,49 @@ def child(work, *args):
 
 
 def step_of(folder):
-    found = last_checkpoint(folder)
-    return int(found.rsplit("-", 1)[1]) if found else 0
+    """The step of the newest checkpoint that was written to its end."""
+    return max((int(p.name[11:]) for p in folder.glob("checkpoint-*") if is_finished(p)), default=0)
 
 
 def visits(folder):
     return sorted(tuple(row.items()) for row in read_dynamics(folder / "dynamics").to_list())
 
 
-def test_twenty_kills_and_nothing_lost(tmp_path):
-    """SIGKILL at random moments, many of them while a checkpoint is being written; weights and dynamics end bit-equal."""
+@pytest.mark.parametrize("train", [mutual, stock])
+def test_twenty_kills_and_nothing_lost(tmp_path, train):
+    """SIGKILL at random moments, many of them while a checkpoint is being written: each time there
+    is one to go on from; weights, state of the loss and dynamics end bit-equal."""
     quiet, often = tmp_path / "quiet", tmp_path / "often"
     process = child(train, quiet)
     process.join()
     assert process.exitcode == 0
-    dice, half_written = random.Random(0), 0
+    dice, half_written, reached = random.Random(0), 0, 0
     for kill in range(20):
         before = step_of(often)
-        assert before < STEPS, f"it came to its end before kill {kill}"
+        assert reached <= before < STEPS, f"{reached} -> {before} before kill {kill}"
+        reached = before
         process = child(train, often)
-        at_once = (
-            kill % 2 == 0
-        )  # as soon as the folder of the next checkpoint is there; else some time after it is whole
-        deadline = time.monotonic() + 60
-        while (
-            not (often / f"checkpoint-{before + 2}").exists()
-            if at_once
-            else step_of(often) == before
-        ):
-            assert process.is_alive() and time.monotonic() < deadline
+        # As soon as the folder of the next checkpoint is there; else some time after it is whole.
+        at_once, following = kill % 2 == 0, often / f"checkpoint-{before + 2}"
+        while not following.exists() if at_once else step_of(often) == before:
+            assert process.is_alive()
             time.sleep(0.0005)
         time.sleep(0.0 if at_once else dice.uniform(0.0, 0.05))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        half_written += any(
-            not (p / "trainer_state.json").exists() for p in often.glob("checkpoint-*")
-        )
+        half_written += any(not (p / STATE).exists() for p in often.glob("checkpoint-*"))
+        found = last_checkpoint(often)
+        assert found == (str(often / f"checkpoint-{step_of(often)}") if step_of(often) else None)
     assert half_written > 0  # some kills hit what they were meant to
     process = child(train, often)
     process.join()
     assert process.exitcode == 0
-    ends = [load_file(folder / "end" / "model.safetensors") for folder in (quiet, often)]
-    assert difference(*ends) == 0.0
-    assert visits(often) == visits(quiet)
+    for name in ["model.safetensors"] + ["loss.safetensors"] * (train is stock):
+        ends = [load_file(folder / "end" / name) for folder in (quiet, often)]
+        assert difference(*ends) == 0.0
+    if train is mutual:
+        assert visits(often) == visits(quiet)
     assert not list(often.rglob("*.part"))
 
 
@@ -170,20 +184,18 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 @pytest.mark.parametrize("change", ["fewer rows", "other labels"])
 def test_data_that_changed_under_a_resumed_run(tmp_path, change):
     """Refused with what differs; the same data go on."""
-    hard(tmp_path, max_steps=4).train()
+    hard(tmp_path, [StopAt(4)]).train()
     other = (
         view(40) if change == "fewer rows" else ImageView(rows(wrong=0.6), to_tensor, clean="clean")
     )
-    match = "48 rows, now 40" if change == "fewer rows" else "other labels in as many rows"
-    with pytest.raises(ValueError, match=rf"checkpoint-4 was trained on other data: {match}"):
+    match = "data.rows was 48 and is now 40" if change == "fewer rows" else r"data\.labels was"
+    with pytest.raises(ValueError, match=rf"checkpoint-4 belongs to another run: .*{match}"):
         trainer(tmp_path, train=other).train(resume_from_checkpoint=True)
-    run = hard(tmp_path, max_steps=6)
+    run = hard(tmp_path, [StopAt(6)])
     run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 6
-    assert set(json.loads((tmp_path / "checkpoint-6" / "training_data.json").read_text())) == {
-        "rows",
-        "labels",
-    }
+    saved = json.loads((tmp_path / "checkpoint-6" / "run.json").read_text())["run"]
+    assert {"data.rows", "data.labels", "data.class_names"} <= set(saved)
 
 
 # --------------------------------------------------------------------------------------------------------------- pickles
@@ -297,33 +309,34 @@ def test_weights_that_do_not_fit_say_so(tmp_path):
     ],
 )
 def test_checkpoints_that_would_run(tmp_path, poison, form, name):
-    hard(tmp_path, max_steps=2).train()
+    """What is no archive of torch is refused by name; what is one is refused by torch."""
+    hard(tmp_path, [StopAt(2)]).train()
     checkpoint = tmp_path / "checkpoint-2"
     if name == "pytorch_model.bin":
         (checkpoint / "model.safetensors").unlink()
     poison(form, checkpoint / name)
-    run = hard(tmp_path, max_steps=4)
+    run = hard(tmp_path)
     if name == "scaler.pt":  # which a CPU has not
         run.accelerator.native_amp, run.accelerator.scaler = True, torch.amp.GradScaler("cpu")
-    with pytest.raises(Exception, match=r"[Ww]eights.only|deserializing header") as raised:
+    expected = rf"{name} is damaged|[Ww]eights.only|deserializing header"
+    with pytest.raises(Exception, match=expected) as raised:
         run.train(resume_from_checkpoint=True)
-    assert str(checkpoint) in raised.value.__notes__[0]
+    assert str(checkpoint) in "".join([str(raised.value), *getattr(raised.value, "__notes__", [])])
 
 
-@pytest.mark.parametrize("name", ["training_data.json", "trainer_state.json"])
+@pytest.mark.parametrize("name", ["run.json", "trainer_state.json"])
 def test_damaged_checkpoints_are_named(tmp_path, name):
-    hard(tmp_path, max_steps=2).train()
+    hard(tmp_path, [StopAt(2)]).train()
     (tmp_path / "checkpoint-2" / name).write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError) as raised:
-        hard(tmp_path, max_steps=4).train(str(tmp_path / "checkpoint-2"))
-    assert str(tmp_path / "checkpoint-2") in raised.value.__notes__[0]
+    with pytest.raises(ValueError, match=rf"checkpoint-2 cannot be resumed: {name} is damaged"):
+        hard(tmp_path).train(str(tmp_path / "checkpoint-2"))
 
 
 def test_arguments_in_a_checkpoint_are_not_read(tmp_path, poison):
     """training_args.bin is a pickle that the Trainer writes for its user; a run that goes on asks its own."""
-    hard(tmp_path, max_steps=2).train()
+    hard(tmp_path, [StopAt(2)]).train()
     poison("pickle", tmp_path / "checkpoint-2" / "training_args.bin")
-    run = hard(tmp_path, max_steps=4)
+    run = hard(tmp_path, [StopAt(4)])
     run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 4
 
@@ -331,12 +344,11 @@ def test_arguments_in_a_checkpoint_are_not_read(tmp_path, poison):
 @forms
 def test_state_of_a_loss_that_would_run(tmp_path, poison, form):
     """In a stock Trainer and in timm's loop, where the loss has a file or an entry of its own."""
-    plain(
-        tmp_path, MyLC(window=20), vit(), save_strategy="steps", save_steps=3, max_steps=3
-    ).train()
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    plain(tmp_path, MyLC(window=20), vit(), **saving).train()
     poison(form, tmp_path / "checkpoint-3" / "loss.safetensors")
-    with pytest.raises(Exception, match="deserializing header"):
-        plain(tmp_path, MyLC(window=20), vit(), max_steps=4).train(str(tmp_path / "checkpoint-3"))
+    with pytest.raises(Exception, match=r"loss\.safetensors is damaged|deserializing header"):
+        plain(tmp_path, MyLC(window=20), vit(), max_steps=3).train(str(tmp_path / "checkpoint-3"))
     task = StatefulClassificationTask(Net(), MyLC(window=20), verbose=False)
     with pytest.raises(Exception, match=r"[Ww]eights.only"):
         resume_task_checkpoint(task, str(poison(form, tmp_path / "last.pth.tar")))
