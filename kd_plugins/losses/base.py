@@ -155,12 +155,7 @@ class Loss(KeepsPrecision):
 
         ``inputs`` may hold more than this loss reads.
         """
-        if missing := [name for name in self.needs if getattr(self, name) is None]:
-            call = ", ".join(f"{argument}=..." for argument in {self.needs[n]: 0 for n in missing})
-            raise RuntimeError(
-                f"{type(self).__name__} does not know {' and '.join(missing)}: pass it to the "
-                f"constructor or call loss.bind({call}); MutualDistillationTrainer does"
-            )
+        self.require_sizes()
         self.stats, self.selection = {}, None  # written, never read: torch.compile needs no guard
         own = {key: value for key, value in inputs.items() if key in self.required_inputs}
         losses = self.per_sample(logits, target, **own)
@@ -253,6 +248,15 @@ class Loss(KeepsPrecision):
         if name in self.needs:
             setattr(self, name, value)
 
+    def require_sizes(self) -> None:
+        """Raise if some of ``needs`` are still open."""
+        if missing := [name for name in self.needs if getattr(self, name) is None]:
+            call = ", ".join(f"{argument}=..." for argument in {self.needs[n]: 0 for n in missing})
+            raise RuntimeError(
+                f"{type(self).__name__} does not know {' and '.join(missing)}: pass it to the "
+                f"constructor or call loss.bind({call}); MutualDistillationTrainer does"
+            )
+
     def complete(self) -> None:
         """Call :meth:`build` once all of ``needs`` are known. The last line of a constructor."""
         if not self._built and all(getattr(self, name) is not None for name in self.needs):
@@ -302,7 +306,11 @@ class Sum(Loss):
     """Σ_i w_i L_i, as in ``0.1 * CE() + 0.9 * KD(temperature=4)``. Each term gets what it reads."""
 
     def __init__(
-        self, terms: Sequence[tuple[float, Loss]], *, reduction: str | None = None
+        self,
+        terms: Sequence[tuple[float, Loss]],
+        *,
+        reduction: str | None = None,
+        weight: Tensor | Sequence[float] | None = None,
     ) -> None:
         reductions = {reduction} if reduction else {term.reduction for _, term in terms}
         sizes = {term.num_classes for _, term in terms} - {None}
@@ -311,7 +319,9 @@ class Sum(Loss):
                 f"the terms of a sum must agree on reduction (here {reductions}) and on "
                 f"num_classes (here {sizes})"
             )
-        super().__init__(num_classes=next(iter(sizes), None), reduction=reductions.pop())
+        super().__init__(
+            num_classes=next(iter(sizes), None), reduction=reductions.pop(), weight=weight
+        )
         self.weights = [float(w) for w, _ in terms]
         self.terms: Any = nn.ModuleList(term for _, term in terms)
         losses = [term for _, term in terms]

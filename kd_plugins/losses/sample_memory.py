@@ -91,6 +91,7 @@ class Joint(Loss):
         Raises:
             ValueError: some samples were never seen in training.
         """
+        self.require_sizes()
         if unseen := int((self.visits.rows == 0).sum()):
             raise ValueError(
                 f"{unseen} of {self.num_samples} samples were never seen in training and have no "
