@@ -169,7 +169,7 @@ def _mean_gradient(batches: Iterable[_Batch]) -> Tensor:
 
 
 def _hessian(batches: Iterable[_Batch]) -> Tensor:
-    """mean_i (diag(p_i) - p_i p_iᵀ) ⊗ x_i x_iᵀ, [C (D + 1), C (D + 1)] in float64 on the CPU."""
+    """mean_i (diag(p_i) - p_i p_iᵀ) ⊗ x_i x_iᵀ, [C (D + 1), C (D + 1)] float64 on the CPU."""
     blocks, outer, count = torch.zeros(()), torch.zeros(()), 0
     for x, _, p, _ in batches:
         x, p = x.cpu().double(), p.cpu().double()
@@ -202,8 +202,8 @@ def _classifier(model: nn.Module) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         found = f"its classifier is {type(head).__name__}" if able else "it lacks them"
         raise TypeError(
-            f"{type(model).__name__}: expected a network with timm's forward_features, forward_head "
-            f"and get_classifier, whose last layer is linear; {found}"
+            f"{type(model).__name__}: expected a linear last layer and timm's forward_features, "
+            f"forward_head and get_classifier; {found}"
         )
     return head
 

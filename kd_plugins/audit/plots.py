@@ -1,10 +1,13 @@
-"""Pictures and tables of runs, drawn from the Trainer's own log (`trainer_state.json`); a run may still be going.
+"""Pictures and tables of runs, from the log of the Trainer (`trainer_state.json`).
 
-A run is a folder with trainer_state.json or checkpoint-*/, such a file, or a list of log_history dicts. `runs` is one
-run or a dict name -> run. Needs matplotlib: pip install kd-plugins[recipes].
+A run is a folder with trainer_state.json or checkpoint-*/, such a file, or a list of log_history
+entries. It may still be going. `runs` is one run, or a dict from names to runs. The pictures need
+matplotlib: pip install kd-plugins[recipes].
 
-    python -m kd_plugins.audit.plots RUN [RUN ...]     draws into the folder of the first, whenever you like
+    python -m kd_plugins.audit.plots RUN [RUN ...]      draws into RUN/pictures of the first run
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -13,282 +16,251 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from .tables import markdown, mean_std, methods, write_methods
+
+__all__ = ["curves", "draw", "markdown", "mean_std", "methods", "read", "selection"]
 
 Log = list[dict[str, Any]]
-
-
 Run = str | Path | Sequence[Mapping[str, Any]]
 
-
-# Okabe & Ito's palette: told apart by colour-blind readers too
+# The palette of Okabe and Ito, which colour-blind readers can tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-
-
 GREY = "#555555"
+DASHES = ("-", ":", "-.")  # of the peers' accuracy
+EARLIER = {"chi": "threshold", "r": "mean_certainty"}  # log keys of earlier versions
 
 
-THIN = ("-", ":", "-.")
+class _Panel(NamedTuple):
+    """Which quantities share a picture: log key -> (label, line style). A colour is a peer."""
+
+    title: str
+    unit: str
+    lines: dict[str, tuple[str, str]]
 
 
-def read(run: Run) -> Log:
-    """The log_history of a run; of several states in a folder the one that got furthest."""
-    if not isinstance(run, (str, Path)):
-        return [dict(entry) for entry in run]
-    path = Path(run)
-    files = (
-        [path]
-        if path.is_file()
-        else [path / "trainer_state.json", *path.glob("checkpoint-*/trainer_state.json")]
-    )
-    states = []
-    for file in files:
-        try:
-            states.append((file, json.loads(file.read_text(encoding="utf-8"))))
-        except (FileNotFoundError, ValueError):
-            continue  # not there, being written at this moment, or cut off when the run was killed
-    if not states:
-        raise FileNotFoundError(
-            f"{path}: expected a readable trainer_state.json, here or in checkpoint-*/; found none"
-        )
-    for file, state in states:
-        log = state.get("log_history") if isinstance(state, dict) else None
-        if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
-            raise ValueError(
-                f"{file}: expected the state of a Trainer, with log_history, a list of entries; this "
-                "is other JSON, and there is nothing to draw in it"
-            )
-    return max((state for _, state in states), key=lambda state: state.get("global_step", 0))[
-        "log_history"
-    ]
-
-
-def curves(runs: Run | Mapping[str, Run], path: str | Path) -> Path:
-    """Test accuracy against epoch, one colour per run: mean over peers thick, each peer thin, ensemble dashed.
-
-    Beside it, where the log has them, what became of the training set's clean and wrong labels.
-    """
-    logs = _logs(runs)
-    accuracy = {name: _prefix(log, "accuracy") + "accuracy" for name, log in logs.items()}
-    noisy = {name: _prefix(log, "memorised") for name, log in logs.items()}
-    peers = sorted(
-        {key[len(accuracy[n]) :] for n, log in logs.items() for key in _keys(log, accuracy[n])}
-    )
-    peers = [
-        peer
-        for peer in peers
-        if peer not in ("", "_ensemble") and not peer.startswith("_clean_part")
-    ]
-    styles: dict[str, tuple[str, dict[str, Any]]] = {
-        "": ("mean over peers", {"linewidth": 2.8, "zorder": 3})
-    }
-    styles |= {
-        p: (f"peer {p[1:]}", {"linewidth": 1, "linestyle": dash})
-        for p, dash in zip(peers, cycle(THIN), strict=False)
-    }
-    styles |= {"_ensemble": ("ensemble", {"linewidth": 1.6, "linestyle": "--"})}
-
-    fig = _figure(11 if any(noisy.values()) else 6.5, 4.4)
-    axes = fig.subplots(1, 2 if any(noisy.values()) else 1, squeeze=False)[0]
-    for (name, log), colour in zip(logs.items(), cycle(COLOURS), strict=False):
-        for suffix, (_, style) in styles.items():
-            _line(axes[0], log, accuracy[name] + suffix, color=colour, **style)
-        last = [y for y in _series(log, accuracy[name])[1] if math.isfinite(y)][-1:]
-        axes[0].plot(
-            [], [], color=colour, linewidth=2.8, label=f"{name}: {last[0]:.1%}" if last else name
-        )
-        for stem, (_, style) in _NOISY.items() if noisy[name] else ():
-            _line(axes[1], log, noisy[name] + stem, color=colour, **style)
-    fig.legend(loc="outside upper center", ncols=min(3, len(logs)), frameon=False, fontsize=11)
-    _share_axis(axes[0], "test accuracy", "Accuracy")
-    if peers:
-        _legend(axes[0], -0.14, 2, styles)
-    if any(noisy.values()):
-        _share_axis(axes[1], "share of samples", "Training labels")
-        _legend(axes[1], -0.14, 2, _NOISY)
-    return _save(fig, path)
-
-
-def selection(run: Run, path: str | Path, num_classes: int | None = None) -> Path:
-    """Which knowledge is passed on: share of the batch that each peer teaches, and how many of those targets are right.
-
-    Below: the threshold χ(t) in nats (and its ceiling ln C, given num_classes), certainty and trust, loss terms.
-    """
-    log = read(run)
-    below = [panel for panel in _BELOW if any(_keys(log, stem) for stem in panel["stems"])]
-    fig = _figure(9, 4.2 + 2.9 * bool(below))
-    grid = fig.add_gridspec(
-        2 if below else 1, max(1, len(below)), height_ratios=[1.35, 1] if below else None
-    )
-    top = fig.add_subplot(grid[0, :])
-    peers = [key.removeprefix("selected_") for key in _keys(log, "selected")]
-    to = {peer: f"{peer} → {other}" for peer, other in zip(peers, reversed(peers), strict=True)}
-    to = to if len(peers) == 2 else {peer: f"{peer} → others" for peer in peers}
-    _stems(
-        top,
-        log,
-        {"selected": ("{}, share of batch", "-"), "right": ("{}, right of these", "--")},
-        to,
-    )
-    _share_axis(top, "share of samples", "Selected knowledge")
-    _legend(top, -0.15, 4)
-    for column, panel in enumerate(below):
-        ax = fig.add_subplot(grid[1, column])
-        _stems(ax, log, panel["stems"])
-        if panel["title"] == "Threshold" and num_classes:
-            ax.axhline(
-                math.log(num_classes),
-                color=GREY,
-                linewidth=1,
-                linestyle=":",
-                label=f"ln {num_classes}",
-            )
-        if panel["unit"] is None:
-            _share_axis(ax, "share", panel["title"])
-        else:
-            _axis(ax, panel["unit"], panel["title"])
-            ax.set_ylim(bottom=0)
-        _legend(ax, -0.24, 2)
-    return _save(fig, path)
-
-
-def draw(runs: Run | Mapping[str, Run], folder: str | Path) -> list[Path]:
-    """All pictures that the logs have figures for: curves.png, and selection[-<run>].png for each run that selects."""
-    folder, logs, paths = Path(folder), _logs(runs), []
-    if any(_finite(log, f"{_prefix(log, 'accuracy')}accuracy") for log in logs.values()):
-        paths.append(curves(logs, folder / "curves.png"))
-    for name, log in logs.items():
-        if any(
-            entry.get(key) for key in _keys(log, "selected") for entry in log
-        ):  # somebody taught somebody
-            suffix = (
-                "-" + re.sub(r"\W+", "-", name).strip("-").lower()
-                if isinstance(runs, Mapping)
-                else ""
-            )
-            paths.append(selection(log, folder / f"selection{suffix}.png"))
-    return paths
-
-
-def mean_std(values: Iterable[float], scale: float = 100.0, digits: int = 1) -> str:
-    """Mean ± sample deviation (n - 1) in per cent; one value has no deviation.
-
-    >>> mean_std([0.846, 0.850, 0.854]), mean_std([0.85])
-    ('85.0 ± 0.4', '85.0')
-    """
-    scaled = [scale * value for value in values]
-    return f"{fmean(scaled):.{digits}f}" + (
-        f" ± {stdev(scaled):.{digits}f}" if len(scaled) > 1 else ""
-    )
-
-
-def markdown(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table.
-
-    >>> print(markdown(["method", "accuracy"], [["CE", 72.8]]))
-    | method | accuracy |
-    |---|---|
-    | CE | 72.8 |
-    """
-    lines = [f"| {' | '.join(map(str, row))} |" for row in (header, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(header), *lines[1:]])
-
-
-# What is drawn how. Peers share a line style per quantity and differ in colour.
-_NOISY: dict[str, tuple[str, dict[str, Any]]] = {
+SELECTED = _Panel(
+    "Selected knowledge",
+    "share of samples",
+    {"selected": ("{}, share of batch", "-"), "right": ("{}, right of these", "--")},
+)
+DETAILS = (
+    _Panel("Threshold", "entropy [nats]", {"threshold": ("χ(t)", "-")}),
+    _Panel(
+        "Certainty and trust",
+        "share",
+        {"mean_certainty": ("r of {}", "-"), "eps": ("ε of {}", "--")},
+    ),
+    _Panel("Loss", "loss [nats]", {"own": ("own, {}", "-"), "taught": ("taught, {}", "--")}),
+)
+Styles = Mapping[str, tuple[str, dict[str, Any]]]  # log key -> label and properties of the line
+MEMORISATION: Styles = {
     "accuracy_clean_part": ("right, of clean labels", {"linewidth": 2}),
     "memorised": ("memorised, of wrong labels", {"linewidth": 2, "linestyle": "--"}),
     "corrected": ("corrected, of wrong labels", {"linewidth": 2, "linestyle": ":"}),
 }
 
 
-_BELOW: tuple[dict[str, Any], ...] = (
-    {"title": "Threshold", "unit": "entropy [nats]", "stems": {"chi": ("χ(t)", "-")}},
-    {
-        "title": "Certainty and trust",
-        "unit": None,
-        "stems": {"r": ("r of {}", "-"), "eps": ("ε of {}", "--")},
-    },
-    {
-        "title": "Loss",
-        "unit": "loss [nats]",
-        "stems": {"own": ("own, {}", "-"), "taught": ("taught, {}", "--")},
-    },
-)
+def read(run: Run) -> Log:
+    """The log_history of a run. In a folder, the state with the most steps is read.
+
+    Raises:
+        FileNotFoundError: there is no readable state.
+        ValueError: a file is JSON, but not the state of a Trainer.
+    """
+    if not isinstance(run, str | Path):
+        return _renamed(run)
+    path = Path(run)
+    folders = [path, *path.glob("checkpoint-*")]
+    files = [path] if path.is_file() else [folder / "trainer_state.json" for folder in folders]
+    states = []
+    for file in files:
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            continue  # missing, being written just now, or cut off when the run was killed
+        log = state.get("log_history") if isinstance(state, dict) else None
+        if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
+            raise ValueError(
+                f"{file}: expected the state of a Trainer, with log_history; this is other "
+                "JSON, so there is nothing to draw"
+            )
+        states.append((state.get("global_step", 0), log))
+    if not states:
+        raise FileNotFoundError(
+            f"{path}: expected a readable trainer_state.json, here or in checkpoint-*/; found none"
+        )
+    return _renamed(max(states, key=lambda state: state[0])[1])
+
+
+def draw(runs: Run | Mapping[str, Run], folder: str | Path) -> list[Path]:
+    """Draw every picture that the logs have data for.
+
+    These are curves.png, and for each run that selects samples selection.png, with the name of the
+    run in it if `runs` is a dict.
+    """
+    folder, logs, paths = Path(folder), _logs(runs), []
+    if any(_keys(log, _accuracy_key(log)) for log in logs.values()):
+        paths.append(curves(logs, folder / "curves.png"))
+    for name, log in logs.items():
+        if any(entry.get(key) for key in _keys(log, "selected") for entry in log):
+            slug = re.sub(r"\W+", "-", name).strip("-").lower()
+            file = f"selection-{slug}.png" if isinstance(runs, Mapping) else "selection.png"
+            paths.append(selection(log, folder / file))
+    return paths
+
+
+def curves(runs: Run | Mapping[str, Run], path: str | Path) -> Path:
+    """Draw test accuracy against epoch: one colour per run, peers thin, their mean thick.
+
+    If the logs have figures of memorisation, they are drawn beside it.
+    """
+    logs = _logs(runs)
+    noisy = any(_prefix(log, "memorised") for log in logs.values())
+    fig = _figure(11 if noisy else 6.5, 4.4)
+    axes = fig.subplots(1, 1 + noisy, squeeze=False)[0]
+    _draw_accuracy(axes[0], logs)
+    fig.legend(loc="outside upper center", ncols=min(3, len(logs)), frameon=False, fontsize=11)
+    if noisy:
+        for log, colour in zip(logs.values(), cycle(COLOURS), strict=False):
+            for key, (_, style) in MEMORISATION.items():
+                _line(axes[1], log, _prefix(log, "memorised") + key, color=colour, **style)
+        _axis(axes[1], "Training labels", "share of samples")
+        _legend(axes[1], -0.14, 2, MEMORISATION)
+    return _save(fig, path)
+
+
+def selection(run: Run, path: str | Path, num_classes: int | None = None) -> Path:
+    """Draw how much of the batch each peer teaches, and how many of these targets are right.
+
+    Below: the threshold χ(t) in nats (with its maximum ln C, given num_classes), certainty and
+    trust, and the terms of the loss.
+    """
+    log = read(run)
+    details = [panel for panel in DETAILS if any(_keys(log, key) for key in panel.lines)]
+    fig = _figure(9, 4.2 + 2.9 * bool(details))
+    heights = [1.35, 1] if details else [1]
+    grid = fig.add_gridspec(len(heights), max(1, len(details)), height_ratios=heights)
+    peers = [key.removeprefix("selected_") for key in _keys(log, "selected")]
+    others = reversed(peers) if len(peers) == 2 else ["others"] * len(peers)
+    names = {peer: f"{peer} → {other}" for peer, other in zip(peers, others, strict=True)}
+    _draw_panel(fig.add_subplot(grid[0, :]), log, SELECTED, names)
+    for column, panel in enumerate(details):
+        _draw_panel(fig.add_subplot(grid[1, column]), log, panel, {}, num_classes)
+    return _save(fig, path)
+
+
+# ------------------------------------------------------------------------------------- the logs
+
+
+def _renamed(log: Iterable[Mapping[str, Any]]) -> Log:
+    """A copy of the log, with the keys of earlier versions under their present names."""
+
+    def now(key: str) -> str:
+        stem = key.partition("_")[0]
+        return key.replace(stem, EARLIER[stem], 1) if stem in EARLIER else key
+
+    return [{now(key): value for key, value in entry.items()} for entry in log]
 
 
 def _logs(runs: Run | Mapping[str, Run]) -> dict[str, Log]:
     if isinstance(runs, Mapping):
         return {str(name): read(run) for name, run in runs.items()}
-    return {Path(runs).name if isinstance(runs, (str, Path)) else "run": read(runs)}
+    return {Path(runs).name if isinstance(runs, str | Path) else "run": read(runs)}
 
 
 def _prefix(log: Log, key: str) -> str:
-    """`eval_`, or `eval_<name>_` with named data sets: accuracy of the one not trained on, memorisation of any."""
-    found = {
-        m[1]: None
-        for entry in log
-        for k in entry
-        if (m := re.fullmatch(rf"(eval_(?:.+_)?){key}", k))
-    }
-    wanted = sorted(found, key=lambda prefix: (prefix != "eval_", prefix.startswith("eval_train")))
-    return wanted[0] if wanted else ""
+    """`eval_` or `eval_<name>_`, under which a figure was logged; "" if it was not.
+
+    Of several evaluation sets, one that is not the training set is preferred.
+    """
+    matches = [re.fullmatch(rf"(eval_(?:.+_)?){key}", name) for entry in log for name in entry]
+    found = {match[1] for match in matches if match}
+    return min(
+        found, key=lambda name: (name != "eval_", name.startswith("eval_train"), name), default=""
+    )
+
+
+def _accuracy_key(log: Log) -> str:
+    return _prefix(log, "accuracy") + "accuracy"
 
 
 def _keys(log: Log, stem: str) -> list[str]:
-    """`stem` or `stem_<peer>`, where at least one finite value was logged."""
-    keys = sorted(
-        {k for entry in log for k in entry if k == stem or re.fullmatch(rf"{stem}_.+", k)}
-    )
-    return [key for key in keys if _finite(log, key)]
-
-
-def _finite(log: Log, key: str) -> bool:
-    return any(math.isfinite(y) for y in _series(log, key)[1])
+    """`stem` or `stem_<peer>`, wherever a finite value was logged."""
+    keys = {key for entry in log for key in entry if key == stem or key.startswith(f"{stem}_")}
+    return sorted(key for key in keys if any(map(math.isfinite, _series(log, key)[1])))
 
 
 def _series(log: Log, key: str) -> tuple[list[float], list[float]]:
-    entries = [entry for entry in log if isinstance(entry.get(key), (int, float))]
-    return [float(e.get("epoch") or e.get("step") or 0) for e in entries], [
-        float(e[key]) for e in entries
-    ]
+    """Epochs (steps if there are none) and values of one figure."""
+    entries = [entry for entry in log if isinstance(entry.get(key), int | float)]
+    epochs = [float(entry.get("epoch") or entry.get("step") or 0) for entry in entries]
+    return epochs, [float(entry[key]) for entry in entries]
+
+
+# ---------------------------------------------------------------------------------- the pictures
+
+
+def _draw_accuracy(ax: Any, logs: Mapping[str, Log]) -> None:
+    """Accuracy of all runs: mean, peers and ensemble. The legend of the figure names the runs."""
+    stems = {name: _accuracy_key(log) for name, log in logs.items()}
+    keys = [(stems[name], key) for name, log in logs.items() for key in _keys(log, stems[name])]
+    suffixes = {key.removeprefix(stem) for stem, key in keys} - {"", "_ensemble"}
+    peers = sorted(peer for peer in suffixes if not peer.startswith("_clean_part"))
+    styles: dict[str, tuple[str, dict[str, Any]]] = {
+        "": ("mean over peers", {"linewidth": 2.8, "zorder": 3})
+    }
+    for peer, dash in zip(peers, cycle(DASHES), strict=False):
+        styles[peer] = (f"peer {peer[1:]}", {"linewidth": 1, "linestyle": dash})
+    styles["_ensemble"] = ("ensemble", {"linewidth": 1.6, "linestyle": "--"})
+    for (name, log), colour in zip(logs.items(), cycle(COLOURS), strict=False):
+        for suffix, (_, style) in styles.items():
+            _line(ax, log, stems[name] + suffix, color=colour, **style)
+        last = [y for y in _series(log, stems[name])[1] if math.isfinite(y)][-1:]
+        label = f"{name}: {last[0]:.1%}" if last else name
+        ax.plot([], [], color=colour, linewidth=2.8, label=label)
+    _axis(ax, "Accuracy", "test accuracy")
+    if peers:
+        _legend(ax, -0.14, 2, styles)
+
+
+def _draw_panel(
+    ax: Any, log: Log, panel: _Panel, names: Mapping[str, str], num_classes: int | None = None
+) -> None:
+    """Draw quantities, which differ in line style, of peers, which differ in colour."""
+    found = {
+        key: (key.removeprefix(stem).lstrip("_"), *line)
+        for stem, line in panel.lines.items()
+        for key in _keys(log, stem)
+    }
+    peers = sorted({peer for peer, _, _ in found.values()})
+    colours = dict(zip(peers, [GREY] if peers == [""] else cycle(COLOURS), strict=False))
+    for key, (peer, label, dash) in found.items():
+        label = label.format(names.get(peer, peer or "the model"))
+        _line(ax, log, key, color=colours[peer], linestyle=dash, linewidth=2, label=label)
+    if num_classes and "threshold" in panel.lines:
+        ceiling = {"label": f"ln {num_classes}", "color": GREY, "linewidth": 1, "linestyle": ":"}
+        ax.axhline(math.log(num_classes), **ceiling)
+    _axis(ax, panel.title, panel.unit)
+    _legend(ax, -0.15 if panel is SELECTED else -0.24, 4 if panel is SELECTED else 2)
 
 
 def _line(ax: Any, log: Log, key: str, **style: Any) -> None:
-    """Draw one quantity against epoch, NaN as a gap."""
+    """Draw one figure against epoch, with NaN as a gap, as means over a few of many entries."""
     x, y = _series(log, key)
-    size = math.ceil(
-        len(x) / 80
-    )  # hundreds of log entries are a carpet, not a curve: means over a few of them
+    size = math.ceil(len(x) / 80)
     if size > 1:
-        chunks = [range(i, min(i + size, len(x))) for i in range(0, len(x), size)]
-        means = [[y[i] for i in chunk if math.isfinite(y[i])] for chunk in chunks]
-        x, y = (
-            [fmean(x[i] for i in chunk) for chunk in chunks],
-            [fmean(m) if m else math.nan for m in means],
-        )
+        parts = [slice(i, i + size) for i in range(0, len(x), size)]
+        finite = [[value for value in y[part] if math.isfinite(value)] for part in parts]
+        x, y = [fmean(x[part]) for part in parts], [fmean(v) if v else math.nan for v in finite]
     if x:
         ax.plot(x, y, marker="o" if len(x) < 3 else None, markersize=4, **style)
 
 
-def _stems(
-    ax: Any, log: Log, stems: Mapping[str, tuple[str, str]], names: Mapping[str, str] | None = None
-) -> None:
-    """Quantities that differ in line style, of peers that differ in colour."""
-    peers = sorted(
-        {key.removeprefix(stem).lstrip("_") for stem in stems for key in _keys(log, stem)}
-    )
-    colours = dict(zip(peers, [GREY] if peers == [""] else cycle(COLOURS), strict=False))
-    for stem, (label, dash) in stems.items():
-        for key in _keys(log, stem):
-            peer = key.removeprefix(stem).lstrip("_")
-            name = label.format((names or {}).get(peer, peer or "the model"))
-            _line(ax, log, key, color=colours[peer], linestyle=dash, linewidth=2, label=name)
-
-
 def _figure(width: float, height: float) -> Any:
-    """A figure of its own, outside pyplot's global state: safe in threads and without a display."""
+    """A figure outside pyplot's global state, so that it needs no display and no lock."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -296,31 +268,23 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def _axis(ax: Any, unit: str, title: str) -> None:
+def _axis(ax: Any, title: str, unit: str) -> None:
+    """Title, unit and grid. Anything but nats is a fraction, shown in per cent."""
+    from matplotlib.ticker import PercentFormatter
+
     ax.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    ax.set_xlabel("epoch")
-    ax.set_ylabel(unit)
+    ax.set(xlabel="epoch", ylabel=unit)
     ax.grid(color="#DDDDDD", linewidth=0.6)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.margins(x=0.02)
+    ax.set_ylim(0, None if "nats" in unit else 1.02)
+    if "nats" not in unit:
+        ax.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 
-def _share_axis(ax: Any, unit: str, title: str) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    _axis(ax, unit, title)
-    ax.set_ylim(0, 1.02)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0))
-
-
-def _legend(
-    ax: Any,
-    below: float,
-    columns: int,
-    styles: Mapping[str, tuple[str, dict[str, Any]]] | None = None,
-) -> None:
-    """Under the axes, where it covers no line; `below` in heights of the axes; of line styles or of what was drawn."""
+def _legend(ax: Any, below: float, columns: int, styles: Styles | None = None) -> None:
+    """A legend below the axes (in heights of these), of the styles or of the drawn lines."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -338,64 +302,30 @@ def _save(fig: Any, path: str | Path) -> Path:
     return path
 
 
-def methods() -> str:
-    """The registered losses as a Markdown table, from their docstrings: what the README shows."""
-    from ..losses.registry import list_losses, loss_class
-
-    rows = []
-    for name in list_losses():
-        cls = loss_class(name)
-        doc = " ".join((cls.__doc__ or "").split())
-        formula = (cls.__doc__ or "").split("\n\n")[0]
-        source = re.split("References: |Source: ", doc, maxsplit=1)[-1]
-        source = re.split(r"\. | Notes:| Unsaid| >>> ", source, maxsplit=1)[0].rstrip(".")
-        reads = ", ".join(
-            ["logits of each peer" if cls.peers else "logits", "target", *sorted(cls.reads)]
-        )
-        rows.append([f"`{name}`", " ".join(formula.split()), reads, source])
-    return markdown(["name", "what it computes", "reads", "source"], rows)
-
-
-def _write_methods(path: Path) -> None:
-    head, start, rest = path.read_text(encoding="utf-8").partition(
-        "<!-- methods: python -m kd_plugins.audit.plots README.md -->\n"
-    )
-    _, end, tail = rest.partition("<!-- /methods -->")
-    if not end:
-        raise ValueError(
-            f"{path} has no place for the table: expected the comments <!-- methods: ... --> and <!-- /methods -->"
-        )
-    path.write_text(f"{head}{start}\n{methods()}\n\n{end}{tail}", encoding="utf-8")
+# ----------------------------------------------------------------------------- the command line
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: draw the pictures of the named runs."""
+    """Draw the pictures of the runs named on the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m kd_plugins.audit.plots",
-        description="Draw the pictures of runs into the folder of the first, RUN/pictures. The runs "
-        "may still be going. Given a README.md, write its table of methods instead.",
+        description="Draw the pictures of runs, which may still be going, into RUN/pictures of the "
+        "first one. For a README.md, write its table of methods instead.",
     )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        metavar="RUN",
-        help="a folder with trainer_state.json or checkpoint-*/, or such a file",
-    )
+    what = "a folder with trainer_state.json or checkpoint-*/, or such a file"
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
     runs = parser.parse_args(argv).runs
+    first, names = Path(runs[0]), [Path(run).resolve().name for run in runs]
     try:
-        if Path(runs[0]).suffix == ".md":
-            _write_methods(Path(runs[0]))
+        if first.suffix == ".md":
+            write_methods(first)
             return
-        first, names = Path(runs[0]), [Path(run).resolve().name for run in runs]
         named = dict(zip(names if len(set(names)) == len(names) else runs, runs, strict=True))
         folder = (first if first.is_dir() else first.parent) / "pictures"
         drawn = draw(named if len(runs) > 1 else runs[0], folder)
     except (OSError, ValueError, ImportError) as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
-    if not drawn:
-        print("nothing to draw: no accuracy and no selection is logged yet")
-    for path in drawn:
-        print(path)
+    print("\n".join(map(str, drawn)) or "nothing to draw: the log has no accuracy or selection yet")
 
 
 if __name__ == "__main__":

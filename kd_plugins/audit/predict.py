@@ -101,7 +101,7 @@ def _refuse_nan(probs: Tensor, index: Tensor) -> None:
 
 
 def _class_order(network: nn.Module, view: ImageView) -> list[int]:
-    """The position of each class of the view among those of the network, by name if it has names."""
+    """Where the network has each class of the view: by name, if the network has names."""
     count, wanted = class_count(network) or view.num_classes, view.class_names
     if count != len(wanted):
         raise ValueError(

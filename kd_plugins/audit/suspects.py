@@ -1,10 +1,10 @@
-"""Which labels are probably wrong: a ranked table of suspects; pictures and a page to go through them; the data put right.
+"""Find the labels that are probably wrong, and correct or drop them.
 
 >>> probs = predict_probs(["runs/pair/peer_a", "runs/pair/peer_b"], view)  # doctest: +SKIP
 >>> suspects = find_suspects(view.labels, probs, class_names=view.class_names)  # doctest: +SKIP
->>> suspects.to_parquet("suspects.parquet"), suspects.to_csv("suspects.csv")  # doctest: +SKIP
 >>> html_page(suspects, train, "suspects.html")  # doctest: +SKIP
->>> train = correct_labels(train, suspects.select(range(100)))  # doctest: +SKIP
+>>> decisions = Dataset.from_csv("decisions.csv")  # from the page  # doctest: +SKIP
+>>> train = correct_labels(train, decisions)  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import pyarrow as pa
 from datasets import Dataset
 
 from ..data.noise import _check_labels, _integers, column_array, noisy_view
+from .dynamics import summarise
 
-CHUNK = 1 << 16  # rows copied at a time
+CHUNK = 1 << 16  # rows per temporary copy; one of 2.4 million rows would take 500 MB
 
 
 def find_suspects(
@@ -31,30 +32,37 @@ def find_suspects(
     class_names: Sequence[str] | None = None,
     all_rows: bool = False,
 ) -> Dataset:
-    """Samples for which the networks prefer another class than the given label y, most suspicious first, by s = 1 - p_y.
+    """Rank the samples whose label y is not the most probable class, by score 1 - p_y.
 
-    If labels are wrong equally often in every class, replaced by any other alike, and p is right, P(y is wrong | picture) is a
-    falling function of p_y alone, so no ranking is better; the margin to the next class is another one.
-
-    Source: the self-confidence p_y by which Northcutt, Jiang and Chuang, "Confident learning: estimating uncertainty in dataset
-    labels", JAIR 70, 2021 rank label errors (from memory of the paper; it is cleanlab's default). From training dynamics p_y
-    is the mean over visits and networks, the confidence of Swayamdipta et al., "Dataset cartography: mapping and diagnosing
-    datasets with training dynamics", EMNLP 2020.
-    Differs: which labels are suspected is decided by the most probable class, by confident learning with a threshold for each
-    class.
+    Suppose labels are wrong equally often in every class, are replaced by each other class equally
+    often, and p is right. Then the probability that y is wrong falls with p_y and depends on
+    nothing else, so no other ranking is better.
 
     Args:
         labels: the doubted labels [N]: `view.labels`, or a column as an array.
-        probs: `predict_probs`, or any probabilities [N, C]. Rows of NaN are left out.
-        dynamics: instead of both: the folder that `DynamicsCallback` wrote, or `summarise(folder)`, which can leave out epochs.
-        class_names: `view.class_names`; gives the columns `label_name` and `proposed_name`.
-        all_rows: rank the samples that nobody doubts too (`proposed` is their label), as AUROC needs it.
+        probs: the result of `predict_probs`, or other probabilities [N, C]. Rows of NaN are left
+            out, with a warning.
+        dynamics: instead of both, the folder that `DynamicsCallback` wrote, or a summary of it
+            (`summarise`), which can ignore early epochs.
+        class_names: `view.class_names`, for the columns `label_name` and `proposed_name`.
+        all_rows: also rank the samples whose label is the most probable class. AUROC needs them.
 
     Returns:
-        A `Dataset` with columns `index` (row in the data), `label`, `proposed` (the most probable class; by the votes of the
-        dynamics, weighted by confidence), `score` (s), `p_label`, `p_proposed`. Of two classes as probable the
-        given one stands, of equal scores the first row comes first. `.select(range(100))` or `.filter` shorten it:
-        weak networks prefer another class often, so trust the order rather than the number.
+        A `Dataset`, highest score first, with the columns `index` (the row in the data), `label`,
+        `proposed` (the most probable class), `score`, `p_label` and `p_proposed`. With dynamics,
+        `proposed` is the class with most votes, weighted by confidence, and `p_label` the mean over
+        visits and networks. If two classes are equally probable, the given label stands. Use
+        `.select(range(100))` or `.filter` to keep a part: weak networks doubt many right labels.
+
+    References:
+        Northcutt, Jiang and Chuang, "Confident learning: estimating uncertainty in dataset labels",
+        JAIR 70, 2021 (the score p_y, self-confidence; it is also cleanlab's default). Swayamdipta
+        et al., "Dataset cartography: mapping and diagnosing datasets with training dynamics", EMNLP
+        2020 (p_y from training dynamics, confidence).
+
+    Notes:
+        Here a label is suspected if another class is more probable. Confident learning uses a
+        threshold for each class instead.
 
     >>> probs = [[0.7, 0.2, 0.1], [0.1, 0.1, 0.8], [0.5, 0.3, 0.2]]
     >>> suspects = find_suspects([0, 1, 1], np.array(probs))
@@ -62,125 +70,58 @@ def find_suspects(
     [(1, 2, 0.9), (2, 0, 0.7)]
     """
     if [labels is None, probs is None] != [dynamics is not None] * 2:
-        raise ValueError("expected labels and probs, or dynamics alone: a score is of one source")
+        raise ValueError("expected labels and probs, or dynamics alone: a score has one source")
     columns = _from_probs(labels, probs) if dynamics is None else _from_dynamics(dynamics)
-    if not all_rows:
-        columns = _take(columns, columns["proposed"] != columns["label"])
-    columns = _take(columns, np.argsort(columns["p_label"], kind="stable"))
     columns["score"] = np.clip(1 - columns["p_label"], 0, 1)
-    table = pa.table(
-        {
-            name: columns[name]
-            for name in ("index", "label", "proposed", "score", "p_label", "p_proposed")
-        }
-    )
+    order = np.argsort(columns["p_label"], kind="stable")  # NaN last
+    kept = np.isfinite(columns["p_label"])
+    if not all_rows:
+        kept &= columns["proposed"] != columns["label"]
+    order = order[kept[order]]
+    names = ("index", "label", "proposed", "score", "p_label", "p_proposed")
+    table = pa.table({name: columns[name][order] for name in names})
     if class_names is not None:
+        text = pa.array([str(name) for name in class_names], pa.string())
         for name in ("label", "proposed"):
-            _check_labels(columns[name], len(class_names))
-            names = pa.array([str(n) for n in class_names], pa.string()).take(
-                pa.array(columns[name])
-            )
-            table = table.append_column(f"{name}_name", names)
-    digest = blake2b(
-        b"".join(columns[k].tobytes() for k in ("index", "proposed", "score")), digest_size=8
-    )
-    return Dataset(table, fingerprint=digest.hexdigest())
-
-
-def _take(columns: dict[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: column[rows] for name, column in columns.items()}
-
-
-def _from_probs(labels: Any, probs: Any) -> dict[str, np.ndarray]:
-    labels, probs = _integers(labels), np.asarray(probs)
-    if (
-        probs.ndim != 2
-        or probs.shape[1] < 2
-        or probs.dtype.kind != "f"
-        or labels.shape != probs.shape[:1]
-    ):
-        raise ValueError(
-            f"probs: expected floats [N, C] for labels {list(labels.shape)}, got {probs.dtype} {list(probs.shape)}"
-        )
-    _check_labels(labels, probs.shape[1])
-    p_label, p_proposed = np.empty((2, len(labels)), np.float32)
-    proposed = np.empty(len(labels), np.int64)
-    for start in range(
-        0, len(labels), CHUNK
-    ):  # one temporary of all 2.4 million rows would be another 500 MB
-        s = slice(start, start + CHUNK)
-        part, y, rows = probs[s], labels[s], np.arange(len(probs[s]))
-        total = part.sum(1, dtype=np.float32)
-        if (bad := (np.abs(total - 1) > 1e-2) | (part.min(1) < 0)).any():
-            row = int(bad.argmax())
-            raise ValueError(
-                f"row {start + row} of probs sums to {total[row]:.4g}, its lowest is {part[row].min():.4g}: expected "
-                "probabilities, not logits or scores: 1 - p would not be in [0, 1]"
-            )
-        p_label[s] = np.where(np.isnan(total), np.nan, part[rows, y])
-        best = part.argmax(1)
-        proposed[s] = np.where(part[rows, best] > part[rows, y], best, y)
-        p_proposed[s] = part[rows, proposed[s]]
-    known = np.flatnonzero(~np.isnan(p_label))
-    if len(known) < len(labels):
-        warnings.warn(
-            f"{len(labels) - len(known)} of {len(labels)} rows of probs are NaN and are left out",
-            stacklevel=3,
-        )
-    columns = {"index": np.arange(len(labels)), "label": labels, "proposed": proposed}
-    return _take(columns | {"p_label": p_label, "p_proposed": p_proposed}, known)
-
-
-def _from_dynamics(dynamics: Any) -> dict[str, np.ndarray]:
-    if not isinstance(dynamics, dict):
-        from .dynamics import summarise  # which imports transformers
-
-        dynamics = summarise(dynamics)
-    columns = {
-        name: np.asarray(dynamics[name], np.int64) for name in ("index", "label", "proposed")
-    }
-    columns["p_label"] = np.asarray(dynamics["p_label"], np.float32)
-    # votes count only visits at which the class was the most probable, p_label all of them
-    agreed = columns["proposed"] == columns["label"]
-    columns["p_proposed"] = np.where(
-        agreed, columns["p_label"], np.asarray(dynamics["confidence"], np.float32)
-    )
-    return _take(columns, ~np.isnan(columns["p_label"]))
+            _check_labels(table[name].to_numpy(), len(class_names))
+            table = table.append_column(f"{name}_name", text.take(table[name]))
+    content = b"".join(table[name].to_numpy().tobytes() for name in ("index", "proposed", "score"))
+    return Dataset(table, fingerprint=blake2b(content, digest_size=8).hexdigest())
 
 
 def correct_labels(
     dataset: Dataset, suspects: Dataset, *, label: str = "label", corrected: str = "corrected_label"
 ) -> Dataset:
-    """Add the column `corrected`: the proposed label where a label is wrong, `label` elsewhere.
+    """Add the column `corrected`: the proposed label where `label` is wrong, else `label`.
 
     No picture is copied.
 
     Args:
-        dataset: the rows that the suspects were found on.
-        suspects: `find_suspects`, all of them or a part. With a column `decision`, as in the CSV of
-            `html_page`, only the rows marked "wrong" are corrected; "fine" rows and undecided ones
-            (empty) keep their label, and a warning counts the undecided ones.
-        label: column of the doubted labels.
-        corrected: name of the new column.
+        dataset: the data in which the suspects were found.
+        suspects: the result of `find_suspects`, or some of its rows; all of them are corrected. If
+            there is a column `decision`, as in the CSV file of `html_page`, only rows marked
+            "wrong" are corrected. Rows marked "fine" and undecided rows (empty) keep their label; a
+            warning counts the undecided ones.
+        label: the column of doubted labels.
+        corrected: the name of the new column.
 
     Raises:
-        ValueError: the labels among the suspects differ from those of `dataset`, so they are of
-            other rows; or a row has two proposals or two decisions.
+        ValueError: the suspects have other labels than `dataset`, or two proposals or decisions for
+            one row, or a row marked "wrong" with its own label as the proposal.
     """
     index, proposed = _wrong_rows(suspects, dataset, label)
     labels = np.array(column_array(dataset, label))
     if (same := labels[index] == proposed).any():
-        row = int(index[same.argmax()])
         raise ValueError(
-            f"row {row} is marked wrong, and the proposed label is its own, {labels[row]}: expected "
-            "another class, else nothing would be corrected"
+            f"row {index[same][0]} is marked wrong, but the proposed label is its own, "
+            f"{proposed[same][0]}: expected another class"
         )
     labels[index] = proposed
     return noisy_view(dataset, labels, label=label, noisy=corrected)
 
 
 def drop_suspects(dataset: Dataset, suspects: Dataset, *, label: str = "label") -> Dataset:
-    """`dataset` without the rows whose label is wrong; no picture is copied.
+    """Remove the rows whose label is wrong. No picture is copied.
 
     Arguments, decisions and errors are those of :func:`correct_labels`.
     """
@@ -190,49 +131,101 @@ def drop_suspects(dataset: Dataset, suspects: Dataset, *, label: str = "label") 
     return dataset.select(np.flatnonzero(keep))
 
 
-def refuse_other_rows(suspects: Dataset, labels: np.ndarray, name: str = "label") -> None:
-    """Raise ValueError where the suspects are not of the rows with these labels [N].
+def refuse_other_rows(suspects: Dataset, labels: np.ndarray, source: str) -> None:
+    """Raise ValueError if the suspects belong to other rows, or propose two labels for one row.
 
     Args:
-        suspects: :func:`find_suspects`, or the decisions of the page.
-        labels: the doubted labels of the data set, in its order.
-        name: where the labels come from, for the error.
+        suspects: the result of `find_suspects`, or the decisions from the page.
+        labels: the labels of the data set [N].
+        source: where these labels come from, for the error message.
     """
-    index, given, proposed = (
-        column_array(suspects, column) for column in ("index", "label", "proposed")
-    )
+    index, given, proposed = _rows_of(suspects)
     refuse_row_numbers(index, len(labels))
     if (other := given != labels[index]).any():
-        k = int(other.argmax())
+        row, expected = index[other][0], given[other][0]
         raise ValueError(
-            f"row {index[k]} has label {labels[index[k]]} in {name}, and {given[k]} among the "
-            "suspects: they are of other data, of another order or of another column"
+            f"row {row} has label {labels[row]} in {source}, and {expected} among the suspects: "
+            "they belong to other data, another order or another column"
         )
     order = np.argsort(index, kind="stable")
-    row, better = index[order], proposed[order]
-    if (twice := (np.diff(row) == 0) & (np.diff(better) != 0)).any():
+    row, proposed = index[order], proposed[order]
+    if (twice := (np.diff(row) == 0) & (np.diff(proposed) != 0)).any():
         k = int(twice.argmax())
         raise ValueError(
-            f"row {row[k]} has two proposals among the suspects, {better[k]} and {better[k + 1]}: "
-            "expected one for each row"
+            f"row {row[k]} has two proposals among the suspects, {proposed[k]} and "
+            f"{proposed[k + 1]}: expected one"
         )
 
 
 def refuse_row_numbers(index: np.ndarray, size: int) -> None:
-    """Raise ValueError where the suspects have rows that a data set of this size has not."""
-    if len(index) and (index.min() < 0 or index.max() >= size):
-        bad = index[(index < 0) | (index >= size)][0]
+    """Raise ValueError if a row number is outside a data set of this size."""
+    if (outside := (index < 0) | (index >= size)).any():
         raise ValueError(
-            f"the suspects have row {bad}, the data set {size} rows: they are of another data set"
+            f"the suspects have row {index[outside][0]}, the data set {size} rows: they belong to "
+            "another data set"
         )
+
+
+def _from_probs(labels: Any, probs: Any) -> dict[str, np.ndarray]:
+    labels, probs = _integers(labels), np.asarray(probs)
+    fits = probs.ndim == 2 and probs.shape[1] > 1 and labels.shape == probs.shape[:1]
+    if not fits or probs.dtype.kind != "f":
+        raise ValueError(
+            f"probs: expected floats [N, C] for labels {list(labels.shape)}, got {probs.dtype} "
+            f"{list(probs.shape)}"
+        )
+    _check_labels(labels, probs.shape[1])
+    p_label, p_proposed = np.empty((2, len(labels)), np.float32)
+    proposed = np.empty(len(labels), np.int64)
+    for start in range(0, len(labels), CHUNK):
+        part = slice(start, start + CHUNK)
+        p, y, rows = probs[part], labels[part], np.arange(len(probs[part]))
+        total = p.sum(1, dtype=np.float32)
+        if (bad := (np.abs(total - 1) > 1e-2) | (p.min(1) < 0)).any():
+            row = int(bad.argmax())
+            raise ValueError(
+                f"row {start + row} of probs sums to {total[row]:.4g}, its lowest is "
+                f"{p[row].min():.4g}: expected probabilities, not logits or scores; 1 - p would "
+                "not be in [0, 1]"
+            )
+        best = p.argmax(1)
+        proposed[part] = np.where(p[rows, best] > p[rows, y], best, y)
+        p_label[part] = np.where(np.isnan(total), np.nan, p[rows, y])
+        p_proposed[part] = p[rows, proposed[part]]
+    if unknown := int(np.isnan(p_label).sum()):
+        warnings.warn(
+            f"{unknown} of {len(labels)} rows of probs are NaN and are left out", stacklevel=3
+        )
+    columns = {"index": np.arange(len(labels)), "label": labels, "proposed": proposed}
+    return columns | {"p_label": p_label, "p_proposed": p_proposed}
+
+
+def _from_dynamics(dynamics: Any) -> dict[str, np.ndarray]:
+    summary = dynamics if isinstance(dynamics, dict) else summarise(dynamics)
+    columns: dict[str, np.ndarray] = {
+        name: np.asarray(summary[name], np.int64) for name in ("index", "label", "proposed")
+    }
+    columns["p_label"] = np.asarray(summary["p_label"], np.float32)
+    confidence = np.asarray(summary["confidence"], np.float32)
+    # Votes count only the visits at which the class was the most probable; p_label counts all.
+    agreed = columns["proposed"] == columns["label"]
+    columns["p_proposed"] = np.where(agreed, columns["p_label"], confidence)
+    return columns
+
+
+def _rows_of(suspects: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row numbers, given labels and proposed labels of the suspects."""
+    return (
+        column_array(suspects, "index"),
+        column_array(suspects, "label"),
+        column_array(suspects, "proposed"),
+    )
 
 
 def _wrong_rows(suspects: Dataset, dataset: Dataset, label: str) -> tuple[np.ndarray, np.ndarray]:
     """Rows whose label is wrong, and the labels proposed for them."""
     refuse_other_rows(suspects, column_array(dataset, label), f"column {label!r}")
-    index, given, proposed = (
-        column_array(suspects, column) for column in ("index", "label", "proposed")
-    )
+    index, given, proposed = _rows_of(suspects)
     wrong = proposed != given
     if "decision" in suspects.column_names:
         wrong = _decided_wrong(index, suspects["decision"][:])
@@ -240,19 +233,18 @@ def _wrong_rows(suspects: Dataset, dataset: Dataset, label: str) -> tuple[np.nda
 
 
 def _decided_wrong(index: np.ndarray, decisions: Sequence[str | None]) -> np.ndarray:
-    """Where the decision is "wrong" [N]; refused if one is unknown or contradicts another."""
+    """Where the decision is "wrong" [N]. Unknown and contradictory decisions are refused."""
     found: dict[int, str] = {}
     for row, decision in zip(index.tolist(), decisions, strict=True):
         decision = decision or ""
         if decision not in ("wrong", "fine", ""):
             raise ValueError(
                 f"row {row} has the decision {decision!r}: expected 'wrong', 'fine', or nothing "
-                "for an undecided row"
+                "if it is undecided"
             )
         if found.setdefault(row, decision) != decision:
             raise ValueError(
-                f"row {row} has two decisions, {found[row]!r} and {decision!r}: expected one for each "
-                "row"
+                f"row {row} has two decisions, {found[row]!r} and {decision!r}: expected one"
             )
     if undecided := list(found.values()).count(""):
         warnings.warn(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +94,19 @@ def test_selection_shows_directions_threshold_and_its_ceiling(tmp_path, figures)
     assert top.lines[0].get_color() == top.lines[2].get_color() != top.lines[1].get_color()
 
 
+def test_keys_of_earlier_versions_are_read(tmp_path, figures):
+    """A log with chi and r_a draws what one with threshold and mean_certainty_a does."""
+    now = {"chi": "threshold", "r_a": "mean_certainty_a", "r_b": "mean_certainty_b"}
+    log = [{now.get(key, key): value for key, value in entry.items()} for entry in make_log()]
+    for entries in (make_log(), log):
+        report.selection(entries, tmp_path / "s.png")
+    for old, new in zip(*(figure.axes for figure in figures), strict=True):
+        assert old.get_title(loc="left") == new.get_title(loc="left")
+        for a, b in zip(old.lines, new.lines, strict=True):
+            assert list(a.get_ydata()) == pytest.approx(list(b.get_ydata()), nan_ok=True)
+            assert a.get_label() == b.get_label() and len(a.get_ydata()) > 0
+
+
 @pytest.mark.parametrize(
     ("log", "names"),
     [
@@ -156,8 +168,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
         ("x/ce", "y/smkd"): ["curves.png", "selection-ce.png", "selection-smkd.png"],
         ("y/ce", "x/ce"): ["curves.png", "selection-y-ce.png", "selection-x-ce.png"],
     }.items():
-        monkeypatch.setattr(sys, "argv", ["report", *runs])
-        runpy.run_path(report.__file__, run_name="__main__")
+        report.main(runs)
         assert capsys.readouterr().out.split() == [
             str(Path(runs[0], "pictures", name)) for name in drawn
         ]

@@ -424,7 +424,7 @@ def test_contradictions_are_refused(stored):
     believed = find_suspects(LABELS, PROBS, all_rows=True).select([3])  # row 0
     assert correct_labels(stored, believed)["corrected_label"][:] == LABELS.tolist()
     with pytest.raises(
-        ValueError, match="row 0 is marked wrong, and the proposed label is its own"
+        ValueError, match="row 0 is marked wrong, but the proposed label is its own, 0"
     ):
         correct_labels(stored, decided(believed, "wrong"))
     assert drop_suspects(stored, decided(believed, "wrong"))["label"][:] == [1, 2, 0]
@@ -614,7 +614,9 @@ def test_pages_and_sheets_of_other_rows_are_refused(odd, tmp_path, draw):
     data, suspects = odd
     order = data.select([1, 0, *range(2, 10)])
     plain = [{"image": None, "label": y} for y in order["label"]]
-    message = "row [01] has label [01] in .*, and [01] among the suspects: they are of other data"
+    message = (
+        "row [01] has label [01] in .*, and [01] among the suspects: they belong to other data"
+    )
     for other in (order, ImageView(order, to_tensor, max_broken=1), plain):
         with pytest.raises(ValueError, match=message):
             draw(suspects, other, tmp_path / "x")
@@ -858,7 +860,7 @@ def test_recipe(tmp_path, monkeypatch, capsys):
         "confidence": n * 0 + 0.8,
     }
     monkeypatch.setattr(
-        "kd_plugins.audit.dynamics.summarise",
+        "kd_plugins.audit.suspects.summarise",
         lambda folder: {"given": seen, "other": seen | {"label": np.roll(label, 1)}}[folder],
     )
 
@@ -897,7 +899,7 @@ def test_recipe(tmp_path, monkeypatch, capsys):
         "AUROC" not in capsys.readouterr().out and (tmp_path / "unknown" / "suspects.csv").exists()
     )
     for wrong, words in (
-        ([*argv[:6], "--dynamics", "other"], "among the suspects: they are of other data"),
+        ([*argv[:6], "--dynamics", "other"], "among the suspects: they belong to other data"),
         (argv[:6], "give --networks"),
     ):
         with pytest.raises(SystemExit, match="2"):
