@@ -14,6 +14,7 @@ from .noise import (
     pair_flip,
     symmetric,
 )
+from .subset import SubsetView, as_view, num_samples, set_epoch
 from .teacher_cache import CachedTeachers, cache_teachers
 from .webvision import load_webvision, write_webvision
 
@@ -21,6 +22,8 @@ __all__ = [
     "CachedTeachers",
     "ImageView",
     "NoiseReport",
+    "SubsetView",
+    "as_view",
     "asymmetric",
     "cache_teachers",
     "circular",
@@ -30,7 +33,9 @@ __all__ = [
     "noise_report",
     "noisy_stream",
     "noisy_view",
+    "num_samples",
     "pair_flip",
+    "set_epoch",
     "symmetric",
     "write_webvision",
 ]

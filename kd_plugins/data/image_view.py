@@ -88,6 +88,11 @@ class ImageView(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def num_samples(self) -> int:
+        """The number of rows that an item's `index` can name."""
+        return len(self)
+
     def set_epoch(self, epoch: int) -> None:
         """Augment as of this epoch from the next fetched item on, in all workers."""
         self._epoch.fill_(int(epoch))

@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_callback import ProgressCallback as TrainerBar
 
+from ..data import set_epoch
 from ..losses.base import Loss
 from ..losses.gradients import _rate, mask_noncritical_
 from ..models.hosted import Hosted
@@ -32,10 +33,8 @@ class ScheduleCallback(TrainerCallback):
         self.loss = loss
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        # accelerate sets the epoch of the sampler or of the data set, never of both
-        dataset: Any = getattr(train_dataloader, "dataset", None)
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(int(state.epoch or 0))
+        # accelerate sets the sampler's epoch or the data set's, never both
+        set_epoch(getattr(train_dataloader, "dataset", None), int(state.epoch or 0))
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.loss.set_progress(min(state.global_step / state.max_steps, 1.0))

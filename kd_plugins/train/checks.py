@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from ..data import num_samples
 from ..losses.base import Loss, peer_name
 from ..losses.state import SampleTable
 from ..models.factory import class_count
@@ -118,7 +119,7 @@ def refuse_pairing(
 
 def refuse_tables(loss: Loss, view: Any) -> None:
     """A loss with a row for each training sample has to have as many."""
-    rows = len(view) if hasattr(view, "__len__") else None
+    rows = num_samples(view)
     for name, module in loss.named_modules():
         if isinstance(module, SampleTable) and rows not in (None, module.num_samples):
             raise ValueError(

@@ -17,6 +17,7 @@ from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback as TrainerBar
 from transformers.utils import logging
 
+from ..data import as_view
 from ..losses.base import Loss, peer_name
 from ..losses.mutual import Mutual
 from ..models.card import model_card
@@ -104,6 +105,11 @@ class MutualDistillationTrainer(Trainer):
         set_seed(
             args.seed
         )  # models made from names are then the same in every run, and differ from each other
+        train_dataset = as_view(train_dataset)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: as_view(part) for name, part in eval_dataset.items()}
+        else:
+            eval_dataset = as_view(eval_dataset)
         data = train_dataset if train_dataset is not None else eval_dataset
         num_classes = getattr(data, "num_classes", None)
         models = [models] if isinstance(models, str | nn.Module) else list(models)
