@@ -69,6 +69,47 @@ def test_by_hand(loss, first, second):
         assert loss(z, y).item() == pytest.approx((first + second) / 2, rel=1e-6)
 
 
+WEIGHTS = [2.0, 9.0, 0.5]  # of the labels 0 and 2: 2 and 1/2, together 5/2
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (MAE, (2 * 0.75 + 0.5 * 0.84) / 2.5),
+        (lambda **w: GCE(q=0.5, **w), (2 * 1.0 + 0.5 * 1.2) / 2.5),
+        (RCE, (2 * 3.0 + 0.5 * 3.36) / 2.5),
+        (SCE, (2 * (12 * LN2 + 0.3) + 0.5 * (12 * (LN5 - LN2) + 0.336)) / 2.5),
+        (NCE, (2 * 2 / 5 + 0.5 * 2 * (LN5 - LN2) / (5 * LN5 - 6 * LN2)) / 2.5),
+        (lambda **w: APL("ce", "mae", 2, 3, **w), (2 * (4 * LN2 + 2.25) + 0.5 * 6.185163) / 2.5),
+    ],
+)
+def test_class_weights_by_hand(make, expected):
+    z, y = case()
+    assert make(weight=WEIGHTS)(z, y).item() == pytest.approx(expected, rel=1e-6)
+    both = make(weight=WEIGHTS, reduction="sum")(z, y).item()
+    assert both == pytest.approx(2.5 * expected, rel=1e-6)
+    assert make(weight=[3.0] * 3)(z, y).item() == pytest.approx(make()(z, y).item())
+
+
+def test_class_weights_of_a_truncated_loss():
+    """The values per sample of the test below, .2 and 1, weigh 3 and 1; both have label 0 and 1."""
+    loss = TruncatedGCE(2, q=0.5, k=0.25, start=0.5, weight=[3.0, 1.0])
+    loss.set_progress(0.5)
+    z = torch.tensor([[0.81, 0.19], [0.96, 0.04]], dtype=torch.float64).log()
+    value = loss(z, torch.tensor([0, 1]), index=torch.arange(2))
+    assert value.item() == pytest.approx((3 * 0.2 + 1 * 1.0) / 4)
+
+
+def test_class_weights_are_those_of_cross_entropy():
+    z, y = spread(soft=False)
+    w = torch.tensor([0.5, 2.0, 1.0, 3.0])
+    expected = torch.nn.functional.cross_entropy(z, y, weight=w.double())
+    for loss in (SCE(1.0, 0.0, weight=w), APL("ce", "mae", 1, 0, weight=w)):
+        torch.testing.assert_close(loss(z, y), expected)
+    with pytest.raises(TypeError, match=r"DMI .*class weights"):
+        DMI(weight=w)(z, y)
+
+
 def test_dmi_by_hand():
     """U = [[.8, .2], [.3, .7]], det = .56 - .06; with class 0 twice U = [[1.2, .8], [.3, .7]], det = .84 - .24."""
     z, y = case([[0.8, 0.2], [0.3, 0.7], [0.4, 0.6]], [0, 1, 0])

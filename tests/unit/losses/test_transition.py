@@ -593,7 +593,7 @@ def test_estimate_transition_composes():
     assert T.dtype == torch.float32
     for make in EVERY:
         assert make(T)(torch.zeros(1, 3), torch.tensor([0])).isfinite()
-    with pytest.raises(ValueError, match=r"method='dual'.*'anchor' or 'dual_t'"):
+    with pytest.raises(ValueError, match=r"method='dual'.*'anchor', 'dual_t'"):
         estimate_transition(model, loader, "dual")
     with pytest.raises(TypeError, match="quantil"):
         estimate_transition(model, loader, quantil=0.9)
