@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # timm's tasks do without transformers
     from transformers import TrainingArguments
 
 
-def refuse_arguments(args: TrainingArguments) -> None:
+def refuse_arguments(args: TrainingArguments, given_metrics: bool) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.world_size == 1:
         raise RuntimeError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but this process sees itself alone: the processes would train apart and write "
@@ -29,6 +29,11 @@ def refuse_arguments(args: TrainingArguments) -> None:
         raise RuntimeError(
             f"{args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel and lose the state of "
             "the loss: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
+        )
+    if args.batch_eval_metrics and not given_metrics:
+        raise ValueError(
+            "batch_eval_metrics=True: the metrics of this Trainer are computed at the end, from a "
+            "few class ids a sample. Leave it out, or pass compute_metrics"
         )
     if args.label_smoothing_factor:
         raise ValueError(

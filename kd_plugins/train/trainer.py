@@ -7,14 +7,16 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate.utils import gather_object
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback as TrainerBar
+from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
 from ..data import as_view
@@ -79,7 +81,8 @@ class MutualDistillationTrainer(Trainer):
         train_dataset, eval_dataset: rows with ``pixel_values`` and ``labels`` (and ``index``, ``clean_labels``), such as
             :class:`~kd_plugins.data.ImageView`; eval_dataset may be a dictionary of them.
         optim_per_peer: optimizer settings of each network that differ from ``args``: ``[{"lr": 0.1}, {"lr": 0.01}]``.
-        **hf: any other argument of ``Trainer``.
+        **hf: any other argument of ``Trainer``. ``compute_metrics`` replaces the metrics above; it
+            is given logits [N, C] of one network, [N, K, C] of peers.
 
     Raises:
         ValueError, TypeError: what these networks, this loss and these data cannot do together, at construction.
@@ -101,7 +104,7 @@ class MutualDistillationTrainer(Trainer):
         **hf: Any,
     ) -> None:
         args = args if args is not None else MutualTrainingArguments()
-        refuse_arguments(args)
+        refuse_arguments(args, hf.get("compute_metrics") is not None)
         set_seed(
             args.seed
         )  # models made from names are then the same in every run, and differ from each other
@@ -132,9 +135,7 @@ class MutualDistillationTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
         self._first_batches: dict[str, dict[str, Any]] = {}  # by kind, for the export
-        hf.setdefault(
-            "preprocess_logits_for_metrics", _ranked
-        )  # class ids, not logits: 20k x 1000 x 2 takes 300 MB
+        self._predicts = False
         hf.setdefault("compute_metrics", self._metrics)
         hosted = Hosted(peers, loss, masters)
         super().__init__(hosted, args, train_dataset=train_dataset, eval_dataset=eval_dataset, **hf)
@@ -314,12 +315,44 @@ class MutualDistillationTrainer(Trainer):
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 
+    def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """As the Trainer's, with logits [B, C] of one network or [B, K, C] of peers.
+
+        For the Trainer's own metrics the networks are ranked here, on the device: five class ids a
+        sample, where the logits of 20,000 samples, 1,000 classes and two networks take 300 MB.
+        """
+        loss, logits, labels = super().prediction_step(*args, **kwargs)
+        if logits is None:
+            return loss, None, labels
+        logits, clean = logits if isinstance(logits, tuple) else (logits, None)
+        own = self.compute_metrics == self._metrics
+        if own and not self._predicts:
+            logits = _ranked(logits)
+        elif logits.shape[1] == 1:
+            logits = logits[:, 0]
+        return loss, (logits, clean) if own and clean is not None else logits, labels
+
+    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+        """As the Trainer's; ``predictions`` are logits [N, C] of one network, [N, K, C] of peers."""
+        self._predicts = True
+        try:
+            output = super().predict(*args, **kwargs)
+        finally:
+            self._predicts = False
+        predictions: Any = output.predictions
+        return output._replace(
+            predictions=predictions[0] if isinstance(predictions, tuple) else predictions
+        )
+
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         from ..audit.metrics import peer_metrics
 
-        ranked: Any = prediction.predictions
+        labels, ranked = np.asarray(prediction.label_ids), cast(Any, prediction.predictions)
         ranked, clean = ranked if isinstance(ranked, tuple) else (ranked, None)
-        return peer_metrics(ranked, prediction.label_ids, clean)
+        if self._predicts:
+            logits = torch.from_numpy(ranked)
+            ranked = _ranked(logits if logits.dim() == 3 else logits.unsqueeze(1)).numpy()
+        return peer_metrics(ranked, labels if labels.ndim == 1 else labels.argmax(-1), clean)
 
     # ---------------------------------------------------------------------------------------------------------- export
 
@@ -429,14 +462,14 @@ class MutualDistillationTrainer(Trainer):
         return commits
 
 
-def _ranked(logits: Any, labels: Tensor) -> Any:
-    """[B, K, C] -> class ids [B, K (+ 1), 5], most likely first: the networks, then their ensemble (mean probability)."""
-    logits, clean = logits if isinstance(logits, tuple) else (logits, None)
+def _ranked(logits: Tensor) -> Tensor:
+    """[B, K, C] -> class ids [B, K (+ 1), 5], most likely first. Peers are followed by their
+    ensemble (mean probability).
+    """
     scores = logits.float().softmax(-1)
     if scores.shape[1] > 1:
         scores = torch.cat([scores, scores.mean(1, keepdim=True)], dim=1)
-    ranked = scores.topk(min(5, scores.shape[-1]), dim=-1).indices.to(torch.int32)
-    return ranked if clean is None else (ranked, clean)
+    return scores.topk(min(5, scores.shape[-1]), dim=-1).indices.to(torch.int32)
 
 
 def _named(first: dict[str, Any], evals: Any) -> list[tuple[str, Any]]:

@@ -357,7 +357,45 @@ def test_several_eval_sets_and_prediction_without_labels(tmp_path):
     } <= logs
     assert "eval_hard_noise_rate" not in logs
     bare = [{"pixel_values": sets["easy"][i]["pixel_values"]} for i in range(12)]
-    assert run.predict(bare).predictions.shape == (12, 3, CLASSES)
+    assert run.predict(bare).predictions.shape == (12, 2, CLASSES)
+
+
+@pytest.mark.parametrize("clean", [False, True])
+@pytest.mark.parametrize("networks", [1, 2])
+def test_metrics_of_the_user_and_predict_get_logits(tmp_path, networks, clean):
+    """[N, C] of one network, [N, K, C] of peers, so that the usual argmax is an accuracy."""
+    models = [Net(k + 1) for k in range(networks)]
+    loss = CE() if networks == 1 else SMKD()
+    data, given = view(21, clean=clean), []
+
+    def accuracy(prediction):
+        given.append(prediction.predictions)
+        right = prediction.predictions.argmax(-1).reshape(21, -1) == prediction.label_ids[:, None]
+        return {"mine": right.mean()}
+
+    settings = {"train": view(clean=clean), "evaluate": data, "per_device_eval_batch_size": 8}
+    mine = trainer(tmp_path, models, loss, hf={"compute_metrics": accuracy}, **settings)
+    metrics = mine.evaluate()
+    pixels = torch.stack([data[i]["pixel_values"] for i in range(21)])
+    with torch.no_grad():
+        logits = torch.stack([model(pixels) for model in models], dim=1)
+    logits = logits.squeeze(1) if networks == 1 else logits
+    assert np.allclose(given[0], logits, atol=1e-6)
+    right = logits.argmax(-1).reshape(21, -1) == torch.as_tensor(data.labels)[:, None]
+    assert metrics["eval_mine"] == pytest.approx(right.float().mean().item())
+    assert "eval_accuracy" not in metrics
+    assert np.allclose(mine.predict(data).predictions, logits, atol=1e-6)
+
+    ours = trainer(tmp_path, models, MyLC() if networks == 1 else MKD(), **settings)
+    output, metrics = ours.predict(data), ours.evaluate()
+    assert np.allclose(output.predictions, logits, atol=1e-6)
+    for name, value in metrics.items():
+        if name != "epoch" and not name.endswith(("runtime", "second", "time")):
+            assert output.metrics[name.replace("eval", "test")] == pytest.approx(value), name
+    kept = ours.evaluation_loop(ours.get_eval_dataloader(), "Evaluation").predictions
+    kept = kept[0] if clean else kept
+    assert kept.dtype == np.int32  # the logits are not kept for our own metrics
+    assert kept.shape == (21, 1 if networks == 1 else 3, CLASSES)
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints
@@ -906,6 +944,11 @@ BAD = {
         ValueError,
         "bf16_full_eval",
         lambda: {"bf16_full_eval": True, "eval_strategy": "epoch", "evaluate": view(8)},
+    ),
+    "metrics by batch": (
+        ValueError,
+        "batch_eval_metrics=True: the metrics of this Trainer",
+        lambda: {"batch_eval_metrics": True},
     ),
     "hub": (ValueError, "push_to_hub=True would upload the pair", lambda: {"push_to_hub": True}),
     "settings per peer": (
