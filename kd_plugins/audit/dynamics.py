@@ -57,8 +57,8 @@ def _open(dynamics: str | Path | Dataset) -> pads.Dataset:
     paths = [path for path in sorted(Path(dynamics).glob("*")) if SEGMENT.fullmatch(path.name)]
     if not paths:
         raise FileNotFoundError(
-            f"{dynamics} holds no training dynamics: expected step-*-rank-*.parquet, which "
-            "DynamicsCallback writes into output_dir/dynamics after each epoch and before a checkpoint"
+            f"{dynamics} contains no training dynamics: expected step-*-rank-*.parquet, which "
+            "DynamicsCallback writes to output_dir/dynamics after each epoch and before checkpoints"
         )
     return pads.dataset(paths, format="parquet")
 

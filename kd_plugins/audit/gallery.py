@@ -1,4 +1,4 @@
-"""Suspects as pictures: a contact sheet and an HTML page."""
+"""Show suspects with their pictures: as a contact sheet, or as an HTML page to decide on."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ from ..data.image_view import _KINDS, ImageView, _decode
 from ..data.noise import column_array
 from .suspects import refuse_other_rows, refuse_row_numbers
 
+SIDE, PAD, LINE, TOP = 176, 14, 23, 58  # of the contact sheet, in pixels
+HEIGHT = SIDE + 2 * LINE + 2 * PAD  # of a suspect on it
+INK, SOFT, HOLLOW, GIVEN, PROPOSED = "#1d2127", "#5c6470", "#e7e9ed", "#ae4a00", "#00619a"
+
 
 def contact_sheet(
     suspects: Dataset,
@@ -33,54 +37,34 @@ def contact_sheet(
     image: str = "image",
     label: str | None = "label",
 ) -> Path:
-    """The first suspects as one PNG: thumbnail, score, given label struck out, proposed label. Needs matplotlib, for its font.
+    """Draw the first suspects as one PNG. The font comes from matplotlib.
+
+    Each suspect is shown as a thumbnail with its score. The given label is struck out; the proposed
+    label is blue. A picture that cannot be read is a grey box.
 
     Args:
-        suspects: :func:`find_suspects`.
-        dataset: where their rows are: a `Dataset`, an `ImageView`, or a sequence of dict rows. A picture that cannot be
-            read is a grey box.
-        path: of the PNG.
-        count: how many suspects.
-        columns: how many beside each other.
-        image: column of pictures, as in `ImageView`.
-        label: column of the doubted labels, which must be those of the suspects: else the pictures
-            are of other rows. An `ImageView` is compared by the labels that it has. None where
-            the rows have no labels: nothing is compared.
+        suspects: the result of :func:`find_suspects`.
+        dataset: the data in which they were found: a `Dataset`, an `ImageView`, or a sequence of
+            dict rows.
+        path: the file to write.
+        count: how many suspects to show.
+        columns: how many of them in a row.
+        image: the column of pictures, as in `ImageView`.
+        label: the column of doubted labels. They must equal those of the suspects, otherwise the
+            pictures would be of other rows. An `ImageView` knows its labels. Use None for rows
+            without labels; the rows are then not compared.
     """
     rows, picture_of = _first(suspects, count), _pictures(suspects, dataset, image, label)
-    side, pad, line = 176, 14, 23
-    plain, bold, head = _font(16), _font(16, "-Bold"), _font(22, "-Bold")
+    fonts = {"plain": _font(16), "bold": _font(16, "-Bold"), "head": _font(22, "-Bold")}
     lines = -(-len(rows) // columns)
-    sheet = Image.new(
-        "RGB", (columns * (side + pad) + pad, 58 + lines * (side + 2 * line + 2 * pad)), "white"
-    )
-    draw = ImageDraw.Draw(sheet)
-    title = f"{len(rows)} of {len(suspects)} labels that are probably wrong, most suspicious first"
-    draw.text((pad, 16), _shorten(title, head, sheet.width - 2 * pad), font=head, fill=INK)
+    size = (columns * (SIDE + PAD) + PAD, TOP + lines * HEIGHT)
+    sheet = Image.new("RGB", size, "white")
+    title = f"{len(rows)} of {len(suspects)} labels that are probably wrong, highest score first"
+    title = _shorten(title, fonts["head"], sheet.width - 2 * PAD)
+    ImageDraw.Draw(sheet).text((PAD, 16), title, font=fonts["head"], fill=INK)
     for k, row in enumerate(tqdm(rows, "thumbnails", leave=False, disable=None)):
-        x, y = pad + k % columns * (side + pad), 58 + k // columns * (side + 2 * line + 2 * pad)
-        draw.rectangle((x, y, x + side - 1, y + side - 1), fill=HOLLOW)
-        picture = picture_of(row["index"])
-        if picture is None:
-            draw.text(
-                (x + side / 2, y + side / 2), "no picture", font=plain, fill=SOFT, anchor="mm"
-            )
-        else:
-            thumbnail = _fit(picture, side, enlarge=True)
-            sheet.paste(
-                thumbnail, (x + (side - thumbnail.width) // 2, y + (side - thumbnail.height) // 2)
-            )
-        y += side + 5
-        score = f"{row['score']:.3f}"
-        room = side - plain.getlength(score) - 8
-        given, proposed = (
-            _shorten(row["given"], plain, room),
-            _shorten(f"→ {row['better']}", bold, side),
-        )
-        draw.text((x, y), given, font=plain, fill=GIVEN)
-        draw.line((x, y + 11, x + plain.getlength(given), y + 11), fill=GIVEN)
-        draw.text((x + side, y), score, font=plain, fill=SOFT, anchor="ra")
-        draw.text((x, y + line), proposed, font=bold, fill=PROPOSED)
+        x, y = PAD + k % columns * (SIDE + PAD), TOP + k // columns * HEIGHT
+        _draw_suspect(sheet, x, y, row, picture_of(row["index"]), fonts)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, "PNG")
@@ -97,60 +81,39 @@ def html_page(
     label: str | None = "label",
     title: str = "Labels that are probably wrong",
 ) -> Path:
-    """The first suspects as one HTML file that opens from disk: to filter, to sort, to decide on, decisions as CSV.
+    """Write the first suspects as an HTML file, in which you filter, sort and decide.
 
-    The file holds the thumbnails (96 px, about 4 KB each) and loads nothing; its policy forbids it to. What comes from
-    the data is shown as text only. Arguments as of :func:`contact_sheet`.
+    It saves the decisions as a CSV file for :func:`correct_labels` and :func:`drop_suspects`. The
+    page opens from disk. It contains the thumbnails (96 px, about 4 KB each) and loads nothing; its
+    content security policy forbids it to. Text from the data is never read as HTML.
+
+    The arguments are those of :func:`contact_sheet`.
     """
     rows, picture_of = _first(suspects, count), _pictures(suspects, dataset, image, label)
-    names = {
-        row[key]: row[name]
-        for row in rows
-        for key, name in (("label", "given"), ("proposed", "better"))
-    }
+    names = {row["label"]: row["given"] for row in rows}
+    names |= {row["proposed"]: row["better"] for row in rows}
+    scores = ("score", "p_label", "p_proposed")
     data = [
-        [
-            row["index"],
-            row["label"],
-            row["proposed"],
-            *(round(row[k], 4) for k in ("score", "p_label", "p_proposed")),
-        ]
+        [row["index"], row["label"], row["proposed"], *(round(row[k], 4) for k in scores)]
         for row in rows
     ]
+    # The browser stores the decisions under this key.
     key = "kd_plugins/" + blake2b(json.dumps([title, data]).encode(), digest_size=8).hexdigest()
     for entry, row in zip(data, tqdm(rows, "thumbnails", leave=False, disable=None), strict=True):
         entry.append(_data_uri(picture_of(row["index"])))
-    page = files("kd_plugins.audit").joinpath("gallery.html").read_text(encoding="utf-8")
-    style, script = (_digest(page, tag) for tag in ("style", "script"))
-    fill = {
-        # nothing but this style, this script and pictures within the file: an error in the escaping would run nothing
-        "POLICY": f"default-src 'none'; img-src data:; style-src {style}; script-src {script}; base-uri 'none'; form-action 'none'",
-        "TITLE": escape(title),
-        # no "<" can end the element that holds it; all beyond ASCII is escaped
-        "DATA": json.dumps(
-            {"key": key, "names": names, "rows": data}, separators=(",", ":")
-        ).replace("<", "\\u003c"),
-    }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    page = re.sub(
-        "@(POLICY|TITLE|DATA)@", lambda match: fill[match[1]], page
-    )  # in one pass: a title may hold "@DATA@"
-    path.write_text(page, encoding="utf-8")
+    path.write_text(_page(title, {"key": key, "names": names, "rows": data}), encoding="utf-8")
     return path
-
-
-INK, SOFT, HOLLOW, GIVEN, PROPOSED = "#1d2127", "#5c6470", "#e7e9ed", "#ae4a00", "#00619a"
 
 
 def _first(suspects: Dataset, count: int) -> list[dict[str, Any]]:
     """The first suspects as rows, with the names of their classes under `given` and `better`."""
     if count < 1:
         raise ValueError(f"count={count}: expected at least 1 suspect to show")
-    doubted = np.flatnonzero(column_array(suspects, "label") != column_array(suspects, "proposed"))[
-        :count
-    ]
-    rows: Any = suspects.select(doubted).with_format(None).to_list()
+    doubted = column_array(suspects, "label") != column_array(suspects, "proposed")
+    shown = suspects.select(np.flatnonzero(doubted)[:count])
+    rows: Any = shown.with_format(None).to_list()
     for row in rows:
         for key, name in (("label", "given"), ("proposed", "better")):
             row[name] = " ".join(str(row.get(f"{key}_name", row[key])).split())
@@ -160,56 +123,96 @@ def _first(suspects: Dataset, count: int) -> list[dict[str, Any]]:
 def _pictures(
     suspects: Dataset, dataset: Any, image: str, label: str | None
 ) -> Callable[[int], Image.Image | None]:
-    """Row of the data set -> its picture in RGB, None if it cannot be read."""
+    """A function from a row to its picture in RGB, or to None if it cannot be read."""
     if label is None:
         refuse_row_numbers(column_array(suspects, "index"), len(dataset))
     else:
         refuse_other_rows(suspects, *_labels(dataset, label))
-    value_of: Callable[[int], Any]
-    if isinstance(dataset, ImageView):
-        value_of = lambda row: dataset._values([row])[0]  # noqa: E731
-    elif isinstance(dataset, Dataset):
+    if isinstance(dataset, Dataset):
         if image not in dataset.column_names:
-            raise ValueError(f"No column {image!r}; there are {dataset.column_names}.")
-        table = dataset.with_format("arrow", columns=[image])  # not decoded
-        value_of = lambda row: table[row][image][0].as_py()  # noqa: E731
-    else:
-        value_of = lambda row: dataset[row][image]  # noqa: E731
+            raise ValueError(f"no column {image!r}; there are {dataset.column_names}")
+        dataset = dataset.with_format("arrow", columns=[image])  # not decoded
 
     def picture_of(row: int) -> Image.Image | None:
-        value = value_of(row)
+        if isinstance(dataset, ImageView):
+            value = dataset._values([row])[0]
+        else:
+            value = dataset[row][image]
+            value = value[0].as_py() if isinstance(dataset, Dataset) else value
         if not isinstance(value, _KINDS):
             raise TypeError(
-                f"Column {image!r} holds {type(value).__name__}: expected picture, path or array."
+                f"column {image!r} holds {type(value).__name__}: expected picture, path or array"
             )
         try:
             return _decode(value)
-        except Exception:  # as in ImageView: PIL's plugins raise nearly anything on broken files
+        except Exception:  # PIL's plugins raise nearly anything for broken files
             return None
 
     return picture_of
 
 
 def _labels(dataset: Any, label: str) -> tuple[np.ndarray, str]:
-    """The labels of all rows [N], and where they are from."""
+    """The labels of all rows [N], and where they come from."""
     if isinstance(dataset, ImageView):
         return dataset.labels, "the view"
-    name = f"column {label!r}"
+    source = f"column {label!r}"
     if isinstance(dataset, Dataset):
-        return column_array(dataset, label), name
+        return column_array(dataset, label), source
     if len(dataset) and label not in dataset[0]:
         raise ValueError(
-            f"the rows have no {name}: name the column of labels, or say label=None to show the "
-            "pictures without comparing"
+            f"the rows have no {source}: name the column of labels, or use label=None to skip the "
+            "comparison with the suspects"
         )
-    return np.array([row[label] for row in dataset]), name
+    return np.array([row[label] for row in dataset]), source
 
 
-def _fit(picture: Image.Image, side: int, enlarge: bool = False) -> Image.Image:
-    scale = side / max(picture.size)
-    scale = scale if enlarge else min(scale, 1.0)
-    width, height = (max(1, round(scale * n)) for n in picture.size)
-    return picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+def _draw_suspect(
+    sheet: Image.Image,
+    x: int,
+    y: int,
+    row: dict[str, Any],
+    picture: Image.Image | None,
+    fonts: dict[str, ImageFont.FreeTypeFont],
+) -> None:
+    """Draw one suspect with its top left corner at (x, y)."""
+    draw, plain, bold = ImageDraw.Draw(sheet), fonts["plain"], fonts["bold"]
+    draw.rectangle((x, y, x + SIDE - 1, y + SIDE - 1), fill=HOLLOW)
+    if picture is None:
+        centre = (x + SIDE / 2, y + SIDE / 2)
+        draw.text(centre, "no picture", font=plain, fill=SOFT, anchor="mm")
+    else:
+        small = _fit(picture, SIDE, enlarge=True)
+        sheet.paste(small, (x + (SIDE - small.width) // 2, y + (SIDE - small.height) // 2))
+    y += SIDE + 5
+    score = f"{row['score']:.3f}"
+    given = _shorten(row["given"], plain, SIDE - plain.getlength(score) - 8)
+    draw.text((x, y), given, font=plain, fill=GIVEN)
+    draw.line((x, y + 11, x + plain.getlength(given), y + 11), fill=GIVEN)
+    draw.text((x + SIDE, y), score, font=plain, fill=SOFT, anchor="ra")
+    proposed = _shorten(f"→ {row['better']}", bold, SIDE)
+    draw.text((x, y + LINE), proposed, font=bold, fill=PROPOSED)
+
+
+def _page(title: str, data: dict[str, Any]) -> str:
+    """The HTML of the page."""
+    page = files("kd_plugins.audit").joinpath("gallery.html").read_text(encoding="utf-8")
+    # The policy allows only this style, this script and pictures inside the file. Even if text of
+    # the data were read as HTML, nothing in it could run.
+    policy = (
+        f"default-src 'none'; img-src data:; style-src {_digest(page, 'style')}; "
+        f"script-src {_digest(page, 'script')}; base-uri 'none'; form-action 'none'"
+    )
+    # Without "<" the data cannot end their element. json escapes all characters beyond ASCII.
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    fill = {"POLICY": policy, "TITLE": escape(title), "DATA": text}
+    # All in one pass, because the title may contain "@DATA@".
+    return re.sub("@(POLICY|TITLE|DATA)@", lambda match: fill[match[1]], page)
+
+
+def _digest(page: str, tag: str) -> str:
+    """The hash with which a policy allows the content of the element `tag` without attributes."""
+    content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+    return f"'sha256-{base64.b64encode(sha256(content.encode()).digest()).decode()}'"
 
 
 def _data_uri(picture: Image.Image | None) -> str | None:
@@ -226,10 +229,11 @@ def _data_uri(picture: Image.Image | None) -> str | None:
     return f"data:image/{kind};base64,{base64.b64encode(encoded[kind]).decode()}"
 
 
-def _digest(page: str, tag: str) -> str:
-    """The hash by which a policy allows the content of the bare element `tag`."""
-    content = page.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-    return f"'sha256-{base64.b64encode(sha256(content.encode()).digest()).decode()}'"
+def _fit(picture: Image.Image, side: int, enlarge: bool = False) -> Image.Image:
+    scale = side / max(picture.size)
+    scale = scale if enlarge else min(scale, 1.0)
+    width, height = (max(1, round(scale * n)) for n in picture.size)
+    return picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
 def _font(size: int, style: str = "") -> ImageFont.FreeTypeFont:
@@ -239,12 +243,12 @@ def _font(size: int, style: str = "") -> ImageFont.FreeTypeFont:
         raise ImportError(
             "the contact sheet needs matplotlib: pip install kd-plugins[recipes]"
         ) from error
-    return ImageFont.truetype(
-        str(Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSans{style}.ttf")), size
-    )
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSans{style}.ttf")
+    return ImageFont.truetype(str(path), size)
 
 
 def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+    """The text, or as much of it as fits into the room, with an ellipsis."""
     if font.getlength(text) <= room:
         return text
     text = text[:200]  # measuring is slow

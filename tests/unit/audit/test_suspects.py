@@ -593,9 +593,9 @@ def test_pages_and_sheets_that_cannot_be_drawn(odd, tmp_path):
     for draw in (html_page, contact_sheet):
         with pytest.raises(ValueError, match="the suspects have row 9, the data set 9 rows"):
             draw(suspects, data.select(range(9)), tmp_path / "x")
-        with pytest.raises(ValueError, match=r"No column 'img'; there are \['image', 'label'\]"):
+        with pytest.raises(ValueError, match=r"no column 'img'; there are \['image', 'label'\]"):
             draw(suspects, data, tmp_path / "x", image="img")
-        with pytest.raises(TypeError, match="Column 'label' holds int"):
+        with pytest.raises(TypeError, match="column 'label' holds int"):
             draw(suspects, data, tmp_path / "x", image="label")
         twice = datasets.concatenate_datasets(
             [suspects, suspects.map(lambda row: {"proposed": (row["proposed"] + 1) % 6})]
