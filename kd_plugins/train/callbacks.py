@@ -16,6 +16,7 @@ from ..data import set_epoch
 from ..losses.base import Loss
 from ..losses.gradients import _rate, mask_noncritical_
 from ..models.hosted import Hosted
+from .checks import refuse_used
 from .run_folder import (
     LOSS,
     checkpoint_of,
@@ -31,6 +32,9 @@ class ScheduleCallback(TrainerCallback):
 
     def __init__(self, loss: Loss) -> None:
         self.loss = loss
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        refuse_used(self.loss, control, resumed=bool(state.global_step))
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         # accelerate sets the sampler's epoch or the data set's, never both
@@ -76,6 +80,7 @@ class ProgressCallback(ScheduleCallback, ExportableState):
         self._training: tuple[Any, Any, dict[str, Any]] | None = None
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        super().on_train_begin(args, state, control)
         if args.restore_callback_states_from_checkpoint:
             raise ValueError(
                 "restore_callback_states_from_checkpoint=True makes new callbacks from JSON, and "

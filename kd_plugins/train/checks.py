@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 from torch import nn
@@ -120,6 +121,35 @@ def refuse_pairing(
         raise ValueError(
             f"the networks have different numbers of classes: {counts}; they cannot teach each other"
         )
+
+
+def refuse_frozen(peers: list[nn.Module]) -> None:
+    for k, peer in enumerate(peers):
+        if not any(p.requires_grad for p in peer.parameters()):
+            raise ValueError(
+                f"network {peer_name(k)} ({type(peer).__name__}) has no parameter that requires a "
+                "gradient: it would never learn. Call requires_grad_(True) on it, or pass it in "
+                "teachers=[...]"
+            )
+
+
+def refuse_used(loss: Loss, control: Any, resumed: bool) -> None:
+    """A loss with state begins a training fresh, or goes on in the Trainer that has trained it.
+
+    Args:
+        loss: it keeps a note of its Trainer.
+        control: of the Trainer; it is the same object in each of its trainings.
+        resumed: a checkpoint has replaced the state.
+    """
+    trainer = vars(control).setdefault("trainer_id", uuid4().hex)
+    other = vars(loss).get("_trained_by", trainer) != trainer
+    if other and not resumed and loss.state_dict():
+        raise ValueError(
+            f"this {type(loss).__name__} was trained by another Trainer, and its state (running "
+            "means, tables, parameters) would carry over into this training. Make a new loss; to "
+            "carry the state over on purpose, new.load_state_dict(loss.state_dict())"
+        )
+    vars(loss)["_trained_by"] = trainer
 
 
 def refuse_tables(loss: Loss, view: Any) -> None:

@@ -1,5 +1,6 @@
 """The Trainer: what it logs, evaluates, saves, resumes and refuses; and the same losses in a stock Trainer."""
 
+import copy
 import json
 import logging
 import os
@@ -41,7 +42,12 @@ from transformers import TrainerCallback
 from kd_plugins import CE, MKD, SMKD, LabelSmoothing, Loss, Mutual, MyLC, Nothing, ProSelfLC
 from kd_plugins.data import ImageView
 from kd_plugins.losses import validate
-from kd_plugins.train import MutualDistillationTrainer, MutualTrainingArguments, last_checkpoint
+from kd_plugins.train import (
+    MutualDistillationTrainer,
+    MutualTrainingArguments,
+    ProgressCallback,
+    last_checkpoint,
+)
 
 STEPS = 12  # two epochs of six batches of eight
 
@@ -804,6 +810,40 @@ def test_stock_trainer_evaluation_leaves_the_loss_alone(tmp_path):
     assert difference(before, state(loss)) > 0  # and training goes on with it
 
 
+def test_a_loss_with_state_does_not_carry_it_into_another_trainer(tmp_path):
+    """One that was primed, one that trains again in its Trainer and one that is restored go on."""
+    loss = SMKD(MyLC(window=ROWS), eta=1.5)
+    run = trainer(tmp_path, loss=loss, num_train_epochs=1, save_strategy="steps", save_steps=6)
+    loss.prime(run.peers, run.get_train_dataloader())
+    run.train()
+    run.train()
+    with pytest.raises(ValueError, match="this SMKD was trained by another Trainer, and its state"):
+        trainer(tmp_path / "next", loss=loss, num_train_epochs=1).train()
+    with pytest.raises(ValueError, match="this SMKD was trained by another Trainer"):
+        trainer(tmp_path / "next", loss=copy.deepcopy(loss), num_train_epochs=1).train()
+    trainer(tmp_path, loss=loss, num_train_epochs=1).train(resume_from_checkpoint=True)
+    fresh = SMKD(MyLC(window=ROWS), eta=1.5)
+    fresh.load_state_dict(loss.state_dict())
+    trainer(tmp_path / "next", loss=fresh, num_train_epochs=1).train()
+    stateless = CE()
+    for _ in range(2):
+        trainer(tmp_path / "next", Net(1), stateless, max_steps=1).train()
+
+
+def test_stock_trainers_do_not_share_a_loss_with_state(tmp_path):
+    loss = MyLC(window=20)
+    first, second = (plain(tmp_path, loss, max_steps=1) for _ in range(2))
+    first.train()
+    first.train()
+    with pytest.raises(ValueError, match="this MyLC was trained by another Trainer"):
+        second.train()
+    again = plain(tmp_path, loss, max_steps=1)
+    again.remove_callback(ProgressCallback)
+    again.add_callback(first.pop_callback(ProgressCallback))  # one callback in two Trainers
+    with pytest.raises(ValueError, match="this MyLC was trained by another Trainer"):
+        again.train()
+
+
 class Epochs(ImageView):
     """A view that writes down which epochs it was told."""
 
@@ -929,6 +969,11 @@ BAD = {
         ValueError,
         "the same module stands twice",
         lambda: {"models": SHARED, "loss": FromTeacher(), "hf": {"teachers": [SHARED]}},
+    ),
+    "frozen peer": (
+        ValueError,
+        r"network b \(Net\) has no parameter that requires a gradient: it would never learn",
+        lambda: {"models": [Net(1), Net(2).requires_grad_(False)]},
     ),
     "no loss of ours": (
         TypeError,
