@@ -28,19 +28,11 @@ def pictures(n, seed):
     return [{"image": a, "label": int(y)} for a, y in zip(arrays, labels, strict=True)]
 
 
-class Told(ImageView):
-    def input_config(self):
-        said = {} if self.of_bytes else {"mean": MEAN, "std": STD}
-        return {"input_size": (3, SIZE, SIZE), "crop_pct": 1.0, "interpolation": "bilinear"} | said
-
-
-def view(n, seed, of_bytes=False, cls=Told):
+def view(n, seed, of_bytes):
     steps = [transforms.PILToTensor()]
     if not of_bytes:
         steps = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
-    view = cls(pictures(n, seed), transforms.Compose(steps))
-    view.of_bytes = of_bytes
-    return view
+    return ImageView(pictures(n, seed), transforms.Compose(steps))
 
 
 def timm_conv():
