@@ -33,11 +33,16 @@ def model_card(
             ``license`` and ``datasets``.
     """
     peers, data = trainer.model.peers, trainer.train_dataset
-    peer, name, library = peers[k], peer_name(k), library_of(peers[k])
+    peer, name, library, of_text = (
+        peers[k],
+        peer_name(k),
+        library_of(peers[k]),
+        reads_text(peers[k]),
+    )
     beside = ", ".join(_architecture(other) for other in peers if other is not peer)
     loss = "\n".join(f"    {line}" for line in repr(trainer.model.criterion).splitlines())
     return f"""---
-{_metadata(library, metadata)}
+{_metadata(library, of_text, metadata)}
 ---
 # {_architecture(peer)}
 
@@ -53,7 +58,7 @@ Network {name} of {len(peers)}, trained with kd-plugins{f" beside {beside}" if b
 
 **Training**: {_training(trainer.args, trainer.state)}
 
-**Input**: {_input(input_config)}
+**Input**: {"tokens." if of_text else _input(input_config)}
 
 **Figures** (all networks of the run; {name} is this one)
 
@@ -61,11 +66,16 @@ Network {name} of {len(peers)}, trained with kd-plugins{f" beside {beside}" if b
 
 **Use**
 
-{_use(library, repo, _architecture(peer))}
+{_use(library, of_text, repo, _architecture(peer))}
 """
 
 
-def _metadata(library: str, given: dict[str, Any]) -> str:
+def reads_text(model: Any) -> bool:
+    """Whether a network takes tokens, as a Hugging Face text classifier says of itself."""
+    return getattr(model, "main_input_name", None) == "input_ids"
+
+
+def _metadata(library: str, of_text: bool, given: dict[str, Any]) -> str:
     """The YAML block at the head of a card."""
     fields = set(inspect.signature(ModelCardData).parameters) - {"kwargs", "ignore_metadata_errors"}
     if unknown := set(given) - fields:
@@ -76,8 +86,9 @@ def _metadata(library: str, given: dict[str, Any]) -> str:
     loaders = {"timm": ["timm", "transformers"], "transformers": ["transformers"]}.get(library, [])
     tags = given.get("tags") or []
     tags = [tags] if isinstance(tags, str) else tags
-    known = {"library_name": library, "pipeline_tag": "image-classification"} | given
-    known["tags"] = ["image-classification", *loaders, "kd-plugins", *tags]
+    task = "text-classification" if of_text else "image-classification"
+    known = {"library_name": library, "pipeline_tag": task} | given
+    known["tags"] = [task, *loaders, "kd-plugins", *tags]
     return ModelCardData(**known).to_yaml()
 
 
@@ -110,27 +121,28 @@ def _figures(log_history: list[dict[str, Any]]) -> str:
     return "\n".join([*head, *rows]) if rows else "Not evaluated."
 
 
-def _use(library: str, repo: str | None, architecture: str) -> str:
+def _use(library: str, of_text: bool, repo: str | None, architecture: str) -> str:
     """How the network is loaded, as code."""
     place = repo or "FOLDER"
-    with_timm = f"""import timm
+    classes = ["AutoImageProcessor", "AutoModelForImageClassification"]
+    if of_text:
+        classes = ["AutoModelForSequenceClassification", "AutoTokenizer"]
+    network, processor = sorted(classes, key=lambda name: "ModelFor" not in name)
+    blocks = {
+        "timm": f"""import timm
 from timm.data import create_transform, resolve_data_config
 network = timm.create_model("{"hf-hub" if repo else "local-dir"}:{place}", pretrained=True).eval()
-transform = create_transform(**resolve_data_config({{}}, model=network))"""
-    with_transformers = f"""from transformers import AutoImageProcessor, AutoModelForImageClassification
-network = AutoModelForImageClassification.from_pretrained("{place}")
-processor = AutoImageProcessor.from_pretrained("{place}")"""
-    with_torch = """from safetensors.torch import load_model
-load_model(network, "model.safetensors")  # into the module that was trained"""
-    blocks = {
-        "timm": [with_timm, with_transformers],
-        "transformers": [with_transformers],
-        "pytorch": [with_torch],
-    }[library]
-    if architecture.endswith("_cifar"):
-        known = "import kd_plugins.models  # makes the architecture known to timm\n"
-        blocks = [known + block for block in blocks]
-    return "\n\nor\n\n".join(f"```python\n{block}\n```" for block in blocks)
+transform = create_transform(**resolve_data_config({{}}, model=network))""",
+        "transformers": f"""from transformers import {", ".join(classes)}
+network = {network}.from_pretrained("{place}")
+processor = {processor}.from_pretrained("{place}")""",
+        "pytorch": """from safetensors.torch import load_model
+load_model(network, "model.safetensors")  # into the module that was trained""",
+    }
+    known = "import kd_plugins.models  # makes the architecture known to timm\n"
+    first = known if architecture.endswith("_cifar") else ""
+    wanted = ["timm", "transformers"] if library == "timm" else [library]
+    return "\n\nor\n\n".join(f"```python\n{first}{blocks[name]}\n```" for name in wanted)
 
 
 def _plain(text: Any) -> str:

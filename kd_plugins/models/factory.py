@@ -63,9 +63,14 @@ def _create(name: str, source: str, **kwargs: Any) -> nn.Module:
 
 
 def class_count(model: nn.Module) -> int | None:
-    """The number of classes that a timm model or a Hugging Face classifier says it has; None if it does not say."""
-    config = getattr(model, "config", None)
-    return getattr(model, "num_classes", None) or getattr(config, "num_labels", None)
+    """The number of classes that a timm or Hugging Face network names; None if it names none.
+
+    0 is a network without a classifier, whose output is features.
+    """
+    count = getattr(model, "num_classes", None)
+    return (
+        count if count is not None else getattr(getattr(model, "config", None), "num_labels", None)
+    )
 
 
 def logits_of(output: Any) -> Tensor:

@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..losses.base import Loss, peer_name
 from ..losses.mutual import Mutual
-from ..losses.online_features import PCL
 from ..losses.state import SampleTable
 from .factory import logits_of
 from .features import with_features
-from .inputs import _Input
+from .inputs import InputAdapter
 
 
 class Hosted(nn.Module):
-    """Peers, teachers and criterion under one forward: one module for the Trainer, one wrap for DDP, one state dict.
+    """Peers, teachers and loss under one forward: one module for the Trainer, one state dict.
 
-    In training mode it returns ``{"loss"}`` and leaves the diagnostics of the step in ``stats``; in eval mode
-    ``{"loss", "logits" [B, K, C]}`` with the plain cross-entropy, mean over peers, which compares across methods.
-    Teachers are frozen, in eval mode, and not in the state dict. PCL gets as ``teacher`` the peers
-    with their weights averaged over time, which are in it: :meth:`average` takes the peers in, after each step.
-    With ``watch`` on, ``seen`` holds what the last training batch looked like to each peer, sample by sample.
+    In training mode it returns ``{"loss"}`` and leaves diagnostics in ``stats``. In eval mode it
+    returns ``{"loss", "logits" [B, K, C]}`` with the plain cross-entropy, mean over peers, which
+    compares across methods; without labels ``{"logits"}``.
+
+    Batches hold ``pixel_values``, which each network gets through its :class:`InputAdapter`, or
+    any other inputs (``input_ids``, ``attention_mask``), which each network gets if its ``forward``
+    names them. Teachers run in eval mode without gradient and are not in the state dict. For a loss
+    with ``ema_decay`` the teachers are the peers with weights averaged over time, which are in it.
+
+    Args:
+        peers: the networks that learn.
+        criterion: their loss.
+        teachers: trained networks, for a loss that reads ``teacher`` or ``teacher_features``.
+
+    Attributes:
+        stats: diagnostics of the last training forward.
+        last: ``logits`` (a tuple of detached [B, C]), ``labels`` and ``index`` of the last training
+            forward.
     """
 
-    _keys_to_ignore_on_save = (
-        None  # what the Trainer asks of a module that is not a PreTrainedModel
-    )
+    _keys_to_ignore_on_save = None  # the Trainer asks this of every model
     accepts_loss_kwargs = False
-    main_input_name = "pixel_values"
 
     def __init__(
         self, peers: Sequence[nn.Module], criterion: Loss, teachers: Sequence[nn.Module] = ()
@@ -40,18 +51,20 @@ class Hosted(nn.Module):
         super().__init__()
         self.peers: Any = nn.ModuleList(peers)
         self.criterion = criterion
-        self.inputs = nn.ModuleList(_Input(model, peers[0]) for model in [*peers, *teachers])
-        self.teachers = [
-            teacher.requires_grad_(False).eval() for teacher in teachers
-        ]  # a list: not in the state dict
-        self.deep = any(layer != -1 for layer in layers_of(criterion))
+        self.teachers = list(teachers)  # a plain list: not in the state dict
+        networks = [*peers, *teachers]
+        self.inputs = nn.ModuleList(InputAdapter(model, peers[0]) for model in networks)
+        self.names = [input_names(model) for model in networks]
+        self.main_input_name = getattr(peers[0], "main_input_name", "pixel_values")
+        self.deep = any(layer != -1 for layer in criterion.layers)
         self.stats: dict[str, Tensor] = {}
+        self.last: dict[str, Any] = {}
         self.watch = False  # see DynamicsCallback
         self.seen: dict[str, Tensor] = {}
-        ema = averages_of(criterion)
-        self.averages: Any = (
-            nn.ModuleList(_average(peer, ema) for peer in peers) if ema is not None else None
-        )
+        decay = criterion.ema_decay
+        averages = [average_of(peer, decay) for peer in peers] if decay is not None else None
+        self.averages: Any = nn.ModuleList(averages) if averages else None
+        self._modes: dict[nn.Module, bool] = {}
         # all ranks write the same rows into their tables: DDP need not send them at every step
         self._ddp_params_and_buffers_to_ignore = [
             f"criterion.{name}.rows"
@@ -69,73 +82,95 @@ class Hosted(nn.Module):
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    def _run(
-        self, model: nn.Module, k: int, pixels: Tensor, features: bool = False
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Logits of a network that takes input k, and its maps where they are wanted."""
-        dtype = next(model.parameters(), pixels).dtype  # bf16_full_eval casts the weights only
-        pixels = self.inputs[k](pixels).to(dtype)
-        return (
-            with_features(model, pixels, self.deep) if features else (logits_of(model(pixels)), [])
-        )
-
     def forward(
         self,
-        pixel_values: Tensor,
+        pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         index: Tensor | None = None,
         clean_labels: Tensor | None = None,
         teacher: Tensor | None = None,
+        **inputs: Any,
     ) -> dict[str, Tensor]:
-        wants = self.criterion.reads if self.training and labels is not None else frozenset()
+        if pixel_values is not None:
+            inputs["pixel_values"] = pixel_values
+        if not self.training:
+            return self._evaluate(inputs, labels, clean_labels)
+        if labels is None:
+            raise ValueError(
+                f"the training batch has no labels, only {sorted(inputs)}: there is nothing to "
+                "learn from. Rows need a 'labels' (or 'label') entry"
+            )
+        required, several = self.criterion.required_inputs, self.criterion.num_peers > 1
         runs = [
-            self._run(model, k, pixel_values, "features" in wants)
-            for k, model in enumerate(self.peers)
+            self._run(peer, k, inputs, "features" in required) for k, peer in enumerate(self.peers)
         ]
         logits = [z for z, _ in runs]
-        if not self.training or labels is None:
-            output = {"logits": torch.stack([z.float() for z in logits], dim=1)}  # [B, K, C]
-            if clean_labels is not None:
-                output["clean_labels"] = clean_labels
-            if labels is not None:
-                log_p = output["logits"].log_softmax(-1)
-                output = {
-                    "loss": -log_p.gather(
-                        -1, labels.view(-1, 1, 1).expand(-1, log_p.shape[1], 1)
-                    ).mean()
-                } | output
-            return output
-
         extra: dict[str, Any] = {}
-        if teacher is not None:  # [B, T, C], as items of a cache are collated
-            extra = {"teacher": teacher.transpose(0, 1)}
-        elif wants & {"teacher", "teacher_features"}:
-            masters = self.teachers if self.averages is None else self.averages
-            first = (
-                len(self.peers) if self.averages is None else 0
-            )  # an average takes the input of its peer
-            with torch.no_grad():
-                taught = [
-                    self._run(model, first + t, pixel_values, "teacher_features" in wants)
-                    for t, model in enumerate(masters)
-                ]
-            extra = {
-                "teacher": torch.stack([z.float() for z, _ in taught]),
-                "teacher_features": [f for _, f in taught],
-            }
-        if "features" in wants:
-            features = [maps for _, maps in runs]
-            extra["features"] = features if self.criterion.peers else features[0]
-        if "index" in wants:
+        if "features" in required:
+            extra["features"] = [maps for _, maps in runs] if several else runs[0][1]
+        if "index" in required:
             extra["index"] = index
-        extra = {name: value for name, value in extra.items() if name in wants}
-        loss = self.criterion(tuple(logits) if self.criterion.peers else logits[0], labels, **extra)
+        extra |= self._ask_teachers(inputs, teacher)
+        loss = self.criterion(tuple(logits) if several else logits[0], labels, **extra)
+        self.last = {"logits": tuple(z.detach() for z in logits), "labels": labels, "index": index}
         self.stats = {"loss": loss.detach(), **self.criterion.stats}
         if clean_labels is not None:
             self.stats |= self._purity(clean_labels)
         if self.watch:
             self.seen = self._figures(logits, labels, index)
         return {"loss": loss}
+
+    def _evaluate(
+        self, inputs: dict[str, Any], labels: Tensor | None, clean_labels: Tensor | None
+    ) -> dict[str, Tensor]:
+        logits = [self._run(peer, k, inputs)[0].float() for k, peer in enumerate(self.peers)]
+        output = {"logits": torch.stack(logits, dim=1)}  # [B, K, C]
+        if clean_labels is not None:
+            output["clean_labels"] = clean_labels
+        if labels is None:
+            return output
+        labels = labels.long() if labels.dim() == 1 else labels  # also distributions [B, C]
+        losses = [F.cross_entropy(z, labels.to(z.device)) for z in logits]
+        return {"loss": torch.stack(losses).mean()} | output
+
+    def _run(
+        self, model: nn.Module, k: int, inputs: dict[str, Any], with_maps: bool = False
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits of a network that takes input k, and its maps where they are wanted."""
+        pixels = inputs.get("pixel_values")
+        named = {name: inputs[name] for name in self.names[k] or inputs if name in inputs}
+        if pixels is None:
+            if not named:
+                raise ValueError(
+                    f"the batch has none of the inputs of {type(model).__name__}: expected "
+                    f"pixel_values, or some of {self.names[k]}; it has {sorted(inputs)}"
+                )
+            return logits_of(model(**named)), []
+        dtype = next(model.parameters(), pixels).dtype  # bf16_full_eval casts the weights only
+        pixels = self.inputs[k](pixels).to(dtype)
+        if with_maps:
+            return with_features(model, pixels, self.deep)
+        return logits_of(model(pixels)), []
+
+    @torch.no_grad()
+    def _ask_teachers(self, inputs: dict[str, Any], cached: Tensor | None) -> dict[str, Any]:
+        """What the loss reads of the teachers (or of the averages), or what the batch brings."""
+        required = self.criterion.required_inputs & {"teacher", "teacher_features"}
+        if cached is not None and "teacher" in required:
+            return {"teacher": cached.transpose(0, 1)}  # [B, T, C] as items are collated
+        if not required:
+            return {}
+        averaged = self.averages is not None
+        teachers = self.averages if averaged else self.teachers
+        first = 0 if averaged else len(self.peers)  # an average takes the input of its peer
+        maps = "teacher_features" in required
+        if any(teacher.training for teacher in self.teachers):
+            self._hold_teachers()
+        runs = [self._run(model, first + t, inputs, maps) for t, model in enumerate(teachers)]
+        taught: dict[str, Any] = {"teacher_features": [maps for _, maps in runs]} if maps else {}
+        if "teacher" in required:
+            taught["teacher"] = torch.stack([z.float() for z, _ in runs])
+        return taught
 
     @torch.no_grad()
     def _figures(
@@ -180,10 +215,28 @@ class Hosted(nn.Module):
         return shares
 
     def train(self, mode: bool = True) -> Hosted:
+        """Teachers are in eval mode while it trains; :meth:`eval` hands them back as they came."""
         super().train(mode)
-        for teacher in [*self.teachers, *(self.averages or ())]:
-            teacher.eval()
+        for average in self.averages or ():
+            average.eval()
+        if mode:
+            self._hold_teachers()
+        else:
+            self.release_teachers()
         return self
+
+    def _hold_teachers(self) -> None:
+        for teacher in self.teachers:
+            if teacher not in self._modes:
+                self._modes |= {module: module.training for module in teacher.modules()}
+            if teacher.training:
+                teacher.eval()
+
+    def release_teachers(self) -> None:
+        """Put every teacher into the mode (train or eval) in which it was given."""
+        for module, mode in self._modes.items():
+            module.training = mode
+        self._modes = {}
 
     def activation_checkpointing_enable(self, **kwargs: Any) -> None:
         """Trade compute for memory in every peer that knows how to; the Trainer calls this."""
@@ -198,23 +251,17 @@ class Hosted(nn.Module):
                 )
 
 
-def layers_of(loss: Loss) -> set[int]:
-    """The layers that a loss (or a term of a sum) reads features of: its ``layer`` or ``layers``."""
-    modules = [module for module in loss.modules() if isinstance(module, Loss)]
-    return {
-        n
-        for m in modules
-        for n in (*getattr(m, "layers", ()), *([m.layer] if hasattr(m, "layer") else ()))
-    }
+def input_names(model: nn.Module) -> list[str]:
+    """The arguments that a network's ``forward`` names; empty if it takes any."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
-def averages_of(loss: Loss) -> float | None:
-    """The decay of the averages over time that a loss (or a term of a sum) learns from; None if it asks for none."""
-    return next((module.ema for module in loss.modules() if isinstance(module, PCL)), None)
+def average_of(peer: nn.Module, decay: float) -> AveragedModel:
+    """A copy whose weights and statistics are averaged over steps.
 
-
-def _average(peer: nn.Module, decay: float) -> AveragedModel:
-    """A copy whose weights and statistics are averaged over steps: avg <- d avg + (1 - d) now, d = min(1 - 1/(n+1), decay)."""
+    avg <- d avg + (1 - d) now, with d = min(1 - 1/(n + 1), decay) after n steps.
+    """
 
     def step(average: Tensor, now: Tensor, n: Tensor) -> Tensor:
         if not now.is_floating_point():  # BatchNorm counts its batches

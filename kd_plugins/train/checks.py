@@ -14,7 +14,6 @@ from ..losses.base import Loss, peer_name
 from ..losses.state import SampleTable
 from ..models.factory import class_count
 from ..models.features import has_features
-from ..models.hosted import averages_of
 
 if TYPE_CHECKING:  # timm's tasks do without transformers
     from transformers import TrainingArguments
@@ -75,7 +74,7 @@ def refuse_pairing(
         raise ValueError(
             f"{name} was made for num_peers={loss.num_peers}, there are {len(peers)} networks"
         )
-    averaged = averages_of(loss) is not None
+    averaged = loss.ema_decay is not None
     if averaged and (teachers or cached is not None):
         given = (
             f"the {len(teachers)} teachers given"
@@ -114,12 +113,38 @@ def refuse_pairing(
         raise ValueError(
             "the same module stands twice among the networks: they would share their weights; make a second one"
         )
-    counts = {peer_name(k): n for k, p in enumerate(peers) if (n := class_count(p))}
-    counts |= {f"teacher {k}": n for k, p in enumerate(teachers) if (n := class_count(p))}
+    refuse_frozen(peers)
+    _refuse_classes(peers, teachers if "teacher" in taught else [], name, cached)
+
+
+def refuse_frozen(peers: list[nn.Module]) -> None:
+    """A peer learns; a network without a trainable parameter is a teacher."""
+    for k, peer in enumerate(peers):
+        if not any(p.requires_grad for p in peer.parameters()):
+            raise ValueError(
+                f"network {peer_name(k)} ({type(peer).__name__}) has no trainable parameter and would "
+                "never learn: call requires_grad_(True), or pass it in teachers=[...]"
+            )
+
+
+def _refuse_classes(
+    peers: list[nn.Module], teachers: list[nn.Module], name: str, cached: Any
+) -> None:
+    """Logits are compared class by class; ``teachers`` are those whose logits the loss reads."""
+    networks = {f"network {peer_name(k)}": peer for k, peer in enumerate(peers)}
+    networks |= {f"teacher {k}": teacher for k, teacher in enumerate(teachers)}
+    counts = {key: class_count(network) for key, network in networks.items()}
     counts |= {} if cached is None else {"cached teachers": cached.shape[2]}
-    if len(set(counts.values())) > 1:
+    if headless := [key for key, count in counts.items() if count == 0]:
         raise ValueError(
-            f"the networks have different numbers of classes: {counts}; they cannot teach each other"
+            f"{', '.join(headless)}: num_classes=0, a network without a classifier gives features "
+            f"and no logits, which {name} reads. Give it a head, or choose a loss that reads "
+            "teacher_features only"
+        )
+    if len({count for count in counts.values() if count is not None}) > 1:
+        raise ValueError(
+            f"the networks have different numbers of classes: {counts}; they cannot teach each "
+            "other by their logits"
         )
 
 

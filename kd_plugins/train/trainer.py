@@ -216,6 +216,15 @@ class MutualDistillationTrainer(Trainer):
             self._steps += 1
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """With ``remove_unused_columns=True``, the columns that the networks name are kept."""
+        super()._set_signature_columns_if_needed()
+        known = {
+            *(self._signature_columns or ()),
+            *(n for names in self.model.names for n in names),
+        }
+        self._signature_columns: Any = sorted(known)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what the loss reported since the last log: means over steps and processes."""
         if "loss" in logs and self._steps:
@@ -300,6 +309,8 @@ class MutualDistillationTrainer(Trainer):
                     "file there is damaged, or not of this trainer, resume from another checkpoint"
                 )
             raise
+        finally:
+            self.model.release_teachers()
         for name, view in _named({"train": self.train_dataset}, self.eval_dataset):
             broken = sorted(set(gather_object(view.broken()))) if hasattr(view, "broken") else []
             if broken and self.is_world_process_zero():
@@ -388,6 +399,8 @@ class MutualDistillationTrainer(Trainer):
             configs = self._input_configs(input_config)
             for k, path in enumerate(folders):
                 export(self.model.peers[k], path, names, configs[k])
+                if hasattr(self.processing_class, "save_pretrained"):  # a tokenizer
+                    self.processing_class.save_pretrained(path)  # type: ignore[union-attr]
                 self._write_card(k, path, configs[k], card)
         return folders
 
@@ -456,6 +469,7 @@ class MutualDistillationTrainer(Trainer):
                         "model*.safetensors",
                         "model*.json",
                         "preprocessor_config.json",
+                        *("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt"),
                         "README.md",
                     ],
                 )

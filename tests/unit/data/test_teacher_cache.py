@@ -107,7 +107,7 @@ def test_teachers_see_the_pixels_as_in_the_trainer(tmp_path):
     student, teacher = with_cfg(Net(1), *STUDENT), with_cfg(Net(2), *TEACHER)
     data = view(8)
     hosted = Hosted([student], KD(), [teacher])
-    expected, _ = hosted._run(teacher, 1, pixels_of(data, range(8)))
+    expected, _ = hosted._run(teacher, 1, {"pixel_values": pixels_of(data, range(8))})
     cached = cache_teachers(data, [teacher], tmp_path / "a", student=student)
     torch.testing.assert_close(
         torch.from_numpy(cached.teacher_logits[:, 0].copy()), expected, atol=1e-6, rtol=1e-6

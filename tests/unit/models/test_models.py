@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
-from kd_plugins import CE, SMKD, Everything, Loss, Mutual, MyLC
+from kd_plugins import CE, KD, SMKD, Everything, FitNet, Loss, Mutual, MyLC
 from kd_plugins.models import (
     Hosted,
     class_count,
@@ -21,7 +21,9 @@ from kd_plugins.models import (
     logits_of,
     make_model,
     make_teacher,
+    with_features,
 )
+from kd_plugins.train.checks import refuse_pairing
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -113,6 +115,7 @@ def test_class_count():
     assert class_count(vit(classes=4)) == 4
     assert class_count(timm_vit()) == CLASSES
     assert class_count(nn.Linear(2, 2)) is None
+    assert class_count(timm.create_model("test_resnet", num_classes=0)) == 0
 
 
 def test_logits_of():
@@ -266,6 +269,41 @@ def test_train_returns_the_loss_alone_and_eval_plain_cross_entropy():
     assert list(hosted(x)) == ["logits"]
 
 
+def test_soft_labels_in_evaluation():
+    """The plain cross-entropy to distributions [B, C]; integer labels of any width."""
+    peers, x, y = [Net(1), Net(2)], pixels(), labels()
+    hosted = Hosted(peers, Mutual(CE(), Everything())).eval()
+    soft = 0.8 * F.one_hot(y, CLASSES) + 0.2 / CLASSES
+    expected = torch.stack([F.cross_entropy(p(x), soft) for p in peers]).mean()
+    torch.testing.assert_close(hosted(x, soft)["loss"], expected)
+    for dtype in (torch.uint8, torch.int16, torch.int32):
+        torch.testing.assert_close(hosted(x, y.to(dtype))["loss"], hosted(x, y)["loss"])
+
+
+def test_rows_without_labels_and_other_columns():
+    """In prediction the logits; in training an error that names what there is."""
+    hosted, x = Hosted([Net(1)], CE()), pixels()
+    assert list(hosted.eval()(x, path=torch.zeros(6))) == ["logits"]
+    hosted.train()
+    assert list(hosted(x, labels(), path=torch.zeros(6))) == ["loss"]
+    with pytest.raises(ValueError, match=r"no labels, only \['path', 'pixel_values'\]"):
+        hosted(x, path=torch.zeros(6))
+    with pytest.raises(ValueError, match=r"none of the inputs of Net: expected pixel_values"):
+        hosted(picture=x, labels=labels())
+
+
+def test_the_last_step_is_left_for_whoever_reads_it():
+    peers, x, y = [Net(1), Net(2)], pixels(), labels()
+    hosted = Hosted(peers, Mutual(CE(), Everything()))
+    hosted(x, y, index=torch.arange(6))
+    assert not any(z.requires_grad for z in hosted.last["logits"])
+    torch.testing.assert_close(hosted.last["logits"][1], peers[1](x).detach())
+    assert torch.equal(hosted.last["labels"], y)
+    assert torch.equal(hosted.last["index"], torch.arange(6))
+    hosted(x, y)
+    assert hosted.last["index"] is None
+
+
 def test_selected_right_counts_what_was_taught():
     x, y = pixels(), labels()
     loss = Mutual(CE(), Everything())
@@ -280,7 +318,7 @@ def test_selected_right_counts_what_was_taught():
     assert "selected_right_a" not in hosted.stats
 
 
-def test_teachers_are_frozen_and_stay_out_of_the_checkpoint():
+def test_teachers_do_not_learn_and_stay_out_of_the_checkpoint():
     teacher = Net(2, bn=True, dropout=0.5).train()
     before = state(teacher)
     hosted = Hosted([Net(1, bn=True)], FromTeachers(), [teacher]).train()
@@ -289,7 +327,7 @@ def test_teachers_are_frozen_and_stay_out_of_the_checkpoint():
     hosted(pixels(), labels())["loss"].backward()
     assert hosted.peers[0].conv.weight.grad.abs().max() > 0
     assert difference(before, state(teacher)) == 0  # BatchNorm's means too
-    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
     owned = {id(p) for p in hosted.parameters()}
     assert not owned & {id(p) for p in teacher.parameters()}
     assert len(hosted.state_dict()) == len(hosted.peers[0].state_dict())
@@ -297,6 +335,28 @@ def test_teachers_are_frozen_and_stay_out_of_the_checkpoint():
     assert teacher.conv.weight.dtype == torch.float64
     hosted.to("meta")
     assert teacher.conv.weight.device.type == "meta"
+
+
+def test_teachers_are_handed_back_as_they_came():
+    """Mode and requires_grad of every module: a teacher may be a peer in the next run."""
+    teachers = [Net(2, dropout=0.5).train(), Net(3).eval()]
+    teachers[0].norm.eval()  # a part in another mode than the rest
+    teachers[1].fc.requires_grad_(False)
+
+    def condition():
+        modes = [m.training for t in teachers for m in t.modules()]
+        return modes, [p.requires_grad for t in teachers for p in t.parameters()]
+
+    before = condition()
+    hosted = Hosted([Net(1)], FromTeachers(), teachers)
+    for _ in range(2):
+        hosted.train()(pixels(), labels())
+        assert not any(m.training for t in teachers for m in t.modules())
+        hosted.eval()
+        assert condition() == before
+    hosted.train()(pixels(), labels())
+    hosted.release_teachers()
+    assert condition() == before
 
 
 def test_teachers_are_stacked_and_not_dropped_out():
@@ -494,3 +554,38 @@ def test_maps_of_student_and_teachers_are_handed_over():
     hosted = Hosted([student], loss, [cnn])
     hosted.train()(pixels(4, 32), labels(4))
     assert [s[1] for s in loss.seen[0]] == feature_dims(student)[-1:]
+
+
+def test_teachers_of_other_widths_and_without_heads():
+    """Of teachers only what the loss reads is compared: maps of any width, logits of as many classes."""
+    student, teachers = (
+        timm_conv(),
+        [
+            timm.create_model("test_resnet", num_classes=0),  # DINO-like
+            timm.create_model("test_vit", num_classes=7, img_size=16, patch_size=8),
+        ],
+    )
+    dims = [feature_dims(m)[-1] for m in teachers]
+    loss = CE() + FitNet(feature_dims(student)[-1], dims, layer=-1)
+    refuse_pairing([student], teachers, loss)
+    assert Hosted([student], loss, teachers).train()(pixels(4, 32), labels(4))["loss"].isfinite()
+    with pytest.raises(ValueError, match=r"teacher 0: num_classes=0.*no logits, which KD reads"):
+        refuse_pairing([student], teachers[:1], KD())
+    with pytest.raises(ValueError, match=r"different numbers of classes: .*'teacher 0': 7"):
+        refuse_pairing([student], teachers[1:], KD())
+    wide = [timm_conv(), timm.create_model("test_resnet", num_classes=CLASSES)]
+    assert Hosted([student], KD(), wide).train()(pixels(4, 32), labels(4))["loss"].isfinite()
+
+
+def test_a_peer_that_cannot_learn_is_refused():
+    with pytest.raises(ValueError, match=r"network b \(Net\) has no trainable parameter"):
+        refuse_pairing([Net(1), Net(2).requires_grad_(False)], [], SMKD())
+
+
+def test_maps_of_a_vit_that_takes_other_sizes_than_its_own():
+    """Patches of 8 px in a picture of 32 x 24, for a network that was made for 16 x 16."""
+    model = timm_vit(16, dynamic_img_size=True).eval()
+    x = torch.randn(2, 3, 32, 24)
+    logits, (last,) = with_features(model, x)
+    assert last.shape[-2:] == (4, 3)
+    torch.testing.assert_close(logits, model(x))
