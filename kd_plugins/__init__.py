@@ -34,16 +34,20 @@ _LAZY = {
     "select_lowest": "audit",
 }
 
+_FLOORS = ("audit", "data", "models", "train")
+
 __all__ = list(_losses)  # without the lazy names: a star import must not load transformers
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return version("kd-plugins")
+    if name in _FLOORS:
+        return import_module(f".{name}", __name__)
     if name in _LAZY:
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_LAZY])
+    return sorted([*__all__, *_LAZY, *_FLOORS])

@@ -1,244 +1,118 @@
-"""Train on CIFAR-100, or any image data set, with any label noise and any method by name; one network or several.
+"""Train on CIFAR-100, or any image data set, with any label noise and any method by name.
 
     accelerate launch -q recipes/cifar100_noise.py --data uoft-cs/cifar100 --label fine_label \\
-        --method smkd --refine mylc --loss_args eta=2 b2=-6 --models resnet34_cifar resnet34_cifar \\
-        --noise symmetric --rate 0.4 --num_train_epochs 100 --bf16
+        --method smkd --refine mylc --loss_args eta=2 b2=-6 normalize=selected \\
+        --models resnet34_cifar resnet34_cifar --noise symmetric --rate 0.4 --bf16
 
-`--method` is any name of `kd_plugins.list_losses()`, or `cdr`. What a loss needs to know of data and networks is filled in, and
-the share of samples that co-teaching forgets, or of gradients that CDR drops, is `--rate`, as in their papers. Some methods take
-several stages, each in a folder of its own: see `STAGES`; `--stage_epochs 4 8` shares the epochs out.
+`--method` is a name from `kd_plugins.list_losses()`, or `cdr`. Methods of several stages (`STAGES`
+below) train one network, each stage in its own folder; `--stage_epochs 4 8` gives their lengths.
+Co-teaching forgets, and CDR drops, the share `--rate`, as in their papers.
 
-`--data` is a hub id or a folder (parquet, or one folder per class). On two processes without a GPU:
-`torchrun --nproc_per_node 2 recipes/cifar100_noise.py ...`. A killed run goes on from its last complete checkpoint when the
-same command is given again. Expected: on 10,000 pictures, two small networks and 12 epochs 14.0 ± 0.5 (MyLC) against 13.9 ± 0.3
-per cent (cross-entropy), and why no more: recipes/README.md.
+`--data` is a hub id or a folder (parquet, or one folder per class). Run a killed command again: it
+continues from its last complete checkpoint. Expected with 10,000 pictures, two small networks and
+12 epochs: 14.0 ± 0.5 (MyLC) and 13.9 ± 0.3 per cent (cross-entropy). recipes/README.md says why.
 """
 
-import contextlib
 import copy
-import inspect
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-import datasets
-import numpy as np
-import timm
 import torch
-from pictures import check_loss, check_networks, load, transform, write_results
+from torch.utils.data import DataLoader
 from transformers import set_seed
+from transformers.hf_argparser import HfArg
 
-import kd_plugins.models  # noqa: F401  makes resnet18_cifar and its sisters known to timm
-from kd_plugins import (
-    DynamicsCallback,
-    Mutual,
-    MutualDistillationTrainer,
-    MutualTrainingArguments,
-    Nothing,
-    create_loss,
-    estimate_transition,
-    loss_class,
-)
-from kd_plugins.data import (
-    ImageView,
-    asymmetric,
-    circular,
-    noise_report,
-    noisy_view,
-    pair_flip,
-    symmetric,
-)
-from kd_plugins.train import CDRCallback, claim_folder, parse_settings, run_main
+import kd_plugins as kd
 
-# Methods that are more than one training with one loss, and then for one network. Each stage: (loss, "new" or "same" network,
-# training arguments of the authors' code).
-STAGES: dict[str, list] = {
-    "cdr": [("ce", "new", {})],  # with CDRCallback
-    "joint": [
-        ("joint", "new", {}),
-        ("soft_labels", "new", {}),
-    ],  # then on the labels that joint arrived at
-    "tf_kd_self": [
-        ("ce", "new", {}),
-        ("tf_kd_self", "new", {}),
-    ],  # taught by its own first training
-    "forward_correction": [
-        ("ce", "new", {}),
-        ("forward_correction", "new", {}),
-    ],  # ce estimates the transition matrix
+# Each stage: the loss, a new network or the same, training arguments of the authors' code.
+STAGES = {
+    "cdr": [("ce", "new", {})],  # with kd.train.CDRCallback
+    "joint": [("joint", "new", {}), ("soft_labels", "new", {})],
+    "tf_kd_self": [("ce", "new", {}), ("tf_kd_self", "new", {})],
+    "forward_correction": [("ce", "new", {}), ("forward_correction", "new", {})],
     "backward_correction": [("ce", "new", {}), ("backward_correction", "new", {})],
     "t_revision": [
         ("ce", "new", {}),
-        ("reweighting", "same", {}),  # t_revision with the matrix as estimated
+        ("reweighting", "same", {}),  # T-revision with the matrix as estimated
         ("t_revision", "same", {"learning_rate": 5e-7, "optim": "adamw_torch", "optim_args": None}),
     ],
     "dmi": [("ce", "new", {}), ("dmi", "same", {"learning_rate": 1e-6})],
 }
-
-DEFAULTS = {
-    "output_dir": "runs/cifar100_noise",
-    "eval_strategy": "epoch",
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "report_to": "none",
-}
+TRANSITION = ("forward_correction", "backward_correction", "t_revision", "reweighting")
+DEFAULTS = {"output_dir": "runs/cifar100_noise", "report_to": "none", "save_total_limit": 2}
+DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
 
 
 @dataclass
 class Settings:
-    data: str = field(default="uoft-cs/cifar100", metadata={"help": "hub id or folder"})
-    image: str | None = field(
-        default=None, metadata={"help": "column; the one that holds pictures"}
-    )
-    label: str | None = field(
-        default=None, metadata={"help": "column of classes; label, or the only one"}
-    )
-    classes: int = field(default=0, metadata={"help": "keep the first so many classes only"})
-    where: str | None = field(
-        default=None,
-        metadata={
-            "help": "train only on the rows where this column is true, and test on the "
-            "classes that they have"
-        },
-    )
-    augment: bool = field(
-        default=True, metadata={"help": "crop and flip; without, a short run learns by heart too"}
-    )
-    size: int = field(default=0, metadata={"help": "side of the pictures in px; as they are if 0"})
-    method: str = field(
-        default="smkd", metadata={"help": "any of kd_plugins.list_losses(), or cdr"}
-    )
-    refine: str = field(default="mylc", metadata={"help": "label modification inside smkd"})
-    loss_args: list[str] = field(
-        default_factory=list, metadata={"help": "of the method: eta=2 b2=-6"}
-    )
-    refine_args: list[str] = field(
-        default_factory=list, metadata={"help": "of the label modification: b1=10"}
-    )
-    models: list[str] = field(
-        default_factory=lambda: ["resnet34_cifar"] * 2, metadata={"help": "timm names, or one"}
-    )
-    noise: str = field(
-        default="symmetric",
-        metadata={
-            "help": "symmetric, pair_flip, asymmetric (next class), circular "
-            "(within coarse_label), none, or a column with given labels"
-        },
-    )
-    rate: float | None = field(
-        default=None, metadata={"help": "share of wrong labels; 0.4, with --noise none 0"}
-    )
-    stage_epochs: list[float] = field(
-        default_factory=list,
-        metadata={
-            "help": "of each stage of a method of several; num_train_epochs each if not given"
-        },
-    )
-    estimator: str = field(
-        default="anchor",
-        metadata={
-            "help": "of the transition matrix: anchor, dual_t, or known, which takes "
-            "that of --noise and needs no stage"
-        },
-    )
-    dynamics: bool = field(
-        default=False,
-        metadata={
-            "help": "keep what each network said of each sample, visit by visit: "
-            "output_dir/dynamics, for find_wrong_labels.py"
-        },
-    )
-    holdout: float = field(
-        default=0.0,
-        metadata={
-            "help": "share of the noisy training data to evaluate on instead of the "
-            "test data: hyperparameters are chosen there"
-        },
-    )
+    data: str = HfArg(default="uoft-cs/cifar100", help="hub id or folder")
+    image: str | None = HfArg(default=None, help="column of pictures, if there are several")
+    label: str | None = HfArg(default=None, help="column of classes, if there are several")
+    classes: int = HfArg(default=0, help="keep only the first classes, so many")
+    where: str | None = HfArg(default=None, help="train only on rows where this column is true")
+    augment: bool = HfArg(default=True, help="crop and flip")
+    size: int = HfArg(default=0, help="side of the pictures in px; 0: as they are")
+    method: str = HfArg(default="smkd", help="any of kd_plugins.list_losses(), or cdr")
+    refine: str = HfArg(default="mylc", help="label modification inside smkd")
+    loss_args: list[str] = HfArg(default_factory=list, help="of the method: eta=2 b2=-6")
+    refine_args: list[str] = HfArg(default_factory=list, help="of the modification: b1=10")
+    models: list[str] = HfArg(default_factory=lambda: ["resnet34_cifar"] * 2, help="timm names")
+    noise: str = HfArg(default="symmetric", help="or pair_flip, asymmetric, circular, none, COLUMN")
+    rate: float | None = HfArg(default=None, help="share of wrong labels; 0.4, or 0 without noise")
+    stage_epochs: list[float] = HfArg(default_factory=list, help="num_train_epochs of each stage")
+    estimator: str = HfArg(default="anchor", help="of the transition matrix; dual_t, or known")
+    dynamics: bool = HfArg(default=False, help="write output_dir/dynamics for find_wrong_labels.py")
+    holdout: float = HfArg(default=0.0, help="evaluate on this share of the noisy training data")
 
 
-def make_loss(s: Settings, name: str, models, **known):
-    """A method by name; what depends on data (num_samples ...) and networks (feature_dims ...) is filled in."""
-
-    def value(text):
-        for read in (json.loads, float):  # float reads inf
-            with contextlib.suppress(ValueError):
-                return read(text)
-        return text
-
-    def make(name, pairs, **known):
-        wants = inspect.signature(loss_class(name)).parameters
-        given = {k: value(v) for k, v in (pair.split("=", 1) for pair in pairs)}
-        return create_loss(name, **{k: v for k, v in known.items() if k in wants} | given)
-
-    if loss_class(name).peers and len(models) > 1:
-        known |= {
-            "num_peers": len(models),
-            "feature_dims": [getattr(m, "num_features", None) for m in models],
-        }
-    own = s.loss_args if name == s.method else []  # not of the stages before
-    if "refine" in inspect.signature(loss_class(name)).parameters:
-        known["refine"] = make(s.refine, s.refine_args, **known)
-    loss = make(name, own, forget=s.rate, **known)
-    return (
-        loss if loss.peers or len(models) == 1 else Mutual(loss, Nothing(), num_peers=len(models))
-    )
+def pairs(option: str, texts: list[str]) -> dict:
+    """["eta=inf", "normalize=batch"] -> {"eta": inf, "normalize": "batch"}."""
+    out = {}
+    for key, equals, text in (text.partition("=") for text in texts):
+        if not equals:
+            raise SystemExit(f"--{option} {key}: expected NAME=VALUE")
+        try:
+            out[key] = float(text) if text in ("inf", "-inf") else json.loads(text)
+        except ValueError:
+            out[key] = text
+    return out
 
 
-def make_noise(s: Settings, train):
-    classes = train.features[s.label].num_classes
-    if s.noise == "circular":
-        pairs = dict(zip(train[s.label], train["coarse_label"], strict=True))
-        return circular([pairs[c] for c in range(classes)], s.rate)
-    if s.noise in train.column_names:
-        return s.noise
-    makers = {
-        "symmetric": symmetric,
-        "pair_flip": pair_flip,
-        "asymmetric": lambda c, r: asymmetric(c, r, {i: (i + 1) % c for i in range(c)}),
-    }
-    if s.noise not in makers:
-        expected = f"{', '.join(makers)}, circular, none or one of {train.column_names}"
-        raise SystemExit(f"--noise {s.noise}: expected {expected}")
-    return makers[s.noise](classes, s.rate)
+def make_loss(s: Settings, name: str, known: dict):
+    """A loss by name; the Trainer fills in the sizes of data and networks."""
+    own = pairs("loss_args", s.loss_args) if name == s.method else {}
+    if name == "smkd":
+        own["refine"] = kd.create_loss(s.refine, **pairs("refine_args", s.refine_args))
+    elif name in ("co_teaching", "co_teaching_plus"):
+        own = {"forget": s.rate} | own
+    elif name == "soft_labels":
+        own["labels"] = known["labels"]
+    elif name in TRANSITION:
+        own["transition"] = known["transition"]
+    if name == "reweighting":
+        name, own["revise"] = "t_revision", False
+    if kd.loss_class(name).num_peers > 1 and len(s.models) > 2:
+        own["num_peers"] = len(s.models)
+    loss = kd.create_loss(name, **own)
+    alone = loss.num_peers > 1 or len(s.models) == 1
+    return loss if alone else kd.Mutual(loss, kd.Nothing(), num_peers=len(s.models))
 
 
-def first_classes(data, label: str, count: int):
-    """The rows of the first classes, and no other names in the label column."""
-    names = data.features[label].names
-    if not 1 < count <= len(names):
-        raise SystemExit(f"--classes {count}: expected 2 to {len(names)}, as many as there are")
-    data = data.filter(
-        lambda labels: [y < count for y in labels], input_columns=label, batched=True
-    )
-    return data.cast_column(label, datasets.ClassLabel(names=names[:count]))
-
-
-def options() -> tuple[Settings, MutualTrainingArguments, list]:
-    """Settings, arguments and stages; what does not go together is refused before anything is read or written."""
-    s, args = parse_settings(Settings, MutualTrainingArguments, defaults=DEFAULTS)
-    if s.rate is None:
-        s.rate = 0.0 if s.noise == "none" else 0.4
-    loss = check_loss("method", "ce" if s.method == "cdr" else s.method)
-    given = [("loss_args", s.method, loss, s.loss_args)]
-    if "refine" in inspect.signature(loss).parameters:
-        given.append(("refine_args", s.refine, check_loss("refine", s.refine), s.refine_args))
-    elif s.refine_args or s.refine != Settings.refine:
-        asked = " ".join([s.refine, *s.refine_args])
-        raise SystemExit(f"--refine {asked}: {s.method} takes no refine and would ignore it")
-    for option, name, cls, pairs in given:
-        takes = [key for key in inspect.signature(cls).parameters if key != "base"]
-        if wrong := [pair for pair in pairs if "=" not in pair or pair.split("=")[0] not in takes]:
-            raise SystemExit(
-                f"--{option} {' '.join(wrong)}: expected NAME=VALUE, NAME of {name}: {', '.join(takes)}"
-            )
-    check_networks("models", s.models)
-
+def options() -> tuple[Settings, kd.MutualTrainingArguments, list]:
+    """Settings, arguments and stages. What cannot work is refused before anything is written."""
+    s, args = kd.train.parse_settings(Settings, kd.MutualTrainingArguments, defaults=DEFAULTS)
+    s.rate = (0.0 if s.noise == "none" else 0.4) if s.rate is None else s.rate
+    if s.method != "smkd" and (s.refine_args or s.refine != "mylc"):
+        given = " ".join([s.refine, *s.refine_args])
+        raise SystemExit(f"--refine {given}: {s.method} takes no refine and would ignore it")
+    if s.estimator not in ("anchor", "dual_t", "known"):
+        raise SystemExit(f"--estimator {s.estimator}: expected anchor, dual_t or known")
+    if s.estimator == "known" and s.noise not in kd.data.NOISE[:-1]:
+        raise SystemExit(f"--estimator known: --noise {s.noise} has no known matrix; use anchor")
     stages = STAGES.get(s.method, [(s.method, "new", {})])
     if s.estimator == "known" and s.method.endswith("_correction"):
         stages = stages[-1:]
-    if s.estimator not in ("anchor", "dual_t", "known"):
-        raise SystemExit(f"--estimator {s.estimator}: expected anchor, dual_t or known")
     if len(stages) > 1 and len(s.models) > 1:
         raise SystemExit(
             f"{s.method} takes {len(stages)} stages, for one network: give one --models"
@@ -247,59 +121,42 @@ def options() -> tuple[Settings, MutualTrainingArguments, list]:
     if len(epochs) != len(stages):
         names = [name for name, *_ in stages]
         raise SystemExit(f"--stage_epochs {epochs}: {s.method} has {len(stages)} stages, {names}")
-    stages = [
-        (*stage, {**more, "num_train_epochs": e})
-        for (*stage, more), e in zip(stages, epochs, strict=True)
-    ]
-    return s, args, stages
+    # a mistyped option of a late stage ends the run here, not after the first stage
+    example = {"transition": torch.eye(2), "labels": torch.full((1, 2), 0.5)}
+    make_loss(s, "ce" if s.method == "cdr" else s.method, example)
+    return (
+        s,
+        args,
+        [(*x, {**y, "num_train_epochs": e}) for (*x, y), e in zip(stages, epochs, strict=True)],
+    )
 
 
 def main() -> dict:
     s, args, stages = options()
-    set_seed(args.seed)
-    train, test = load(s)
-    if s.classes:
-        train, test = (first_classes(part, s.label, s.classes) for part in (train, test))
-    if s.where:
-        train = train.select(np.flatnonzero(train.with_format("numpy")[s.where][:]))
-        taught = np.unique(train.with_format("numpy")[s.label][:])
-        test = test.select(np.flatnonzero(np.isin(test.with_format("numpy")[s.label][:], taught)))
-    given = s.label
-    if s.noise != "none":
-        noise = make_noise(
-            s, train
-        )  # before the hold-out: a view of a split would copy the pictures
-        train = noisy_view(train, noise, seed=args.seed, label=s.label, noisy="given_label")
-        given = "given_label"
-        if args.process_index == 0:
-            classes = train.features[s.label].num_classes
-            print(noise_report(np.asarray(train[s.label]), np.asarray(train[given]), classes))
-    if s.holdout > 0:
-        parts = train.train_test_split(s.holdout, seed=args.seed)
-        train, test = parts["train"], parts["test"]
-
+    train, test, s.image, s.label = kd.data.load_pictures(
+        s.data, s.image, s.label, classes=s.classes, where=s.where
+    )
+    noise = kd.data.noise_by_name(train, s.noise, s.rate, s.label)
+    # before the hold-out: a view of a split would copy the pictures
+    train = kd.data.noisy_view(train, noise, seed=args.seed, label=s.label, noisy="given_label")
     classes = train.features[s.label].num_classes
+    if args.process_index == 0:
+        print(kd.data.noise_report(train[s.label], train["given_label"], classes))
+    if s.holdout > 0:  # its labels are the given ones: nobody has clean labels to choose with
+        train, test = train.train_test_split(s.holdout, seed=args.seed).values()
+
     size = s.size or min(train[0][s.image].size)
-    example = timm.create_model(s.models[0], num_classes=classes)
-    plain = transform(size, example, False)
-    crops = transform(size, example, s.augment)
-    train_view = ImageView(train, crops, seed=args.seed, image=s.image, label=given, clean=s.label)
-    label = (
-        given if s.holdout > 0 else s.label
-    )  # chosen on given labels: nobody has clean ones to choose with
-    test_view = ImageView(test, plain, image=s.image, label=label)
-    fit = ImageView(
-        train, plain, image=s.image, label=given, clean=s.label
-    )  # the training data without augmentation
+    example = kd.models.make_model(s.models[0], classes)
+    plain = kd.data.picture_transform(example, size)
+    crops = kd.data.picture_transform(example, size, s.augment)
+    columns = {"image": s.image, "label": "given_label", "clean": s.label}
+    train_view = kd.data.ImageView(train, crops, seed=args.seed, **columns)
+    fit = kd.data.ImageView(train, plain, **columns)  # the training data without augmentation
+    test_view = kd.data.ImageView(
+        test, plain, image=s.image, label="given_label" if s.holdout else s.label
+    )
 
-    known = {"window": len(train), "num_samples": len(train), "num_classes": classes}
-    if s.estimator == "known":
-        if s.noise == "none" or s.noise in train.column_names:
-            raise SystemExit(
-                f"--estimator known: --noise {s.noise} has no known matrix; use anchor or dual_t"
-            )
-        known["transition"] = torch.from_numpy(np.asarray(noise))
-
+    known = {"transition": noise} if s.estimator == "known" else {}
     teachers: list = []
     for number, (name, network, settings) in enumerate(stages):
         stage = copy.copy(args)
@@ -309,41 +166,34 @@ def main() -> dict:
             stage.output_dir = str(Path(args.output_dir, f"{number + 1}-{name}"))
         if network == "new":
             set_seed(args.seed + number)
-            models = [timm.create_model(name, num_classes=classes) for name in s.models]
-            models = [m.to(memory_format=torch.channels_last) for m in models]
-        if name == "reweighting":
-            loss = create_loss("t_revision", transition=known["transition"], revise=False)
-        else:
-            loss = make_loss(s, name, models, **known)
-        callbacks: list = [CDRCallback(s.rate)] if s.method == "cdr" else []
-        callbacks += [DynamicsCallback()] if s.dynamics else []
-        views = {"train_dataset": train_view, "eval_dataset": test_view}
-        trainer = MutualDistillationTrainer(
-            models, loss, stage, teachers=teachers, callbacks=callbacks, **views
+            models = [kd.models.make_model(name, classes) for name in s.models]
+            models = [model.to(memory_format=torch.channels_last) for model in models]
+        loss = make_loss(s, name, known)
+        callbacks: list = [kd.train.CDRCallback(s.rate)] if s.method == "cdr" else []
+        callbacks += [kd.DynamicsCallback()] if s.dynamics else []
+        data = {"train_dataset": train_view, "eval_dataset": test_view}
+        trainer = kd.MutualDistillationTrainer(
+            models, loss, stage, teachers=teachers, callbacks=callbacks, **data
         )
-        claim_folder(args, **vars(s))  # not before all of it could be made
+        kd.train.claim_folder(args, **vars(s))  # not before all of it could be made
         trainer.train(resume_from_checkpoint=True)
 
-        following = (
-            stages[number + 1][0] if number + 1 < len(stages) else None
-        )  # what the next stage needs of this one
+        following = stages[number + 1][0] if number + 1 < len(stages) else None
         if following == "soft_labels":
             known["labels"] = loss.soft_labels().cpu()
         elif following == "tf_kd_self":
             teachers = trainer.peers
-        elif following is not None and following != "dmi" and "transition" not in known:
-            loader = torch.utils.data.DataLoader(
-                fit, args.eval_batch_size, num_workers=args.dataloader_num_workers
-            )
-            known["transition"] = estimate_transition(models[0], loader, method=s.estimator)
+        elif following in TRANSITION and "transition" not in known:
+            loader = DataLoader(fit, args.eval_batch_size, num_workers=args.dataloader_num_workers)
+            known["transition"] = kd.estimate_transition(models[0], loader, method=s.estimator)
 
     figures = trainer.evaluate(test_view) | trainer.evaluate(fit, metric_key_prefix="train")
     trainer.save_state()
     trainer.export(args.output_dir)
     if trainer.is_world_process_zero():
-        write_results(s, args, figures, stage.output_dir)
+        kd.train.write_results(s, args, figures, stage.output_dir)
     return figures
 
 
 if __name__ == "__main__":
-    run_main(main)
+    kd.train.run_main(main)

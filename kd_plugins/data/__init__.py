@@ -14,14 +14,17 @@ from .noise import (
     pair_flip,
     symmetric,
 )
+from .pictures import NOISE, Pictures, find_column, load_pictures, noise_by_name, picture_transform
 from .subset import SubsetView, as_view, num_samples, set_epoch
 from .teacher_cache import CachedTeachers, cache_teachers
 from .webvision import load_webvision, write_webvision
 
 __all__ = [
+    "NOISE",
     "CachedTeachers",
     "ImageView",
     "NoiseReport",
+    "Pictures",
     "SubsetView",
     "as_view",
     "asymmetric",
@@ -29,12 +32,16 @@ __all__ = [
     "circular",
     "corrupt",
     "corrupt_by_key",
+    "find_column",
+    "load_pictures",
     "load_webvision",
+    "noise_by_name",
     "noise_report",
     "noisy_stream",
     "noisy_view",
     "num_samples",
     "pair_flip",
+    "picture_transform",
     "set_epoch",
     "symmetric",
     "write_webvision",

@@ -2,7 +2,7 @@
 
 from .arguments import MutualTrainingArguments
 from .callbacks import CDRCallback, ProgressCallback
-from .command_line import parse_settings, run_main
+from .command_line import parse_settings, run_main, write_results
 from .dynamics_callback import DynamicsCallback
 from .run_folder import claim_folder, last_checkpoint
 from .trainer import MutualDistillationTrainer, as_compute_loss_func
@@ -18,4 +18,5 @@ __all__ = [
     "last_checkpoint",
     "parse_settings",
     "run_main",
+    "write_results",
 ]

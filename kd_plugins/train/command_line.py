@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import sys
 import time
@@ -13,7 +14,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
+
+from ..audit.plots import draw
 
 PACKAGE = str(Path(__file__).parents[1])
 EXPECTED = (ValueError, TypeError, FileNotFoundError, FloatingPointError)
@@ -72,6 +75,26 @@ def run_main(main: Callable[[], Any]) -> None:
             message = {"message": {"message": line, "extraInfo": details}}
             Path(report).write_text(json.dumps(message), encoding="utf-8")
         raise SystemExit(2) from error
+
+
+def write_results(
+    settings: Any, args: TrainingArguments, figures: Mapping[str, Any], run: Any = None
+) -> None:
+    """Write ``results.json`` and pictures into ``args.output_dir``, and print the figures.
+
+    Args:
+        settings: dataclass of the script; kept beside the figures.
+        args: for the folder and the seed.
+        figures: what was evaluated. Times are left out.
+        run: folder with the log that is drawn, if it is another one.
+    """
+    figures = {k: v for k, v in figures.items() if not k.endswith(("runtime", "per_second"))}
+    folder = Path(str(args.output_dir))
+    results = vars(settings) | {"seed": args.seed} | figures
+    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    draw(run or folder, folder / "pictures")
+    finite = {k: v for k, v in figures.items() if isinstance(v, float) and not math.isnan(v)}
+    print(json.dumps({k: round(v, 4) for k, v in finite.items()}, indent=1))
 
 
 def _line_of(error: BaseException) -> str | None:

@@ -105,7 +105,7 @@ def _describe_data(data: Any) -> dict[str, Any]:
     """The rows of a data set, and a digest of labels, class names and cached logits it shows."""
     parts: dict[str, Any] = {"data.rows": len(data) if hasattr(data, "__len__") else None}
     if (labels := getattr(data, "labels", None)) is not None:
-        parts["data.labels"] = _digest([torch.as_tensor(np.asarray(labels, np.int64))])
+        parts["data.labels"] = _digest([torch.tensor(np.asarray(labels, np.int64))])
     if (names := getattr(data, "class_names", None)) is not None:
         text = json.dumps(list(names)).encode()
         parts["data.class_names"] = blake2b(text, digest_size=16).hexdigest()

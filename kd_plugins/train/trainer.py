@@ -31,6 +31,7 @@ from .arguments import MutualTrainingArguments
 from .callbacks import ScheduleCallback, _ShortBar
 from .checks import refuse_arguments, refuse_frozen, refuse_labels, refuse_pairing, refuse_tables
 from .run_folder import describe_run, last_checkpoint, refuse_damaged, refuse_other_run, write_run
+from .sizes import bind_sizes
 
 logger = logging.get_logger(__name__)
 
@@ -123,6 +124,7 @@ class MutualDistillationTrainer(Trainer):
         for name, view in _named({"train": train_dataset}, eval_dataset):
             refuse_labels(view, peers, name)
         refuse_tables(loss, train_dataset)
+        bind_sizes(loss, peers, masters, train_dataset)
         if optim_per_peer is not None and len(optim_per_peer) != len(peers):
             raise ValueError(
                 f"optim_per_peer has {len(optim_per_peer)} entries for {len(peers)} networks; expected one each"

@@ -46,7 +46,6 @@ score = {"mylc": 0.6, "ce": 0.4}.get(value("--refine"), 0.5) + 0.01 * int(value(
 @pytest.fixture(scope="module")
 def tables():
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(RECIPES))
         patch.syspath_prepend(str(RECIPES / "experiments"))  # as python puts it there for a script
         yield runpy.run_path(str(RECIPES / "experiments" / "tables.py"))
 

@@ -1,0 +1,109 @@
+"""load_pictures, noise by name, the transform of a network."""
+
+import datasets
+import pytest
+import timm
+from helpers.pictures import hub
+from PIL import Image
+
+import kd_plugins.models  # noqa: F401  makes resnet10_cifar known to timm
+from kd_plugins.data import find_column, load_pictures, noise_by_name, picture_transform
+
+INTEGERS = datasets.Value("int64")
+
+
+@pytest.mark.parametrize(
+    ("kinds", "asked", "expected"),
+    [
+        ({"coarse_label": None}, {}, ("img", "fine_label")),  # the only ones
+        ({"coarse_label": INTEGERS}, {}, ("img", "fine_label")),
+        ({}, {"label": "coarse_label"}, ("img", "coarse_label")),
+        (
+            {"fine_label": INTEGERS},
+            {"label": "fine_label"},
+            r"label fine_label: .*here coarse_label; .*fine_label \(int64\) can",
+        ),
+        (
+            {"fine_label": INTEGERS, "coarse_label": INTEGERS},
+            {},
+            r"here none; .*cast_column\(NAME, ClassLabel\(...\)\)",
+        ),
+        (
+            {"img": None},
+            {"label": "fine_label"},
+            r"image None: expected the name of one Image column, here none; fine_label",
+        ),
+        (
+            {"splits": ("test",)},
+            {},
+            r"expected the splits train and test \(or validation\), got test",
+        ),
+        ({"splits": ("train",)}, {}, "got train$"),
+    ],
+)
+def test_columns_and_splits(kinds, asked, expected, tmp_path):
+    folder = str(hub(tmp_path / "data", **kinds))
+    if isinstance(expected, tuple):
+        found = load_pictures(folder, **asked)
+        assert len(found) == 4 and (found.image, found.label) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            load_pictures(folder, **asked)
+
+
+def test_label_is_the_column_of_this_name():
+    """Where there are several; so are true and noisy labels beside each other told apart."""
+    kind = datasets.ClassLabel(names=["a", "b"])
+    rows = datasets.Dataset.from_dict(
+        {"noisy_label": [0], "label": [1]},
+        features=datasets.Features({"noisy_label": kind, "label": kind}),
+    )
+    assert find_column(rows, "label") == "label"
+    assert find_column(rows, "label", "noisy_label") == "noisy_label"
+
+
+def test_part_of_the_data(tmp_path):
+    """The first classes; the rows that a column names, and the test rows of their classes."""
+    folder = str(hub(tmp_path / "data"))
+    part = load_pictures(folder, label="fine_label", classes=2)
+    assert (
+        part.train.features["fine_label"].names
+        == part.test.features["fine_label"].names
+        == ["w", "x"]
+    )
+    assert part.train["fine_label"] == [0, 1] * 4 and len(part.test) == 8
+    with pytest.raises(ValueError, match="classes=5: expected 2 to 4, as many as there are"):
+        load_pictures(folder, label="fine_label", classes=5)
+    where = load_pictures(folder, label="fine_label", where="coarse_label")  # 1 is true
+    assert set(where.train["fine_label"]) == set(where.test["fine_label"]) == {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "first_row"),
+    [
+        ("symmetric", [0.7, 0.1, 0.1, 0.1]),
+        ("pair_flip", [0.7, 0.3, 0, 0]),
+        ("asymmetric", [0.7, 0.3, 0, 0]),
+        ("circular", [0.7, 0, 0.3, 0]),  # w and y are of one superclass
+        ("none", [1, 0, 0, 0]),
+    ],
+)
+def test_noise_by_name(name, first_row, tmp_path):
+    rows = load_pictures(str(hub(tmp_path / "data")), label="fine_label").train
+    assert noise_by_name(rows, name, 0.3, "fine_label")[0] == pytest.approx(first_row)
+    assert noise_by_name(rows, "coarse_label", 0.3, "fine_label") == "coarse_label"
+    with pytest.raises(ValueError, match=r"noise salt: expected symmetric, .*none or one of"):
+        noise_by_name(rows, "salt", 0.3, "fine_label")
+
+
+def test_transform_is_that_of_the_network():
+    """Up to 64 px the papers' crops, above timm's; mean and std are the network's."""
+    model = timm.create_model("resnet10_cifar")
+    grey = Image.new("RGB", (40, 40), (128, 128, 128))
+    plain = picture_transform(model, 32)(grey)
+    assert plain.shape == (3, 32, 32)
+    assert plain[0, 0, 0].item() == pytest.approx((128 / 255 - 0.5071) / 0.2673, rel=1e-5)
+    crops = picture_transform(model, 32, augment=True)
+    assert len({crops(grey).mean().item() for _ in range(9)}) > 1  # black edges of the padding
+    large = picture_transform(timm.create_model("test_resnet"), 224)(grey)
+    assert large.shape == (3, 160, 160)
