@@ -5,8 +5,9 @@ from .base import Loss, Sum
 from .co_teaching import S2E, CoTeaching, CoTeachingPlus, S2ESchedule, SmallLoss
 from .curriculum import MentorNet
 from .distill import AEKD, AVER, CAMKD, EBKD, KD, LabelRevision
+from .distill_camkd import CAMKDFeatures
 from .distill_contrast import CRD
-from .distill_features import AT, VID, CAMKDFeatures, FitNet
+from .distill_features import AT, VID, FitNet
 from .dmi import DMI
 from .gradients import mask_noncritical_
 from .masked import Selected

@@ -309,11 +309,12 @@ class Sum(Loss):
         self,
         terms: Sequence[tuple[float, Loss]],
         *,
+        num_classes: int | None = None,
         reduction: str | None = None,
         weight: Tensor | Sequence[float] | None = None,
     ) -> None:
         reductions = {reduction} if reduction else {term.reduction for _, term in terms}
-        sizes = {term.num_classes for _, term in terms} - {None}
+        sizes = {num_classes, *(term.num_classes for _, term in terms)} - {None}
         if len(reductions) > 1 or len(sizes) > 1:
             raise ValueError(
                 f"the terms of a sum must agree on reduction (here {reductions}) and on "

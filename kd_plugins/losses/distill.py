@@ -38,9 +38,7 @@ class KD(Loss):
 
     def __init__(self, temperature: float = 4.0, **base: Unpack[LossArguments]) -> None:
         super().__init__(**base)
-        self.temperature = float(
-            validate.positive("temperature", temperature, "logits are divided by it")
-        )
+        self.temperature = validate.positive("temperature", temperature, "logits are divided by it")
 
     def weights(self, student: Tensor, target: Tensor, teacher: Tensor, lesson: Tensor) -> Tensor:
         """w [T, B] of two teachers or more, with sum 1 over T; always taken as constants.
@@ -92,10 +90,7 @@ class _Doubting(KD):
     """w_k = (1 - d_k) / (K - 1), where d_k is teacher k's share of the doubt, Σ_k d_k = 1."""
 
     def __init__(
-        self,
-        temperature: float = 4.0,
-        scale: str = "paper",
-        **base: Unpack[LossArguments],
+        self, temperature: float = 4.0, scale: str = "paper", **base: Unpack[LossArguments]
     ) -> None:
         super().__init__(temperature, **base)
         self.scale = validate.one_of("scale", scale, SCALES)
@@ -208,9 +203,7 @@ class AEKD(KD):
         self, temperature: float = 4.0, cap: float = 0.6, **base: Unpack[LossArguments]
     ) -> None:
         super().__init__(temperature, **base)
-        self.cap = float(
-            validate.fraction("cap", cap, "the largest weight of a teacher", with_zero=False)
-        )
+        self.cap = validate.fraction("cap", cap, "the largest weight", with_zero=False)
 
     def weights(self, student: Tensor, target: Tensor, teacher: Tensor, lesson: Tensor) -> Tensor:
         # [T, C] without the factor T; in double, since matrix products in float32 may use TF32
@@ -272,15 +265,8 @@ class LabelRevision(Loss):
             raise ValueError(
                 f"temperature={temperature}: {term!r} has its own, and this one would be ignored"
             )
-        self.eta = float(
-            validate.fraction(
-                "eta",
-                eta,
-                "at 1 the label's class no longer leads",
-                with_zero=False,
-                with_one=False,
-            )
-        )
+        lead = "at 1 the label's class no longer leads"
+        self.eta = validate.fraction("eta", eta, lead, with_zero=False, with_one=False)
         self.term, self.apply_to = term, validate.one_of("apply_to", apply_to, APPLY_TO)
 
     def revise(self, log_p: Tensor, target: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import validate
 from .base import LossArguments
-from .distill_features import MapDistillation, Maps
+from .distill_features import MapDistillation, Maps, TeacherMaps
 from .maps import pooled
 from .registry import register_loss
 from .state import KeepsPrecision, SampleTable, sum_over_ranks
@@ -22,30 +22,20 @@ class _Contrast(KeepsPrecision):
     """A student and a teacher, their embeddings and their banks.
 
     Args:
-        num_samples: rows of a bank.
-        dims: channels of the student's map and of the teacher's.
-        feat_dim: size of the embeddings.
-        tau: temperature.
-        momentum: of the banks.
+        loss: the loss that it is a part of.
+        teacher_dim: channels of the teacher's map.
         start: for the first content of the banks.
     """
 
     z: Tensor
 
-    def __init__(
-        self,
-        num_samples: int,
-        dims: Sequence[int],
-        feat_dim: int,
-        tau: float,
-        momentum: float,
-        start: torch.Generator,
-    ) -> None:
+    def __init__(self, loss: CRD, teacher_dim: int, start: torch.Generator) -> None:
         super().__init__()
-        self.tau, self.momentum = tau, momentum
-        self.embeds: Any = nn.ModuleList(nn.Linear(d, feat_dim) for d in dims)
-        self.banks: Any = nn.ModuleList(SampleTable(num_samples, feat_dim) for _ in dims)
-        bound = math.sqrt(3 / feat_dim)  # E ‖m‖² = 1
+        self.tau, self.momentum, self.num_samples = loss.tau, loss.momentum, loss.num_samples
+        dims, size = (loss.student_dim, teacher_dim), loss.feat_dim
+        self.embeds: Any = nn.ModuleList(nn.Linear(d, size) for d in dims)
+        self.banks: Any = nn.ModuleList(SampleTable(self.num_samples, size) for _ in dims)
+        bound = math.sqrt(3 / size)  # E ‖m‖² = 1
         bank: Any
         for bank in self.banks:
             bank.rows.uniform_(-bound, bound, generator=start)
@@ -57,7 +47,7 @@ class _Contrast(KeepsPrecision):
             F.normalize(embed(pooled(f)), dim=1) for embed, f in zip(self.embeds, maps, strict=True)
         ]
         score = self._scores(anchors, index, negatives)  # [2, B, 1 + K]
-        noise = len(negatives) / self.banks[0].num_samples  # K P_n
+        noise = len(negatives) / self.num_samples  # K P_n
         learns = self.moves_state
         z = self._normalizer(score.detach(), learns)
         log_odds = score - (noise * z).log()[:, None, None]
@@ -82,7 +72,7 @@ class _Contrast(KeepsPrecision):
         total = torch.cat([score.exp().sum((1, 2)), score.new_full((1,), score[0].numel())])
         if learns:
             total = sum_over_ranks(total)
-        now = self.banks[0].num_samples * total[:2] / total[2]
+        now = self.num_samples * total[:2] / total[2]
         z = torch.where(self.z > 0, self.z, now.to(self.z.dtype))
         if learns:
             self.z.copy_(torch.where(z.isfinite(), z, self.z))
@@ -147,12 +137,9 @@ class CRD(MapDistillation):
         super().__init__(student_dim, teacher_dims, -1, **base)
         self.num_samples, self.feat_dim = num_samples, feat_dim
         self.negatives = validate.count("negatives", negatives, "nothing would be told apart")
-        self.tau = validate.check(
-            tau >= 0.02, "tau", tau, "a number of at least 0.02", "e^(s / tau) exceeds float32"
-        )
-        self.momentum = validate.fraction(
-            "momentum", momentum, "at 1 the banks would stay random", with_one=False
-        )
+        self.tau = validate.check(tau >= 0.02, "tau", tau, "0.02 or more; e^(1 / tau) overflows")
+        still = "at 1 the banks would stay random"
+        self.momentum = validate.fraction("momentum", momentum, still, with_one=False)
         self.complete()
 
     def build(self) -> None:
@@ -160,30 +147,19 @@ class CRD(MapDistillation):
         self.negatives = min(self.negatives, self.num_samples - 1)
         # DDP does not send tables: all processes have to begin with the same
         start = torch.Generator().manual_seed(0)
-        self.contrasts: Any = nn.ModuleList(
-            _Contrast(
-                self.num_samples,
-                (self.student_dim, d),
-                self.feat_dim,
-                self.tau,
-                self.momentum,
-                start,
-            )
-            for d in self.teacher_dims
-        )
+        contrasts = (_Contrast(self, dim, start) for dim in self.teacher_dims)
+        self.contrasts: Any = nn.ModuleList(contrasts)
 
     def per_sample(
         self,
         logits: Tensor,
         target: Tensor,
         features: Maps,
-        teacher_features: Sequence[Maps],
+        teacher_features: TeacherMaps,
         index: Tensor,
     ) -> Tensor:
         student, teachers = self.maps(logits, features, teacher_features)
         negatives = torch.randint(self.num_samples, (self.negatives,), device=index.device)
-        losses = [
-            contrast((student, teacher), index, negatives)
-            for contrast, teacher in zip(self.contrasts, teachers, strict=True)
-        ]
+        pairs = zip(self.contrasts, teachers, strict=True)
+        losses = [contrast((student, teacher), index, negatives) for contrast, teacher in pairs]
         return torch.stack(losses).mean(0)

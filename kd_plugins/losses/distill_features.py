@@ -1,15 +1,14 @@
-"""Distillation through feature maps: hints, attention, information, a teacher's own classifier.
+"""Distillation through feature maps: hints, attention, variational information.
 
 Each is the term alone, as in ``CE() + 100 * FitNet()``. Some learn parameters of their own
-(regressors, variances, embeddings), which have to be trained with the student;
-``MutualDistillationTrainer`` does so.
+(regressors, variances), which have to be trained with the student; ``MutualDistillationTrainer``
+does so.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -18,13 +17,11 @@ from torch import Tensor, nn
 
 from . import validate
 from .base import Loss, LossArguments, Sizes
-from .functional import cross_entropy, log_softmax
-from .maps import at_layer, map_at, pooled, same_size
+from .maps import at_layer, map_at, same_size
 from .registry import register_loss
-from .state import KeepsPrecision
 
-SCALES = ("code", "paper")
 Maps = Sequence[Tensor]  # of one network, shallow to deep
+TeacherMaps = Sequence[Maps]
 
 
 class MapDistillation(Loss):
@@ -72,7 +69,7 @@ class MapDistillation(Loss):
         super().take_sizes(sizes)
 
     def maps(
-        self, logits: Tensor, features: Maps, teacher_features: Sequence[Maps]
+        self, logits: Tensor, features: Maps, teacher_features: TeacherMaps
     ) -> tuple[Tensor, list[Tensor]]:
         """F_S and the F_k, if they fit this loss."""
         name = type(self).__name__
@@ -88,7 +85,7 @@ class MapDistillation(Loss):
         return student, teachers
 
     def pairs(
-        self, logits: Tensor, features: Maps, teacher_features: Sequence[Maps]
+        self, logits: Tensor, features: Maps, teacher_features: TeacherMaps
     ) -> list[list[Tensor]]:
         """[F_S, F_k] for each teacher k, the larger map pooled to the size of the smaller."""
         student, teachers = self.maps(logits, features, teacher_features)
@@ -138,7 +135,7 @@ class FitNet(MapDistillation):
         self.regressors: Any = nn.ModuleList(convolutions)
 
     def per_sample(
-        self, logits: Tensor, target: Tensor, features: Maps, teacher_features: Sequence[Maps]
+        self, logits: Tensor, target: Tensor, features: Maps, teacher_features: TeacherMaps
     ) -> Tensor:
         hints = []
         pairs = self.pairs(logits, features, teacher_features)
@@ -176,13 +173,11 @@ class AT(Loss):
 
     def __init__(self, layers: Sequence[int] = (-3, -2, -1), **base: Unpack[LossArguments]) -> None:
         super().__init__(**base)
+        validate.check(len(layers) > 0, "layers", layers, "at least one layer")
         self.layers = tuple(layers)
-        validate.check(
-            len(layers) > 0, "layers", layers, "at least one layer", "the loss would be 0"
-        )
 
     def per_sample(
-        self, logits: Tensor, target: Tensor, features: Maps, teacher_features: Sequence[Maps]
+        self, logits: Tensor, target: Tensor, features: Maps, teacher_features: TeacherMaps
     ) -> Tensor:
         if not teacher_features:
             raise ValueError(
@@ -205,7 +200,7 @@ def _attention(f: Tensor) -> Tensor:
 
 @register_loss("vid")
 class VID(MapDistillation):
-    """Variational information distillation, L = mean_k mean 1/2 [ (F_k - μ_k(F_S))² / σ²_k + ln σ²_k ].
+    """Variational information, L = mean_k mean 1/2 [ (F_k - μ_k(F_S))² / σ²_k + ln σ²_k ].
 
     This is the negative log-likelihood, up to a constant, of the teacher's map under a Gaussian. A
     network of three 1x1 convolutions on the student's map gives the mean μ_k. The variance
@@ -252,7 +247,7 @@ class VID(MapDistillation):
         self.alphas: Any = nn.ParameterList(torch.full((d,), alpha) for d in self.teacher_dims)
 
     def per_sample(
-        self, logits: Tensor, target: Tensor, features: Maps, teacher_features: Sequence[Maps]
+        self, logits: Tensor, target: Tensor, features: Maps, teacher_features: TeacherMaps
     ) -> Tensor:
         total: Any = 0.0
         for k, (student, teacher) in enumerate(self.pairs(logits, features, teacher_features)):
@@ -266,126 +261,3 @@ class VID(MapDistillation):
 def _regressor(student_dim: int, dim: int) -> nn.Module:
     first, middle, last = (nn.Conv2d(d, dim, 1, bias=False) for d in (student_dim, dim, dim))
     return nn.Sequential(first, nn.ReLU(), middle, nn.ReLU(), last)
-
-
-class _Head(KeepsPrecision):
-    """A teacher's classifier, frozen: a map [B, D, h, w] -> logits [B, C]. Not in the checkpoint."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, head: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        linear = isinstance(head, nn.Linear)
-        for name in ("weight", "bias"):
-            own = getattr(head, name) if linear else None
-            copied = None if own is None else own.detach().clone()
-            self.register_buffer(name, copied, persistent=False)
-        if isinstance(head, nn.Module):
-            head = copy.deepcopy(head).requires_grad_(False).eval()
-        self.hidden = [] if linear else [head]  # a list hides it from the state dict
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        for head in self.hidden:
-            if isinstance(head, nn.Module):
-                head._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.weight is None:
-            return self.hidden[0](x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(pooled(x), self.weight.to(x.dtype), bias)
-
-
-@register_loss("camkd_features")
-class CAMKDFeatures(MapDistillation):
-    """CA-MKD's feature term, L = Σ_k w_k ‖F_k - r_k(F_S)‖².
-
-    The weights are w_k = (1 - e^L_k / Σ_j e^L_j) / (K - 1) with L_k = H(q, h_k(r_k(F_S))). F are
-    last maps, r_k is a learned 1x1 convolution with batch normalisation and ReLU to teacher k's
-    channels, and h_k is teacher k's own classifier, frozen. Per sample, a teacher weighs the more
-    the better it reads the label from the student's features. A single teacher has weight 1. The
-    objective of the authors' code is ``CE() + CAMKD(scale="code") + 50 * CAMKDFeatures(heads=...)``.
-
-    Args:
-        student_dim: channels of the student's last map. :meth:`bind` can fill in this and
-            ``teacher_dims``.
-        teacher_dims: of each teacher's.
-        heads: each teacher's classifier; required. An ``nn.Linear`` on the pooled map (timm:
-            ``teacher.get_classifier()``) or another module that makes logits of the map is copied
-            as it is. A function (``teacher.forward_head``, of a frozen teacher on the same device)
-            is used itself.
-        scale: ``"code"``, or ``"paper"`` for the squared norm and no 1/K.
-        detach_weights: take w as a constant; the code differentiates it.
-
-    References:
-        Zhang et al., "Confidence-aware multi-teacher knowledge distillation", ICASSP 2022, the
-        intermediate term, after the authors' code. The paper's equations could not be read
-        (docs/unconfirmed.md).
-
-    Notes:
-        The code has the mean over channels and positions instead of the squared norm, and divides
-        by K once more. The published weight of 50 belongs to that, so it is the default;
-        ``scale="paper"`` is larger by K D h w. r_k comes before the classifier because the channels
-        differ, as in the code. The code pools or enlarges the student's map for one teacher after
-        the other, each time from the last result, so the order of teachers matters; here each
-        starts from the map itself, and the larger map is pooled. The code leaves the term out in
-        its first epoch. Here a batch is normalised by its own statistics, in eval mode as well:
-        r_k is of no use after training.
-    """
-
-    def __init__(
-        self,
-        student_dim: int | None = None,
-        teacher_dims: int | Sequence[int] | None = None,
-        heads: Sequence[Callable[[Tensor], Tensor]] = (),
-        scale: str = "code",
-        detach_weights: bool = False,
-        **base: Any,
-    ) -> None:
-        linear = [head for head in heads if isinstance(head, nn.Linear)]
-        if teacher_dims is None and linear and len(linear) == len(heads):
-            teacher_dims = [head.in_features for head in linear]
-        classes = {"num_classes": linear[0].out_features} if linear else {}
-        super().__init__(student_dim, teacher_dims, -1, **classes | base)
-        validate.check(len(heads) > 0, "heads", heads, "the classifier of each teacher")
-        self.scale, self.detach_weights = validate.one_of("scale", scale, SCALES), detach_weights
-        self.heads: Any = nn.ModuleList(_Head(head) for head in heads)
-        self.complete()
-
-    def build(self) -> None:
-        validate.same_length(teacher_dims=self.teacher_dims, heads=self.heads)
-        for head, dim in zip(self.heads, self.teacher_dims, strict=True):
-            if head.weight is not None and head.weight.shape != (self.num_classes, dim):
-                raise ValueError(
-                    f"heads: expected a classifier from {dim} features to {self.num_classes} "
-                    f"classes, got one from {head.weight.shape[1]} to {head.weight.shape[0]}"
-                )
-        self.embeds: Any = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(self.student_dim, dim, 1, bias=False),
-                nn.BatchNorm2d(dim, track_running_stats=False),
-                nn.ReLU(),
-            )
-            for dim in self.teacher_dims
-        )
-
-    def per_sample(
-        self, logits: Tensor, target: Tensor, features: Maps, teacher_features: Sequence[Maps]
-    ) -> Tensor:
-        losses, distances, count = [], [], len(self.teacher_dims)
-        pairs = self.pairs(logits, features, teacher_features)
-        for head, embed, (student, teacher) in zip(self.heads, self.embeds, pairs, strict=True):
-            student = embed(student)
-            losses.append(cross_entropy(log_softmax(head(student)), target))
-            square = ((teacher - student) ** 2).flatten(1)
-            distances.append(square.mean(1) / count if self.scale == "code" else square.sum(1))
-        weights = torch.ones_like(losses[0])[None]
-        if count > 1:
-            weights = (1.0 - torch.stack(losses).softmax(0)) / (count - 1)
-        if self.detach_weights:
-            weights = weights.detach()
-        for k, weight in enumerate(weights):
-            self.log(f"weight_{k}", weight)
-        return (weights * torch.stack(distances)).sum(0)

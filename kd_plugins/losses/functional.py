@@ -57,6 +57,12 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
 
 
+def softened_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
+    """T² KL(softmax(teacher / T) ‖ softmax(student / T)) of logits: ([..., C], [..., C]) -> [...]."""
+    lesson, answer = log_softmax(teacher / temperature), log_softmax(student / temperature)
+    return temperature**2 * kl(lesson, answer)
+
+
 def certainty(entropy: Tensor, num_classes: int) -> Tensor:
     """l(p) = 1 - H(p) / ln C, in [0, 1]: 0 on a uniform row, 1 on a certain one."""
     return (1.0 - entropy / math.log(num_classes)).clamp(0.0, 1.0)

@@ -1,57 +1,64 @@
-"""Peers that teach each other on equal terms: by their predictions (MKD, DML) or an ensemble (KDCL)."""
+"""Peers that teach each other: by their predictions (MKD, DML) or by an ensemble of all (KDCL)."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from . import validate
 from .base import Loss, LossArguments
-from .functional import as_probs, cross_entropy, kl, log_softmax, simplex_qp
+from .functional import as_probs, cross_entropy, kl, log_softmax, simplex_qp, softened_kl
 from .registry import register_loss
 
 
-class _Peers(Loss):
-    """L = Σ_k [ own · H(q, p_k) + taught · (what peer k learns from the others) ].
-
-    A subclass writes :meth:`lessons`.
-    """
+class PeerLoss(Loss):
+    """A loss that adds up, over the peers, their own cross-entropies and what they learn."""
 
     num_peers = 2
-    own, taught = 1.0, 1.0
+    own = 1.0  # weight of a peer's own cross-entropy
 
     def __init__(self, num_peers: int = 2, **base: Unpack[LossArguments]) -> None:
         super().__init__(**base)
-        self.num_peers = validate.count(
-            "num_peers", num_peers, "one network has nobody to learn from", least=2
-        )
+        nobody = "one network has nobody to learn from"
+        self.num_peers = validate.count("num_peers", num_peers, nobody, least=2)
 
-    def per_sample(self, logits: Sequence[Tensor], target: Tensor) -> Tensor:
-        log_ps = [log_softmax(z) for z in logits]
+    def from_others(self, lesson: Callable[[int, int], Tensor]) -> list[Tensor]:
+        """For each peer k the mean over j ≠ k of ``lesson(j, k)``, [B]."""
+        peers = range(self.num_peers)
+        return [torch.stack([lesson(j, k) for j in peers if j != k]).mean(0) for k in peers]
+
+    def add_up(
+        self, log_ps: Sequence[Tensor], target: Tensor, lessons: Sequence[Tensor], weight: Any = 1.0
+    ) -> Tensor:
+        """Σ_k [ own · H(q, p_k) + weight · lesson_k ], [B]."""
         owns = [cross_entropy(log_p, target) for log_p in log_ps]
-        lessons = self.lessons(log_ps, target)
         self.log("own", owns)
         self.log("taught", lessons)
         total = torch.zeros_like(owns[0])
         for own, lesson in zip(owns, lessons, strict=True):
-            total = total + self.own * own + self.taught * lesson
+            total = total + self.own * own + weight * lesson
         return total
+
+
+class _Mutual(PeerLoss):
+    taught = 1.0  # weight of what a peer learns from the others
+
+    def per_sample(self, logits: Sequence[Tensor], target: Tensor) -> Tensor:
+        log_ps = [log_softmax(z) for z in logits]
+        return self.add_up(log_ps, target, self.lessons(log_ps, target), self.taught)
 
     def lessons(self, log_ps: list[Tensor], target: Tensor) -> list[Tensor]:
         """For each peer mean_{j≠k} KL(p_j ‖ p_k), [B], with p_j as a constant."""
         consts = [log_p.detach() for log_p in log_ps]
-        return [
-            torch.stack([kl(other, log_p) for other in consts[:k] + consts[k + 1 :]]).mean(0)
-            for k, log_p in enumerate(log_ps)
-        ]
+        return self.from_others(lambda j, k: kl(consts[j], log_ps[k]))
 
 
 @register_loss("mkd")
-class MKD(_Peers):
+class MKD(_Mutual):
     """Plain mutual distillation, L = Σ_k [ (1 - eps) H(q, p_k) + eps mean_{j≠k} KL(p_j ‖ p_k) ].
 
     The temperature is 1.
@@ -77,7 +84,7 @@ class MKD(_Peers):
 
 
 @register_loss("dml")
-class DML(_Peers):
+class DML(_Mutual):
     """Deep mutual learning, L = Σ_k [ H(q, p_k) + mean_{j≠k} KL(p_j ‖ p_k) ].
 
     The temperature is 1, and p_j is a constant in peer k's loss.
@@ -102,7 +109,7 @@ RULES = ("naive", "linear", "minlogit", "general")
 
 
 @register_loss("kdcl")
-class KDCL(_Peers):
+class KDCL(_Mutual):
     """Collaborative learning, L = Σ_k [ H(q, p_k) + alpha T² KL(p_t ‖ p_k) ] at temperature T.
 
     The teacher p_t is an ensemble of the peers. Its logits z_t are a constant, made from the peers'
@@ -154,17 +161,14 @@ class KDCL(_Peers):
     ) -> None:
         super().__init__(num_peers, **base)
         self.rule = validate.one_of("rule", rule, RULES, "each builds another teacher")
-        self.temperature = float(
-            validate.positive("temperature", temperature, "logits are divided by it")
-        )
+        self.temperature = validate.positive("temperature", temperature, "logits are divided by it")
         self.alpha = self.taught = alpha
         if rule == "general":
             self.register_buffer("weights", torch.full((num_peers,), 1.0 / num_peers))
 
     def lessons(self, log_ps: list[Tensor], target: Tensor) -> list[Tensor]:
-        t = self.temperature
-        teacher = log_softmax(self.ensemble(log_ps, target) / t)
-        return [t * t * kl(teacher, log_softmax(log_p / t)) for log_p in log_ps]
+        teacher = self.ensemble(log_ps, target)
+        return [softened_kl(teacher, log_p, self.temperature) for log_p in log_ps]
 
     @torch.no_grad()
     def ensemble(self, logits: Sequence[Tensor], target: Tensor) -> Tensor:

@@ -14,19 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validate
-from .base import Loss, LossArguments, Sizes
-from .functional import cross_entropy, kl, log_softmax
+from .base import LossArguments, Sizes
+from .functional import cross_entropy, log_softmax, softened_kl
 from .maps import at_layer, map_at, pooled, same_size
+from .online import PeerLoss
 from .registry import register_loss
 from .state import Progress
 
 PeerMaps = Sequence[Sequence[Tensor]]  # per peer, shallow to deep
 
 
-class _Featured(Loss):
-    """Peers with features, and T² KL between their predictions at temperature T."""
+class _Featured(PeerLoss):
+    """Peers with features, which also learn from each other's predictions at temperature T."""
 
-    num_peers = 2
     feature_dims: Any  # tuple[int, ...], or None as long as it is not known
     needs: Mapping[str, str] = {"feature_dims": "feature_dims"}
 
@@ -37,16 +37,11 @@ class _Featured(Loss):
         num_peers: int | None,
         **base: Any,
     ) -> None:
-        super().__init__(**base)
-        self.feature_dims = dims = None if feature_dims is None else tuple(feature_dims)
-        self.num_peers = num_peers or (2 if dims is None else len(dims))
-        validate.count("num_peers", self.num_peers if dims is None else 2, least=2)
-        validate.check(
-            dims is None or len(dims) == self.num_peers >= 2,
-            "feature_dims",
-            dims,
-            f"the channels of the last map of {max(self.num_peers, 2)} peers or more",
-        )
+        dims = None if feature_dims is None else tuple(feature_dims)
+        super().__init__(num_peers or max(2, len(dims or ())), **base)
+        fits = dims is None or len(dims) == self.num_peers
+        validate.check(fits, "feature_dims", dims, f"the channels of {self.num_peers} networks")
+        self.feature_dims = dims
         self.temperature = validate.positive("temperature", temperature, "logits are divided by it")
 
     def take_sizes(self, sizes: Sizes) -> None:
@@ -63,17 +58,11 @@ class _Featured(Loss):
 
     def taught(self, teacher: Tensor, student: Tensor) -> Tensor:
         """T² KL(teacher ‖ student) [B] at temperature T; the teacher's logits are a constant."""
-        t = self.temperature
-        return t * t * kl(log_softmax(teacher.detach() / t), log_softmax(student / t))
+        return softened_kl(teacher.detach(), student, self.temperature)
 
     def last_maps(self, logits: Sequence[Tensor], features: PeerMaps) -> list[Tensor]:
         """The last map of each peer, if they fit this loss."""
         name = type(self).__name__
-        if len(features) != self.num_peers:
-            raise ValueError(
-                f"{name} was made for {self.num_peers} peers, got {len(logits)} logits and "
-                f"{len(features)} features"
-            )
         maps = [map_at(name, f, -1, len(logits[0])) for f in features]
         if (dims := tuple(f.shape[1] for f in maps)) != self.feature_dims:
             raise ValueError(
@@ -81,22 +70,6 @@ class _Featured(Loss):
                 "channels"
             )
         return maps
-
-    def add_up(
-        self,
-        logits: Sequence[Tensor],
-        target: Tensor,
-        lessons: Sequence[Tensor],
-        weight: Tensor | float = 1.0,
-    ) -> Tensor:
-        """Σ_k [ CE_k + weight · lesson_k ], [B]."""
-        owns = [cross_entropy(log_softmax(z), target) for z in logits]
-        self.log("own", owns)
-        self.log("taught", lessons)
-        total = torch.zeros_like(owns[0])
-        for own, lesson in zip(owns, lessons, strict=True):
-            total = total + own + weight * lesson
-        return total
 
 
 class _Ramped(_Featured):
@@ -126,6 +99,22 @@ class _Ramped(_Featured):
         if not self.ramp:
             return torch.ones_like(t)
         return torch.exp(-5.0 * (1.0 - (t / self.ramp).clamp(max=1.0)) ** 2)
+
+    def with_head(
+        self,
+        name: str,
+        joint: Tensor,
+        logits: Sequence[Tensor],
+        target: Tensor,
+        lessons: Sequence[Tensor],
+        lesson: Tensor | float = 0.0,
+    ) -> Tensor:
+        """CE of the joint logits and of the peers, plus w(t) times what each of them learns."""
+        own, weight = cross_entropy(log_softmax(joint), target), self.ramp_weight()
+        self.log(f"own_{name}", own)
+        self.log("ramp", weight)
+        log_ps = [log_softmax(z) for z in logits]
+        return own + weight * lesson + self.add_up(log_ps, target, lessons, weight)
 
 
 @register_loss("ffl")
@@ -183,17 +172,15 @@ class FFL(_Ramped):
         maps = same_size(self.last_maps(logits, features))
         fused = self.head(pooled(self.fuse(torch.cat(maps, dim=1))))
         mean = torch.stack([z.detach() for z in logits]).mean(0)
-        own, weight = cross_entropy(log_softmax(fused), target), self.ramp_weight()
-        self.log("own_fused", own)
-        self.log("ramp", weight)
         lessons = [self.taught(fused, z) for z in logits]
-        own = own + weight * self.taught(mean, fused)
-        return own + self.add_up(logits, target, lessons, weight)
+        return self.with_head("fused", fused, logits, target, lessons, self.taught(mean, fused))
 
 
 @register_loss("pcl")
 class PCL(_Ramped):
-    """Peer collaboration, L = CE_e + Σ_k [ CE_k + w(t) T² (KL(p_e ‖ p_k) + mean_{j≠k} KL(a_j ‖ p_k)) ].
+    """Peer collaboration, L = CE_e + Σ_k [ CE_k + w(t) (T² KL(p_e ‖ p_k) + A_k) ].
+
+    A_k = mean_{j≠k} T² KL(a_j ‖ p_k).
 
     p_e is a classifier on the peers' joined pooled features. a_j is the prediction of peer j with
     its weights averaged over time; the averages are read as ``teacher`` [K, B, C].
@@ -233,9 +220,8 @@ class PCL(_Ramped):
         super().__init__(
             feature_dims, temperature, num_peers, ramp, num_classes=num_classes, **base
         )
-        self.ema = self.ema_decay = validate.fraction(
-            "ema", ema, "at 1 the averages would never move", with_one=False
-        )
+        still = "at 1 the averages would never move"
+        self.ema = self.ema_decay = validate.fraction("ema", ema, still, with_one=False)
         self.complete()
 
     def build(self) -> None:
@@ -251,14 +237,9 @@ class PCL(_Ramped):
                 f"[K, B, C], got {list(teacher.shape)}"
             )
         ensemble = self.head(torch.cat([pooled(f) for f in maps], dim=1))
-        own, weight = cross_entropy(log_softmax(ensemble), target), self.ramp_weight()
-        self.log("own_ensemble", own)
-        self.log("ramp", weight)
-        lessons = []
-        for k, z in enumerate(logits):
-            others = [self.taught(average, z) for j, average in enumerate(teacher) if j != k]
-            lessons.append(self.taught(ensemble, z) + torch.stack(others).mean(0))
-        return own + self.add_up(logits, target, lessons, weight)
+        averages = self.from_others(lambda j, k: self.taught(teacher[j], logits[k]))
+        lessons = [self.taught(ensemble, z) + a for z, a in zip(logits, averages, strict=True)]
+        return self.with_head("ensemble", ensemble, logits, target, lessons)
 
 
 class _Adversary(nn.Module):
@@ -276,7 +257,9 @@ class _Adversary(nn.Module):
 
 @register_loss("afd")
 class AFD(_Featured):
-    """Adversarial maps, L = Σ_k [ CE_k + mean_{j≠k} T² KL(p_j ‖ p_k) + a (1 - D_k(r_k F_k))² + L_D,k ].
+    """Adversarial maps, L = Σ_k [ CE_k + mean_{j≠k} T² KL(p_j ‖ p_k) + a G_k + L_D,k ].
+
+    G_k = (1 - D_k(r_k F_k))².
 
     Each adversary D_k learns L_D,k = (1 - D_k(F_j))² + D_k(r_k F_k)², with the maps F as constants:
     the map of the next peer j = k + 1 (cyclically) is real; that of k, which a 1x1 convolution r_k
@@ -322,11 +305,8 @@ class AFD(_Featured):
 
     def per_sample(self, logits: Sequence[Tensor], target: Tensor, features: PeerMaps) -> Tensor:
         maps = self.last_maps(logits, features)
-        lessons = [
-            torch.stack([self.taught(y, z) for j, y in enumerate(logits) if j != k]).mean(0)
-            for k, z in enumerate(logits)
-        ]
-        total = self.add_up(logits, target, lessons)
+        lessons = self.from_others(lambda j, k: self.taught(logits[j], logits[k]))
+        total = self.add_up([log_softmax(z) for z in logits], target, lessons)
         games = [self.play(k, maps) for k in range(self.num_peers)]
         self.log("adversary", [tell for _, tell in games])
         for fool, tell in games:

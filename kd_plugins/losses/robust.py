@@ -25,20 +25,6 @@ def _power_loss(log_p: Tensor, target: Tensor, q: float) -> Tensor:
     return (target * -torch.expm1(q * log_p)).sum(-1) / q
 
 
-def _reverse_cross_entropy(log_p: Tensor, target: Tensor, log_zero: float) -> Tensor:
-    return -(log_p.exp() * target.log().clamp_min(log_zero)).sum(-1)
-
-
-def _log_zero(value: float) -> float:
-    return validate.check(
-        -math.inf < value < 0.0,
-        "log_zero",
-        value,
-        "a finite number below 0 in place of log 0",
-        "RCE is -log_zero (1 - p_y): 0 would switch it off, a positive number maximise the error",
-    )
-
-
 @register_loss("mae")
 class MAE(Loss):
     """Mean absolute error, L = 1 - p_y: half of the L1 distance ‖q - p‖ for a one-hot q.
@@ -136,9 +122,7 @@ class TruncatedGCE(GCE):
     ) -> None:
         super().__init__(q, **base)
         self.k = validate.fraction("k", k, "at 1 every sample would be pruned", with_one=False)
-        self.start = validate.fraction(
-            "start", start, "it is training progress, not an epoch; pruning would never begin"
-        )
+        self.start = validate.fraction("start", start, "it is training progress, not an epoch")
         self.refresh = validate.count("refresh", refresh, "visits between two decisions")
         self.num_samples = num_samples
         self.limit = -math.expm1(q * math.log(k)) / q if k else 1.0 / q  # L_q(k)
@@ -193,14 +177,24 @@ class RCE(Loss):
 
     def __init__(self, log_zero: float = -4.0, **base: Unpack[LossArguments]) -> None:
         super().__init__(**base)
-        self.log_zero = _log_zero(log_zero)
+        self.log_zero = validate.check(
+            -math.inf < log_zero < 0.0,
+            "log_zero",
+            log_zero,
+            "a finite number below 0 in place of log 0",
+            "RCE is -log_zero (1 - p_y): at 0 it is off, above 0 it would maximise the error",
+        )
 
     def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
-        return _reverse_cross_entropy(log_softmax(logits), target, self.log_zero)
+        return self.reverse(log_softmax(logits), target)
+
+    def reverse(self, log_p: Tensor, target: Tensor) -> Tensor:
+        """RCE of log p [B, C] and distributions [B, C]."""
+        return -(log_p.exp() * target.log().clamp_min(self.log_zero)).sum(-1)
 
 
 @register_loss("sce")
-class SCE(Loss):
+class SCE(RCE):
     """Symmetric cross-entropy, L = alpha H(q, p) + beta R(q, p), R the reverse cross-entropy.
 
     Args:
@@ -227,14 +221,13 @@ class SCE(Loss):
         log_zero: float = -4.0,
         **base: Unpack[LossArguments],
     ) -> None:
-        super().__init__(**base)
+        super().__init__(log_zero, **base)
         self.alpha = validate.non_negative("alpha", alpha, "below 0 the term would be maximised")
         self.beta = validate.non_negative("beta", beta, "below 0 the term would be maximised")
-        self.log_zero = _log_zero(log_zero)
 
     def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
         log_p = log_softmax(logits)
-        reverse = _reverse_cross_entropy(log_p, target, self.log_zero)
+        reverse = self.reverse(log_p, target)
         return self.alpha * cross_entropy(log_p, target) + self.beta * reverse
 
 
@@ -279,9 +272,7 @@ class NFL(Loss):
 
     def __init__(self, gamma: float = 0.5, **base: Unpack[LossArguments]) -> None:
         super().__init__(**base)
-        self.gamma = validate.non_negative(
-            "gamma", gamma, "below 0 a sample that is right would weigh infinitely much"
-        )
+        self.gamma = validate.non_negative("gamma", gamma, "below 0, p_y = 1 weighs infinitely")
 
     def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
         log_p = log_softmax(logits)
@@ -320,9 +311,7 @@ class APL(Sum):
         passive: str | Loss = "rce",
         alpha: float = 10.0,
         beta: float = 0.1,
-        *,
-        num_classes: int | None = None,
-        **base: Any,
+        **base: Unpack[LossArguments],
     ) -> None:
         terms = [create_loss(term) if isinstance(term, str) else term for term in (active, passive)]
         for name, term in zip(("active", "passive"), terms, strict=True):
@@ -331,8 +320,3 @@ class APL(Sum):
         validate.non_negative("alpha", alpha, "below 0 the term would be maximised")
         validate.non_negative("beta", beta, "below 0 the term would be maximised")
         super().__init__([(alpha, terms[0]), (beta, terms[1])], **base)
-        if None not in (num_classes, self.num_classes) and num_classes != self.num_classes:
-            raise ValueError(
-                f"num_classes={num_classes}, but a term was made for num_classes={self.num_classes}"
-            )
-        self.num_classes = num_classes or self.num_classes

@@ -70,11 +70,7 @@ class Joint(Loss):
         **base: Any,
     ) -> None:
         super().__init__(num_classes=num_classes, **base)
-        self.begin = validate.fraction(
-            "begin",
-            begin,
-            "it is the share of training after which labels change: 70 epochs of 200 are 0.35",
-        )
+        self.begin = validate.fraction("begin", begin, "70 epochs of 200 are 0.35")
         self.epochs = validate.count("epochs", epochs, "a label is a mean over them")
         self.num_samples, self.alpha, self.beta, self.hard = num_samples, alpha, beta, hard
         self.progress = Progress()

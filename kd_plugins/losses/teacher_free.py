@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import validate
 from .base import Loss, LossArguments
-from .functional import cross_entropy, kl, log_softmax
+from .functional import cross_entropy, kl, log_softmax, softened_kl
 from .registry import register_loss
 
 VIRTUAL = ("softmaxed", "direct")
@@ -20,18 +20,16 @@ class _TeacherFree(Loss):
 
     def __init__(
         self,
-        alpha: float,
-        temperature: float,
-        multiplier: float,
-        kl_reduction: str,
+        alpha: float = 0.9,
+        temperature: float = 20.0,
+        multiplier: float = 1.0,
+        kl_reduction: str = "batchmean",
         **base: Unpack[LossArguments],
     ) -> None:
         super().__init__(**base)
         self.kl_reduction = validate.one_of("kl_reduction", kl_reduction, KL_REDUCTION)
         self.alpha = validate.fraction("alpha", alpha, "the weight of the teacher")
-        self.temperature = float(
-            validate.positive("temperature", temperature, "logits are divided by it")
-        )
+        self.temperature = validate.positive("temperature", temperature, "logits are divided by it")
         self.multiplier = multiplier
 
     def mix(self, log_p: Tensor, target: Tensor, divergence: Tensor) -> Tensor:
@@ -92,13 +90,8 @@ class TfKDReg(_TeacherFree):
         **base: Unpack[LossArguments],
     ) -> None:
         super().__init__(alpha, temperature, multiplier, kl_reduction, **base)
-        self.correct = float(
-            validate.fraction(
-                "correct",
-                correct,
-                "the virtual teacher's probability of the label",
-                with_zero=False,
-            )
+        self.correct = validate.fraction(
+            "correct", correct, "the label's probability", with_zero=False
         )
         self.virtual = validate.one_of("virtual", virtual, VIRTUAL)
 
@@ -138,17 +131,6 @@ class TfKDSelf(_TeacherFree):
     tensor(True)
     """
 
-    def __init__(
-        self,
-        alpha: float = 0.9,
-        temperature: float = 20.0,
-        multiplier: float = 1.0,
-        kl_reduction: str = "batchmean",
-        **base: Unpack[LossArguments],
-    ) -> None:
-        super().__init__(alpha, temperature, multiplier, kl_reduction, **base)
-
     def per_sample(self, logits: Tensor, target: Tensor, teacher: Tensor) -> Tensor:
-        t = self.temperature
-        divergence = kl(log_softmax(teacher / t), log_softmax(logits / t)).mean(0)  # [T, B] -> [B]
-        return self.mix(log_softmax(logits), target, t * t * divergence)
+        divergence = softened_kl(teacher, logits, self.temperature).mean(0)  # [T, B] -> [B]
+        return self.mix(log_softmax(logits), target, divergence)

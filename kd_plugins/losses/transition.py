@@ -58,13 +58,11 @@ class Corrected(Loss):
 
     def __init__(self, transition: Any, *, num_classes: int | None = None, **base: Any) -> None:
         matrix = transition_matrix(transition)
+        c = len(matrix)
         check(
-            num_classes in (None, len(matrix)),
-            "num_classes",
-            num_classes,
-            f"{len(matrix)}, since transition is [{len(matrix)}, {len(matrix)}]",
+            num_classes in (None, c), "num_classes", num_classes, f"{c}: transition is [{c}, {c}]"
         )
-        super().__init__(num_classes=len(matrix), **base)
+        super().__init__(num_classes=c, **base)
         self.register_buffer("transition", matrix.float())
 
 
@@ -188,15 +186,14 @@ class TRevision(Corrected):
     @property
     def matrix(self) -> Tensor:
         """T' = T + dT as it is now, detached; rows need not sum to 1."""
-        return (
-            (self.transition if self.delta is None else self.transition + self.delta)
-            .detach()
-            .clone()
-        )
+        return self._revised().detach().clone()
+
+    def _revised(self) -> Tensor:
+        return self.transition if self.delta is None else self.transition + self.delta
 
     def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
         log_p = log_softmax(logits)
-        matrix = self.transition if self.delta is None else self.transition + self.delta
+        matrix = self._revised()
         matrix = torch.where(matrix < 0, 0.0, matrix)  # clamp gives an entry of 0 no gradient
         p = log_p.exp()
         beta = p / (p @ matrix.to(p.dtype)).clamp_min(LEAST)  # [B, C]

@@ -9,7 +9,7 @@ from kd_plugins.losses import loss_class
 
 MODULES = {
     *("robust", "dmi", "transition", "sample_memory", "curriculum", "online", "online_features"),
-    *("distill", "teacher_free", "distill_features", "distill_contrast"),
+    *("distill", "teacher_free", "distill_features", "distill_contrast", "distill_camkd"),
 }
 NAMES = [n for n in list_losses() if loss_class(n).__module__.rpartition(".")[2] in MODULES]
 every = pytest.mark.parametrize("name", NAMES)
