@@ -117,16 +117,6 @@ def refuse_pairing(
     _refuse_classes(peers, teachers if "teacher" in taught else [], name, cached)
 
 
-def refuse_frozen(peers: list[nn.Module]) -> None:
-    """A peer learns; a network without a trainable parameter is a teacher."""
-    for k, peer in enumerate(peers):
-        if not any(p.requires_grad for p in peer.parameters()):
-            raise ValueError(
-                f"network {peer_name(k)} ({type(peer).__name__}) has no trainable parameter and would "
-                "never learn: call requires_grad_(True), or pass it in teachers=[...]"
-            )
-
-
 def _refuse_classes(
     peers: list[nn.Module], teachers: list[nn.Module], name: str, cached: Any
 ) -> None:
@@ -149,6 +139,7 @@ def _refuse_classes(
 
 
 def refuse_frozen(peers: list[nn.Module]) -> None:
+    """A peer learns; a network without a trainable parameter is a teacher."""
     for k, peer in enumerate(peers):
         if not any(p.requires_grad for p in peer.parameters()):
             raise ValueError(

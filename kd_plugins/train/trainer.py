@@ -29,7 +29,7 @@ from ..models.hosted import Hosted
 from ..models.input_config import batch_range, input_configs
 from .arguments import MutualTrainingArguments
 from .callbacks import ScheduleCallback, _ShortBar
-from .checks import refuse_arguments, refuse_frozen, refuse_labels, refuse_pairing, refuse_tables
+from .checks import refuse_arguments, refuse_labels, refuse_pairing, refuse_tables
 from .run_folder import describe_run, last_checkpoint, refuse_damaged, refuse_other_run, write_run
 from .sizes import bind_sizes
 
@@ -120,7 +120,6 @@ class MutualDistillationTrainer(Trainer):
         peers = [make_model(model, num_classes) for model in models]
         masters = [make_teacher(teacher, num_classes) for teacher in teachers]
         refuse_pairing(peers, masters, loss, getattr(train_dataset, "teacher_logits", None))
-        refuse_frozen(peers)
         for name, view in _named({"train": train_dataset}, eval_dataset):
             refuse_labels(view, peers, name)
         refuse_tables(loss, train_dataset)
