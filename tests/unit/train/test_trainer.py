@@ -917,12 +917,12 @@ BAD = {
     ),
     "class counts": (
         ValueError,
-        r"different numbers of classes: \{'a': 3, 'b': 4\}",
+        r"different numbers of classes: \{'network a': 3, 'network b': 4\}",
         lambda: {"models": [Net(), Net(1, 4)]},
     ),
     "class count of a teacher": (
         ValueError,
-        r"different numbers of classes: \{'a': 3, 'teacher 0': 5\}",
+        r"different numbers of classes: \{'network a': 3, 'teacher 0': 5\}",
         lambda: {"models": Net(), "loss": FromTeacher(), "hf": {"teachers": [Net(1, 5)]}},
     ),
     "teachers missing": (
