@@ -1,4 +1,4 @@
-"""Metrics: values by hand, evaluate's own ways of calling, errors before numbers are cut or mismatched."""
+"""Metrics: values by hand, every way in which evaluate calls them, and what they refuse."""
 
 import json
 import subprocess
@@ -57,7 +57,10 @@ def test_shares_of_empty_groups_are_left_out(given, clean, absent):
 
 
 def test_nothing_is_written_even_without_a_home(tmp_path):
-    code = "from kd_plugins.audit.metrics import TopKAccuracy\nprint(TopKAccuracy().compute(predictions=[1], references=[1]))"
+    code = (
+        "from kd_plugins.audit.metrics import TopKAccuracy\n"
+        "print(TopKAccuracy().compute(predictions=[1], references=[1]))"
+    )
     env = {
         "PYTHONPATH": ":".join(path for path in sys.path if path),
         "HOME": str(tmp_path),
@@ -107,7 +110,7 @@ def test_peers_agree_with_a_naive_loop():
         "memorised",
         "corrected",
         "accuracy_clean_part",
-    ):  # the ensemble is no peer
+    ):  # the mean does not include the ensemble
         assert shares[key] == pytest.approx((shares[f"{key}_a"] + shares[f"{key}_b"]) / 2)
     assert shares["noise_rate"] == pytest.approx((given != clean).mean())
     assert "noise_rate_a" not in shares

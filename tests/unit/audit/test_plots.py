@@ -1,4 +1,4 @@
-"""Pictures from logs: every state a run can be in draws, and the lines carry the logged numbers."""
+"""Pictures of runs: every state of a run can be drawn, and the lines are the logged numbers."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def make_log(epochs=3, peers="ab", noisy=True):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """Figures as they were saved."""
+    """The figures that were saved."""
     saved, original = [], Figure.savefig
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *args: (saved.append(self), original(self, *args))[1]
@@ -95,7 +95,7 @@ def test_selection_shows_directions_threshold_and_its_ceiling(tmp_path, figures)
 
 
 def test_keys_of_earlier_versions_are_read(tmp_path, figures):
-    """A log with chi and r_a draws what one with threshold and mean_certainty_a does."""
+    """A log with chi and r_a gives the same picture as one with the new names."""
     now = {"chi": "threshold", "r_a": "mean_certainty_a", "r_b": "mean_certainty_b"}
     log = [{now.get(key, key): value for key, value in entry.items()} for entry in make_log()]
     for entries in (make_log(), log):
@@ -115,7 +115,7 @@ def test_keys_of_earlier_versions_are_read(tmp_path, figures):
         (
             [{"step": 1, "epoch": 0.1, "selected_a": 0.5}],
             ["selection.png"],
-        ),  # first entry, no evaluation yet
+        ),  # the first entry, before any evaluation
         ([{"epoch": 1, "selected_a": math.nan, "eval_accuracy": 0.5}], ["curves.png"]),
         ([{"step": 7, "eval_test_accuracy": 0.5, "eval_train_accuracy": 0.1}], ["curves.png"]),
         (make_log(peers="abc", noisy=False), ["curves.png", "selection.png"]),
@@ -156,7 +156,7 @@ def test_without_matplotlib_the_error_says_what_to_install(tmp_path, monkeypatch
 
 
 def test_from_the_command_line(tmp_path, monkeypatch, capsys):
-    """Of one run and of several, into the folder of the first; folders of the same name keep apart."""
+    """One run, several runs, and runs whose folders have the same name."""
     for name in ("x/ce", "y/ce", "y/smkd"):
         (tmp_path / name).mkdir(parents=True)
         (tmp_path / name / "trainer_state.json").write_text(
@@ -193,7 +193,7 @@ STATE = {"global_step": 1, "log_history": []}
 )
 @pytest.mark.parametrize("folder", [True, False])
 def test_what_is_no_run_is_said_in_words(tmp_path, capsys, content, code, words, folder):
-    """Foreign files, a missing folder: a sentence and exit code 2, no traceback."""
+    """Foreign files and missing folders give a message and exit code 2, not a traceback."""
     file = tmp_path / "trainer_state.json"
     if content is not None:
         text = content if isinstance(content, str | bytes) else json.dumps(content)
@@ -229,7 +229,7 @@ def test_a_readme_without_a_place_for_the_table(tmp_path, capsys):
 
 @pytest.mark.parametrize("module", ["kd_plugins.audit.plots", "kd_plugins.report"])
 def test_as_a_program(tmp_path, module):
-    """Under the new name and the old one."""
+    """The module runs under its new name and its old one."""
     done = subprocess.run(
         [sys.executable, "-m", module, str(tmp_path)], capture_output=True, text=True
     )
