@@ -312,6 +312,7 @@ class Sum(Loss):
         num_classes: int | None = None,
         reduction: str | None = None,
         weight: Tensor | Sequence[float] | None = None,
+        **unknown: Any,
     ) -> None:
         reductions = {reduction} if reduction else {term.reduction for _, term in terms}
         sizes = {num_classes, *(term.num_classes for _, term in terms)} - {None}
@@ -320,9 +321,8 @@ class Sum(Loss):
                 f"the terms of a sum must agree on reduction (here {reductions}) and on "
                 f"num_classes (here {sizes})"
             )
-        super().__init__(
-            num_classes=next(iter(sizes), None), reduction=reductions.pop(), weight=weight
-        )
+        size, reduction = next(iter(sizes), None), reductions.pop()
+        super().__init__(num_classes=size, reduction=reduction, weight=weight, **unknown)
         self.weights = [float(w) for w, _ in terms]
         self.terms: Any = nn.ModuleList(term for _, term in terms)
         losses = [term for _, term in terms]

@@ -25,8 +25,8 @@ class KD(Loss):
     :meth:`weights`.
 
     Args:
-        temperature: T of teachers and student. CA-MKD and CRD's comparison use 4, with weights 1 / 1
-            and 0.1 / 0.9 on cross-entropy / KD.
+        temperature: T of teachers and student. CA-MKD and CRD's comparison use 4, with weights
+            1 / 1 and 0.1 / 0.9 on cross-entropy / KD.
 
     References:
         Hinton et al., "Distilling the knowledge in a neural network", 2015 (arXiv 1503.02531).
@@ -60,7 +60,7 @@ class KD(Loss):
         return self.learn(logits, target, teacher, log_softmax(teacher / self.temperature))
 
     def learn(self, logits: Tensor, target: Tensor, teacher: Tensor, lesson: Tensor) -> Tensor:
-        """:meth:`per_sample`, where the student learns ``lesson`` instead of the teachers' output."""
+        """:meth:`per_sample`, where the student learns ``lesson`` instead of the teachers."""
         student = log_softmax(logits / self.temperature)
         divergence = self.temperature**2 * kl(lesson, student)  # [T, B]
         weight = torch.ones_like(divergence)  # of one teacher; the published weights are 0 / 0
@@ -257,7 +257,7 @@ class LabelRevision(Loss):
         term = KD(4.0 if temperature is None else temperature) if term is None else term
         if not isinstance(term, KD):
             raise TypeError(
-                f"term={term!r}: expected KD, AVER, EBKD, AEKD or CAMKD; add other losses to this one"
+                f"term={term!r}: expected KD, AVER, EBKD, AEKD or CAMKD; add other losses to it"
             )
         own = {"reduction": term.reduction, "weight": term.class_weights}
         super().__init__(**{"num_classes": term.num_classes} | own | base)

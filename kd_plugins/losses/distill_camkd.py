@@ -21,7 +21,7 @@ SCALES = ("code", "paper")
 
 
 class _Head(KeepsPrecision):
-    """A teacher's classifier, frozen: a map [B, D, h, w] -> logits [B, C]. Not in the checkpoint."""
+    """A teacher's classifier: a map [B, D, h, w] -> logits [B, C]. Frozen, in no checkpoint."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -58,7 +58,7 @@ class CAMKDFeatures(MapDistillation):
     last maps, r_k is a learned 1x1 convolution with batch normalisation and ReLU to teacher k's
     channels, and h_k is teacher k's own classifier, frozen. Per sample, a teacher weighs the more
     the better it reads the label from the student's features. A single teacher has weight 1. The
-    objective of the authors' code is ``CE() + CAMKD(scale="code") + 50 * CAMKDFeatures(heads=...)``.
+    authors' code has ``CE() + CAMKD(scale="code") + 50 * CAMKDFeatures(heads=...)``.
 
     Args:
         student_dim: channels of the student's last map. :meth:`bind` can fill in this and

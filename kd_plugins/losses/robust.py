@@ -82,11 +82,11 @@ class GCE(Loss):
 class TruncatedGCE(GCE):
     """Truncated GCE, L = w L_q(p) + (1 - w) L_q(k), w = 1[L_q(p) < L_q(k)].
 
-    A sample whose label p does not believe by k is pruned: its loss is a constant. Each training
-    sample has one weight w, which is 1 up to ``start`` (plain GCE). From then on w is set at the
-    sample's first visit and at every ``refresh``-th visit after it, and kept in between, so a pruned
-    sample can come back. Where each epoch visits every sample once, a visit is an epoch. The mean
-    is over the whole batch, pruned samples included.
+    A sample with p_y <= k is pruned: its loss is a constant. Each training sample has one weight w,
+    which is 1 up to ``start`` (plain GCE). From then on w is set at the sample's first visit and at
+    every ``refresh``-th visit after it, and kept in between, so a pruned sample can come back.
+    Where each epoch visits every sample once, a visit is an epoch. The mean is over the whole
+    batch, pruned samples included.
 
     Weights and visits are state: equal on all processes, in the checkpoint, unchanged in ``eval()``
     and without gradients. Needs :meth:`set_progress`. With k = 0 it is GCE.
@@ -94,7 +94,7 @@ class TruncatedGCE(GCE):
     Args:
         num_samples: rows of the training data; :meth:`bind` can fill it in.
         q: see :class:`GCE`.
-        k: the p_y below which a sample is pruned, in [0, 1); 0.5 in the paper.
+        k: the p_y at or below which a sample is pruned, in [0, 1); 0.5 in the paper.
         start: training progress at which pruning begins, in [0, 1].
         refresh: visits from one decision on a sample to the next.
 

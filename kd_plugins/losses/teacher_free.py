@@ -16,7 +16,7 @@ KL_REDUCTION = ("batchmean", "mean")
 
 
 class _TeacherFree(Loss):
-    """L = (1 - alpha) H(q, p) + alpha · multiplier · KL, and KL / C with ``kl_reduction="mean"``."""
+    """L = (1 - alpha) H(q, p) + alpha · multiplier · KL; KL / C with ``kl_reduction="mean"``."""
 
     def __init__(
         self,

@@ -69,3 +69,12 @@ def test_class_weights(name):
     x, plain = x.replace(target=soft), make(name, reduction="none")
     w, each = soft @ weights, x(plain)
     torch.testing.assert_close(x(make(name, weight=weights)), (w * each).sum() / w.sum())
+
+
+@every
+def test_a_wrong_keyword_names_the_class_and_the_nearest_name(name):
+    cls = loss_class(name)
+    with pytest.raises(
+        TypeError, match=rf"^{cls.__name__} has no argument 'reductoin'.*reduction\?"
+    ):
+        make(name, reductoin="sum")
