@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..data.image_view import _KINDS, ImageView, _decode
 from ..data.noise import column_array
+from ..losses import validate
 from .suspects import refuse_other_rows, refuse_row_numbers
 
 SIDE, PAD, LINE, TOP = 176, 14, 23, 58  # of the contact sheet, in pixels
@@ -109,8 +110,7 @@ def html_page(
 
 def _first(suspects: Dataset, count: int) -> list[dict[str, Any]]:
     """The first suspects as rows, with the names of their classes under `given` and `better`."""
-    if count < 1:
-        raise ValueError(f"count={count}: expected at least 1 suspect to show")
+    validate.count("count", count, "nothing would be shown")
     doubted = column_array(suspects, "label") != column_array(suspects, "proposed")
     shown = suspects.select(np.flatnonzero(doubted)[:count])
     rows: Any = shown.with_format(None).to_list()

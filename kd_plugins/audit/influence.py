@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler, RandomSampler
 from tqdm.auto import tqdm
 
+from ..losses import validate
 from ..losses.functional import as_probs
 from ..losses.state import in_eval
 
@@ -113,9 +114,7 @@ def select_lowest(scores: Tensor | Sequence[float], fraction: float) -> Tensor:
             f"{unknown} of {len(scores)} scores are NaN, the first at position "
             f"{int(scores.isnan().int().argmax())}: they cannot be ranked"
         )
-    if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"fraction={fraction}: expected the fraction of samples to keep, (0, 1]")
-    kept = round(fraction * len(scores))
+    kept = round(validate.fraction("fraction", fraction, with_zero=False) * len(scores))
     if not kept:
         raise ValueError(
             f"fraction={fraction} of {len(scores)} samples is none: nothing would be distilled"
@@ -209,11 +208,8 @@ def _classifier(model: nn.Module) -> nn.Linear:
 
 
 def _refuse_exact(head: nn.Linear, damping: float) -> None:
-    if not damping > 0:
-        raise ValueError(
-            f"damping={damping}: expected a number above 0. The Hessian by itself has no inverse, "
-            "because adding the same vector to each class's weights changes no prediction"
-        )
+    # Adding the same vector to each class's weights changes no prediction.
+    validate.positive("damping", damping, "the Hessian by itself has no inverse")
     size = sum(p.numel() for p in head.parameters())
     if size > LARGEST:
         raise ValueError(

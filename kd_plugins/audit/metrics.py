@@ -13,6 +13,8 @@ import datasets
 import evaluate
 import numpy as np
 
+from ..losses import validate
+
 
 class _Metric(evaluate.Metric):
     """Takes predictions as ids [N] or ranked ids [N, k], and other inputs as ids [N]."""
@@ -60,7 +62,7 @@ class _Metric(evaluate.Metric):
             for name, value in batch.items()
             if name in self.inputs
         }
-        _refuse_lengths(batch)
+        validate.same_length(**batch)
         super().add_batch(**batch)
 
 
@@ -78,12 +80,8 @@ class TopKAccuracy(_Metric):
     """
 
     def __init__(self, k: int = 5, **kwargs: Any) -> None:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 2:
-            raise ValueError(
-                f"k: expected an integer of at least 2, got {k!r}; top1 is the accuracy itself"
-            )
         super().__init__(**kwargs)
-        self.k = k
+        self.k = validate.count("k", k, "top1 is the accuracy itself", least=2)
 
     # evaluate.combine passes every metric all inputs, clean_references too.
     def _compute(self, *, predictions: Any, references: Any, clean_references: Any = None) -> Any:
@@ -149,7 +147,7 @@ def peer_metrics(
         )
     given = _class_ids("labels", labels, (1,))
     true = given if clean_labels is None else _class_ids("clean_labels", clean_labels, (1,))
-    _refuse_lengths({"top_ids": ids, "labels": given, "clean_labels": true})
+    validate.same_length(top_ids=ids, labels=given, clean_labels=true)
 
     rows = []
     for ranked in ids.swapaxes(0, 1):  # on arrays: compute() would convert 50k rows in 0.5 s
@@ -205,9 +203,3 @@ def _class_ids(name: str, value: Any, dims: tuple[int, ...] | None = None) -> np
             f"{name}: expected class ids {expected} with N > 0, got shape {list(array.shape)}"
         )
     return array
-
-
-def _refuse_lengths(inputs: dict[str, np.ndarray]) -> None:
-    lengths = {name: len(array) for name, array in inputs.items()}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"expected as many samples in each input, got {lengths}")
