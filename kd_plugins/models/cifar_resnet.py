@@ -1,4 +1,4 @@
-"""ResNets for pictures of 32 px, known to timm."""
+"""ResNets for pictures of 32 px, registered with timm when this module is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch import nn
 
 
 class _SmallPictureResNet(ResNet):
-    """timm's ResNet with the stem of the CIFAR literature: one 3x3 convolution as wide as the first stage, no pooling."""
+    """timm's ResNet with the stem of the CIFAR literature.
+
+    The stem is one 3x3 convolution as wide as the first stage, without pooling.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -48,33 +51,25 @@ _CIFAR = {
 default_cfgs = generate_default_cfgs({f"resnet{n}_cifar.untrained": _CIFAR for n in (10, 18, 34)})
 
 
-def _small_picture_resnet(name: str, layers: tuple[int, ...], kwargs: dict[str, Any]) -> ResNet:
-    return build_model_with_cfg(
-        _SmallPictureResNet, name, **{"block": BasicBlock, "layers": layers, **kwargs}
-    )
+def _build(name: str, layers: tuple[int, ...], pretrained: bool, **kwargs: Any) -> ResNet:
+    kwargs = {"block": BasicBlock, "layers": layers, **kwargs}
+    return build_model_with_cfg(_SmallPictureResNet, name, pretrained, **kwargs)
 
 
 @register_model
 def resnet10_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """ResNet-10 for 32 px pictures at a quarter of the usual width: what two CPU cores can train."""
-    return _small_picture_resnet(
-        "resnet10_cifar",
-        (1, 1, 1, 1),
-        {"pretrained": pretrained, "channels": (16, 32, 64, 128), **kwargs},
-    )
+    """ResNet-10 for 32 px pictures at a quarter of the usual width: small enough for two CPU cores."""
+    kwargs = {"channels": (16, 32, 64, 128), **kwargs}
+    return _build("resnet10_cifar", (1, 1, 1, 1), pretrained, **kwargs)
 
 
 @register_model
 def resnet18_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-18 for 32 px pictures."""
-    return _small_picture_resnet(
-        "resnet18_cifar", (2, 2, 2, 2), {"pretrained": pretrained, **kwargs}
-    )
+    return _build("resnet18_cifar", (2, 2, 2, 2), pretrained, **kwargs)
 
 
 @register_model
 def resnet34_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """ResNet-34 for 32 px pictures: the backbone of SMKD's tables on CIFAR-100."""
-    return _small_picture_resnet(
-        "resnet34_cifar", (3, 4, 6, 3), {"pretrained": pretrained, **kwargs}
-    )
+    return _build("resnet34_cifar", (3, 4, 6, 3), pretrained, **kwargs)

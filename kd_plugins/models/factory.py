@@ -1,8 +1,8 @@
-"""Networks from names, folders and files."""
+"""Networks from names, folders and files, and what they return."""
 
 from __future__ import annotations
 
-import difflib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,29 +10,34 @@ import timm
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from . import cifar_resnet  # noqa: F401  timm then knows resnet18_cifar
+
 
 def make_model(model: str | nn.Module, num_classes: int | None) -> nn.Module:
     """A network from a timm name, a folder or a hub id, or the module itself.
 
-    A bare timm name is initialised at random; ``local-dir:PATH`` and ``hf-hub:ID`` bring their weights, with a new head if
-    theirs has another number of classes. For anything else pass the module: ``timm.create_model(..., pretrained=True)``.
+    A bare timm name is initialised at random. ``local-dir:PATH`` and ``hf-hub:ID`` bring their
+    weights, with a new head if theirs has another number of classes. For other pretrained weights
+    pass the module: ``timm.create_model(..., pretrained=True)``.
     """
     if isinstance(model, nn.Module):
         return model
     if num_classes is None:
         raise ValueError(
-            f"the model is given by name ({model!r}), but the number of classes is not known: the training data "
-            "has no ClassLabel; pass a module with its head instead"
+            f"the model is given by name ({model!r}), but the number of classes is not known: the "
+            "training data has no ClassLabel; pass a module with its head instead"
         )
-    _refuse_unknown(model, "a timm name")
     return _create(model, model, pretrained=":" in model, num_classes=num_classes)
 
 
 def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn.Module:
     """A trained network: the module itself, or one from a timm name, a folder or a file.
 
-    ``"resnet50"``: timm's pretrained weights; ``"hf-hub:ID"``, ``"local-dir:PATH"`` or a folder with ``config.json``: that model;
-    ``"resnet18_cifar=weights.safetensors"``: this architecture with the weights of a file (of pickles only tensors are read).
+    Args:
+        teacher: ``"resnet50"``: timm's pretrained weights. ``"hf-hub:ID"``, ``"local-dir:PATH"`` or
+            a folder with ``config.json``: that model. ``"resnet18_cifar=weights.safetensors"``:
+            this architecture with the weights of a file; of a pickle only tensors are read.
+        num_classes: of an architecture whose weights come from a file.
     """
     if isinstance(teacher, nn.Module):
         return teacher
@@ -40,36 +45,30 @@ def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn
     if weights:
         if not Path(weights).is_file():
             raise FileNotFoundError(f"teacher {str(teacher)!r}: there is no file {weights}")
-        _refuse_unknown(name, "a timm name before the =")
         return _create(name, weights, num_classes=num_classes, checkpoint_path=weights)
     if Path(name, "config.json").is_file():
         name = f"local-dir:{name}"
     elif Path(name).exists():
         raise ValueError(
-            f"teacher {name!r}: expected a folder with config.json, as export() writes; for a file of weights name "
-            f"its architecture: 'resnet18={name}'"
+            f"teacher {name!r}: expected a folder with config.json, as export() writes; for a file "
+            f"of weights name its architecture: 'resnet18={name}'"
         )
-    _refuse_unknown(name, "a timm name, NAME=FILE or a folder that export() wrote")
     return _create(name, name, pretrained=True)
 
 
-def _refuse_unknown(name: str, expected: str) -> None:
-    if ":" not in name and not timm.is_model(name):
-        close = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{name}: expected {expected}; there is no such network{hint}")
-
-
 def _create(name: str, source: str, **kwargs: Any) -> nn.Module:
-    """A timm model; where timm does not read its weights, an error that says whose, and does not advise to unpickle them."""
+    """A timm model. The error for unreadable weights names their source.
+
+    timm's own error advises to unpickle them.
+    """
     try:
         return timm.create_model(name, **kwargs)
     except (SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "weights_only" not in str(error):
             raise
         raise ValueError(
-            f"the weights of {source} are not read: expected safetensors, or a pickle of tensors (weights_only); "
-            "any other may run code of whoever made it. Convert it where you trust it"
+            f"the weights of {source} are not read: expected safetensors, or a pickle of tensors "
+            "(weights_only); any other may run code of whoever made it. Convert it where you trust it"
         ) from error
 
 
@@ -79,18 +78,24 @@ def class_count(model: nn.Module) -> int | None:
     0 is a network without a classifier, whose output is features.
     """
     count = getattr(model, "num_classes", None)
-    return (
-        count if count is not None else getattr(getattr(model, "config", None), "num_labels", None)
-    )
+    return getattr(getattr(model, "config", None), "num_labels", None) if count is None else count
+
+
+def input_names(model: nn.Module) -> list[str]:
+    """The arguments that a network's ``forward`` names; empty if it takes any."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits [B, C] in what a network returned: a tensor, a Hugging Face output, or a tuple that begins with them."""
-    output = (
-        output.get("logits", output)
-        if isinstance(output, dict)
-        else getattr(output, "logits", output)
-    )
+    """The logits [B, C] in a network's output.
+
+    Args:
+        output: a tensor, a Hugging Face output, or a tuple that begins with the logits.
+    """
+    if isinstance(output, dict):
+        output = output.get("logits", output)
+    output = getattr(output, "logits", output)
     output = output[0] if isinstance(output, tuple) else output
     if not isinstance(output, Tensor):
         raise TypeError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from ..losses.base import Loss, peer_name
 from ..losses.mutual import Mutual
 from ..losses.state import SampleTable
-from .factory import logits_of
+from .factory import input_names, logits_of
 from .features import with_features
 from .inputs import InputAdapter
 
@@ -249,12 +248,6 @@ class Hosted(nn.Module):
                 raise ValueError(
                     f"{type(peer).__name__} has no activation checkpointing: switch it off in the arguments"
                 )
-
-
-def input_names(model: nn.Module) -> list[str]:
-    """The arguments that a network's ``forward`` names; empty if it takes any."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
 def average_of(peer: nn.Module, decay: float) -> AveragedModel:

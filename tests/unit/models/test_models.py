@@ -1,12 +1,16 @@
 """Networks under one roof: how they are made, what the hosted module hands to whom, and what is exported."""
 
 import json
+import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers.processes import PYTHONPATH
 from helpers.tiny import CLASSES, SIZE, Net, difference, state, vit
 from safetensors.torch import load_file
 from torch import nn
@@ -591,3 +595,12 @@ def test_maps_of_a_vit_that_takes_other_sizes_than_its_own():
     logits, (last,) = with_features(model, x)
     assert last.shape[-2:] == (4, 3)
     torch.testing.assert_close(logits, model(x))
+
+
+@pytest.mark.parametrize("module", ["kd_plugins.data", "kd_plugins.train", "kd_plugins.models"])
+def test_small_picture_resnets_are_known_to_timm_after_any_import(module):
+    """No import for its side effect alone in user code."""
+    code = f"import {module}, timm\nassert timm.is_model('resnet18_cifar')"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": PYTHONPATH}
+    )
