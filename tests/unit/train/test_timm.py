@@ -1,6 +1,7 @@
 """timm's training loop with our tasks: what it saves, resumes, averages, evaluates and hands to its optimizer."""
 
 import importlib
+import re
 import sys
 from types import SimpleNamespace
 
@@ -586,6 +587,26 @@ def test_state_and_teachers_follow_the_task():
     assert all(b.device.type == "meta" for b in (*task.criterion.buffers(), *teacher.parameters()))
 
 
+def test_the_loss_gets_its_sizes():
+    """Nothing of data and networks stands in the constructor."""
+    options = {"total_updates": 3, "num_samples": 77, "verbose": False}
+    fused = MutualDistillationTask([timm_net(), timm_net()], FFL(), **options).criterion
+    assert (fused.num_classes, fused.feature_dims) == (CLASSES, (96, 96))
+    with pytest.raises(ValueError, match=r"feature_dims=\(96, 64\)"):
+        MutualDistillationTask([timm_net(), timm_net()], FFL([96, 64]), **options)
+
+
+def test_the_loss_is_left_alone():
+    """No hook and no attribute of a task on it: it can be saved and compiled by itself."""
+    loss = smkd()
+    before = set(vars(loss))
+    task = MutualDistillationTask([Net(1), Net(2)], loss, total_updates=2, verbose=False)
+    (x, y), *_ = batches(0)
+    task(x, y)
+    assert set(vars(loss)) == before and not loss._forward_pre_hooks
+    assert len(task.hosted.last["logits"]) == 2
+
+
 # ---------------------------------------------------------------------------------------------------------- refused
 
 BAD = {
@@ -617,7 +638,7 @@ BAD = {
     ),
     "total_updates": (
         ValueError,
-        r"total_updates=0: expected the optimizer steps",
+        r"total_updates=0: expected an integer of at least 1; it counts the optimizer steps",
         lambda: lambda: StatefulClassificationTask(Net(), CE(), total_updates=0),
     ),
     "a name first": (
@@ -638,5 +659,17 @@ def test_refused_at_construction(case):
 def test_old_timm_is_told_apart(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.task", None)
     monkeypatch.delitem(sys.modules, "kd_plugins.train.timm")
-    with pytest.raises(ImportError, match=r"needs timm >= 1\.0\.31.*found timm"):
+    installed = (
+        rf"timm {timm.__version__} is installed \({re.escape(timm.__file__)}\): .*timm\.task"
+    )
+    with pytest.raises(ImportError, match=rf"train\.timm needs .*: timm >= 1\.0\.31\. {installed}"):
+        importlib.import_module("kd_plugins.train.timm")
+
+
+def test_a_newer_timm_without_the_function_is_named(monkeypatch):
+    """The version alone would not tell what is missing."""
+    monkeypatch.delattr("timm.task.resume_task_checkpoint")
+    monkeypatch.setattr("timm.__version__", "9.9")
+    monkeypatch.delitem(sys.modules, "kd_plugins.train.timm")
+    with pytest.raises(ImportError, match=r"timm 9\.9 is installed.*'resume_task_checkpoint'"):
         importlib.import_module("kd_plugins.train.timm")
