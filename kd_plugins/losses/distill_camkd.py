@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,20 @@ from .registry import register_loss
 from .state import KeepsPrecision
 
 SCALES = ("code", "paper")
+
+
+@contextmanager
+def _as_constants(teacher: Any) -> Iterator[None]:
+    """A teacher whose method is called gets no gradients, although it may not be frozen."""
+    parameters = teacher.parameters() if isinstance(teacher, nn.Module) else ()
+    learning = [p for p in parameters if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
 
 
 class _Head(KeepsPrecision):
@@ -45,7 +60,8 @@ class _Head(KeepsPrecision):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight is None:
-            return self.hidden[0](x)
+            with _as_constants(getattr(self.hidden[0], "__self__", None)):
+                return self.hidden[0](x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(pooled(x), self.weight.to(x.dtype), bias)
 
@@ -66,8 +82,8 @@ class CAMKDFeatures(MapDistillation):
         teacher_dims: of each teacher's.
         heads: each teacher's classifier; required. An ``nn.Linear`` on the pooled map (timm:
             ``teacher.get_classifier()``) or another module that makes logits of the map is copied
-            as it is. A function (``teacher.forward_head``, of a frozen teacher on the same device)
-            is used itself.
+            as it is. A function (``teacher.forward_head``, of a teacher on the same device) is used
+            itself; a method's network gets no gradients.
         scale: ``"code"``, or ``"paper"`` for the squared norm and no 1/K.
         detach_weights: take w as a constant; the code differentiates it.
 
