@@ -10,7 +10,6 @@ machine that is slow for a while is slow for both. The table goes to the screen,
 """
 
 import argparse
-import inspect
 import itertools
 import json
 import os
@@ -366,42 +365,26 @@ def import_time() -> Row:
 
 
 def every_loss() -> Iterator[tuple[str, Loss, Callable[[Callable], torch.Tensor]]]:
-    """Name, loss and a call of it; what reads features is left to tests/test_contract.py."""
+    """Name, loss and a call of it. Losses on features are measured by the contract tests."""
     classes, rows, g = 10, 64, torch.Generator().manual_seed(0)
-    arguments = {
-        "num_samples": rows,
-        "num_classes": classes,
-        "transition": 0.8 * torch.eye(classes) + 0.2 / classes,
-        "labels": torch.full((rows, classes), 1 / classes),
-    }
-    extra = {
+    matrix = {"transition": 0.8 * torch.eye(classes) + 0.2 / classes}
+    known = dict.fromkeys(("forward_correction", "backward_correction", "t_revision"), matrix)
+    known["soft_labels"] = {"labels": torch.full((rows, classes), 1 / classes)}
+    inputs = {
         "teacher": torch.randn(3, rows, classes, generator=g).to(DEVICE),
         "index": torch.arange(rows, device=DEVICE),
     }
     y = torch.randint(classes, (rows,), generator=g).to(DEVICE)
     for name in list_losses():
-        cls = loss_class(name)
-        if "features" in cls.reads:
+        if "features" in loss_class(name).required_inputs:
             continue
-        wanted = inspect.signature(cls).parameters
-        loss = create_loss(
-            name,
-            **{
-                k: v
-                for k, v in arguments.items()
-                if k in wanted and wanted[k].default is wanted[k].empty
-            },
-        )
+        loss = create_loss(name, **known.get(name, {})).bind(rows, classes).to(DEVICE)
         zs = tuple(
             torch.randn(rows, classes, generator=g).to(DEVICE).requires_grad_() for _ in range(2)
         )
-        known = {k: v for k, v in extra.items() if k in loss.reads}
-        logits = zs if cls.peers else zs[0]
-        yield (
-            name,
-            loss.to(DEVICE),
-            lambda call, logits=logits, known=known: call(logits, y, **known),
-        )
+        logits = zs if loss.num_peers > 1 else zs[0]
+        own = {key: value for key, value in inputs.items() if key in loss.required_inputs}
+        yield name, loss, lambda call, logits=logits, own=own: call(logits, y, **own)
 
 
 def no_synchronisation() -> Row:

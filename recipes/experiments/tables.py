@@ -159,8 +159,9 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
         if s.budget != "full":
             for key in {"models", "teachers"} & {*options}:
                 options[key] = [NARROW.get(name, name) for name in options[key]]
-            if options.get("method") == "smkd":
-                options = merged(options, {"loss_args": {"normalize": "batch"}})
+        if options.get("method") == "smkd":
+            normalize = "selected" if s.budget == "full" else "batch"  # the paper's, or the default
+            options = merged(options, {"loss_args": {"normalize": normalize}})
         options |= {"output_dir": folder, "seed": seed}
         command = [sys.executable, str(RECIPES / table.recipe), *arguments(options)]
         for key, values in given.items():
