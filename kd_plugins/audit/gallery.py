@@ -18,8 +18,9 @@ from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
-from ..data.image_view import _KINDS, ImageView, _decode
-from ..data.noise import column_array
+from ..data.decode import NotAPicture, PictureColumn
+from ..data.image_view import ImageView
+from ..data.labels import column_array
 from ..losses import validate
 from .suspects import refuse_other_rows, refuse_row_numbers
 
@@ -128,23 +129,13 @@ def _pictures(
         refuse_row_numbers(column_array(suspects, "index"), len(dataset))
     else:
         refuse_other_rows(suspects, *_labels(dataset, label))
-    if isinstance(dataset, Dataset):
-        if image not in dataset.column_names:
-            raise ValueError(f"no column {image!r}; there are {dataset.column_names}")
-        dataset = dataset.with_format("arrow", columns=[image])  # not decoded
+    column = dataset.pictures if isinstance(dataset, ImageView) else PictureColumn(dataset, image)
 
     def picture_of(row: int) -> Image.Image | None:
-        if isinstance(dataset, ImageView):
-            value = dataset._values([row])[0]
-        else:
-            value = dataset[row][image]
-            value = value[0].as_py() if isinstance(dataset, Dataset) else value
-        if not isinstance(value, _KINDS):
-            raise TypeError(
-                f"column {image!r} holds {type(value).__name__}: expected picture, path or array"
-            )
         try:
-            return _decode(value)
+            return column.picture(row, column.read([row])[0])
+        except NotAPicture:
+            raise
         except Exception:  # PIL's plugins raise nearly anything for broken files
             return None
 

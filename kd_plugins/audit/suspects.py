@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from ..data.noise import _check_labels, _integers, column_array, noisy_view
+from ..data import noisy_view
+from ..data.labels import check_labels, class_indices, column_array
 from .dynamics import summarise
 
 CHUNK = 1 << 16  # rows per temporary copy; one of 2.4 million rows would take 500 MB
@@ -83,7 +84,7 @@ def find_suspects(
     if class_names is not None:
         text = pa.array([str(name) for name in class_names], pa.string())
         for name in ("label", "proposed"):
-            _check_labels(table[name].to_numpy(), len(class_names))
+            check_labels(table[name].to_numpy(), len(class_names))
             table = table.append_column(f"{name}_name", text.take(table[name]))
     content = b"".join(table[name].to_numpy().tobytes() for name in ("index", "proposed", "score"))
     return Dataset(table, fingerprint=blake2b(content, digest_size=8).hexdigest())
@@ -167,14 +168,14 @@ def refuse_row_numbers(index: np.ndarray, size: int) -> None:
 
 
 def _from_probs(labels: Any, probs: Any) -> dict[str, np.ndarray]:
-    labels, probs = _integers(labels), np.asarray(probs)
+    labels, probs = class_indices(labels), np.asarray(probs)
     fits = probs.ndim == 2 and probs.shape[1] > 1 and labels.shape == probs.shape[:1]
     if not fits or probs.dtype.kind != "f":
         raise ValueError(
             f"probs: expected floats [N, C] for labels {list(labels.shape)}, got {probs.dtype} "
             f"{list(probs.shape)}"
         )
-    _check_labels(labels, probs.shape[1])
+    check_labels(labels, probs.shape[1])
     p_label, p_proposed = np.empty((2, len(labels)), np.float32)
     proposed = np.empty(len(labels), np.int64)
     for start in range(0, len(labels), CHUNK):

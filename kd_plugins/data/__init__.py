@@ -2,6 +2,7 @@
 
 from .._moved import moved_names
 from .image_view import ImageView
+from .labels import same_classes
 from .noise import (
     NoiseReport,
     asymmetric,
@@ -9,11 +10,10 @@ from .noise import (
     corrupt,
     corrupt_by_key,
     noise_report,
-    noisy_stream,
-    noisy_view,
     pair_flip,
     symmetric,
 )
+from .noisy_data import noisy_stream, noisy_view
 from .pictures import NOISE, Pictures, find_column, load_pictures, noise_by_name, picture_transform
 from .subset import SubsetView, as_view, num_samples, set_epoch
 from .teacher_cache import CachedTeachers, cache_teachers
@@ -42,6 +42,7 @@ __all__ = [
     "num_samples",
     "pair_flip",
     "picture_transform",
+    "same_classes",
     "set_epoch",
     "symmetric",
     "write_webvision",

@@ -1,46 +1,55 @@
-"""An HF Dataset as a torch Dataset of pictures: augmentation repeats exactly, broken pictures are replaced."""
+"""A data set as a torch `Dataset` of pictures: augmentation repeats, broken pictures are replaced."""
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from io import BytesIO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
 from PIL import Image
 
+from .decode import NotAPicture, PictureColumn, decode_picture
 from .input_config import input_config
-from .noise import column_array
+from .labels import check_labels, label_column
 from .randomness import generators_kept, seed_generators
+
+CHUNK = 8  # pictures in memory at once, since some are large
 
 
 class ImageView(torch.utils.data.Dataset):
-    """Item i is {"pixel_values": transform(picture), "labels": int, "index": int[, "clean_labels": int]}.
+    """Pictures and labels for training: augmentation repeats exactly, broken pictures are replaced.
 
-    All randomness of `transform` that comes from torch, `random` or `numpy.random` is a pure function of
-    (seed, epoch, i): the same for any number of workers, any order, and after a resume. The generators themselves are
-    left as they were. `set_epoch` reaches persistent workers too (the epoch lives in shared memory).
+    Item i is {"pixel_values": transform(picture), "labels": int, "index": int[, "clean_labels": int]}.
 
-    A picture that cannot be read (missing, empty, truncated, no picture, a decompression bomb) is replaced by the next
-    readable row: its picture, its labels and its index. `broken()` names them; a share above `max_broken` raises.
+    What `transform` draws from torch, `random` or `numpy.random` is a function of (seed, epoch, i):
+    it does not depend on the number of workers, on the order, or on a resume. The generators are
+    left as they were. `set_epoch` also reaches persistent workers: the epoch is in shared memory.
+
+    A picture that cannot be read (missing, empty, truncated, a decompression bomb) is replaced by
+    the next readable row: its picture, its labels and its index. `broken()` lists such rows.
 
     Args:
-        dataset: a `datasets.Dataset`, or a sequence of dict rows.
-        transform: PIL image in RGB -> tensor; torchvision's or `timm.data.create_transform(...)`. Bytes (`normalize=False`
-            there, `PILToTensor` for `ToTensor` and `Normalize`) are cheaper: `MutualDistillationTrainer` normalises them.
+        dataset: a `datasets.Dataset`, or a sequence of dict rows. Columns are read as they are
+            stored, whatever the format.
+        transform: PIL image in RGB -> tensor, such as `timm.data.create_transform(...)`. A
+            transform that returns uint8 (`normalize=False` there, or `PILToTensor`) is faster:
+            `MutualDistillationTrainer` normalises on the device.
         seed: of the augmentation.
-        image: column of pictures: HF `Image`, path, PIL image or array [H, W] or [H, W, 3] of uint8. They are converted
-            to RGB, whatever their mode; EXIF orientation is ignored, as torchvision's ImageFolder does.
-        label: column of class indices to train on (with label noise: `"noisy_label"`).
-        clean: column of true labels, if there are any; -1 is allowed there and means none of the classes.
-        max_broken: largest share of broken rows in [0, 1] of the whole data set.
+        image: column of pictures: Hugging Face `Image`, paths, PIL images or arrays; see
+            `decode_picture`.
+        label: column of class indices to train on (with label noise: "noisy_label").
+        clean: column of true labels, if there is one; -1 there means none of the classes.
+        max_broken: the largest share of broken rows, in [0, 1].
+        class_names: the order of the classes; labels with names are matched to it. By default the
+            names of `label`, or numbers.
 
     Raises:
-        ValueError: a label outside the classes. RuntimeError (when reading): more broken pictures than `max_broken`.
+        TypeError: `dataset` is a `DatasetDict` or a stream, or it has a transform of its own; or (when
+            reading) the column holds no pictures.
+        ValueError: a label outside the classes, or two columns with different classes.
+        RuntimeError (when reading): more broken pictures than `max_broken`.
     """
 
     def __init__(
@@ -53,40 +62,33 @@ class ImageView(torch.utils.data.Dataset):
         label: str = "label",
         clean: str | None = None,
         max_broken: float = 0.01,
+        class_names: Sequence[str] | None = None,
     ):
-        if not len(dataset):
-            raise ValueError("The data set has no rows: there is nothing to view.")
+        _refuse_other_kinds(dataset)
         if not 0 <= max_broken <= 1:
             raise ValueError(
                 f"max_broken={max_broken} is outside [0, 1]: it is a share of the rows (1% is 0.01)."
             )
-        self.transform, self.seed, self.image, self.max_broken = transform, seed, image, max_broken
-        self.name = (
-            dataset.info.dataset_name if isinstance(dataset, Dataset) else None
-        )  # for the model card
-        self.labels = _column(dataset, label)
-        self.clean_labels = None if clean is None else _column(dataset, clean)
+        self.transform, self.seed, self.max_broken = transform, seed, max_broken
+        self.name = dataset.info.dataset_name if isinstance(dataset, Dataset) else None  # for cards
+        self.labels = label_column(dataset, label, class_names)
         feature = dataset.features[label] if isinstance(dataset, Dataset) else None
-        if isinstance(feature, ClassLabel):
-            self.class_names = list(feature.names)
-        else:
-            self.class_names = [str(k) for k in range(self.labels.max() + 1)]
+        if class_names is None and isinstance(feature, ClassLabel):
+            class_names = feature.names
+        self.class_names = list(class_names or map(str, range(self.labels.max() + 1)))
         self.num_classes = len(self.class_names)
-        _check_labels(self.labels, label, 0, self.num_classes)
-        if self.clean_labels is not None:
-            _check_labels(self.clean_labels, str(clean), -1, self.num_classes)
-        if isinstance(dataset, Dataset):
-            if image not in dataset.column_names:
-                raise ValueError(f"No column {image!r}; there are {dataset.column_names}.")
-            # Arrow hands out the undecoded {bytes, path}, follows the indices mapping and rewrites nothing.
-            dataset = dataset.with_format("arrow", columns=[image])
-        self._rows = dataset
-        # In shared memory: persistent workers see the epoch, the main process sees what workers found broken.
+        check_labels(self.labels, self.num_classes, label)
+        self.clean_labels = None
+        if clean is not None:
+            self.clean_labels = label_column(dataset, clean, self.class_names)
+            check_labels(self.clean_labels, self.num_classes, clean, -1)
+        self.pictures = PictureColumn(dataset, image)
+        # In shared memory: workers see the epoch, and this process sees what they found broken.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._broken = torch.zeros(len(dataset), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.pictures)
 
     @property
     def num_samples(self) -> int:
@@ -94,30 +96,29 @@ class ImageView(torch.utils.data.Dataset):
         return len(self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Augment as of this epoch from the next fetched item on, in all workers."""
+        """Augment as in this epoch, from the next item on and in all workers."""
         self._epoch.fill_(int(epoch))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self._items([index])[0]
 
     def __getitems__(self, indices: Iterable[int]) -> list[dict[str, Any]]:
-        """The items of a batch, as `[self[i] for i in indices]` at less cost; torch's DataLoader asks for them so."""
-        if type(self).__getitem__ is not ImageView.__getitem__:  # a subclass has items of its own
+        """`[self[i] for i in indices]`, but faster; torch's DataLoader calls it."""
+        if type(self).__getitem__ is not ImageView.__getitem__:  # a subclass has its own items
             return [self[index] for index in indices]
-        indices = list(
-            indices
-        )  # a few at a time: they are in memory together, and some pictures are large
-        return [item for k in range(0, len(indices), 8) for item in self._items(indices[k : k + 8])]
+        indices = list(indices)
+        chunks = (indices[k : k + CHUNK] for k in range(0, len(indices), CHUNK))
+        return [item for chunk in chunks for item in self._items(chunk)]
 
     def broken(self) -> list[str]:
-        """The rows found broken so far (by this process and its workers), by path where there is one, else `row 12`."""
-        return [self._name(row) for row in self._broken.nonzero().flatten().tolist()]
+        """The rows found broken so far, also by workers: the path if there is one, or `row 12`."""
+        return [self.pictures.row_name(row) for row in self._broken.nonzero().flatten().tolist()]
 
     def input_config(self) -> dict[str, Any] | None:
         """What the transform does to a picture, in the terms of a timm `pretrained_cfg`.
 
         It is found by running the transform on test pictures of the size of the first readable one.
-        Global generators and the view stay as they were.
+        The global generators and the view stay as they were.
 
         Returns:
             `input_size` (C, H, W), `mean`, `std` (per channel, absent if the output is uint8),
@@ -127,136 +128,90 @@ class ImageView(torch.utils.data.Dataset):
         with generators_kept():
             for row in range(len(self)):
                 try:
-                    picture = _decode(self._values([row])[0])
-                except Exception:  # a broken picture, as in _readable
+                    picture = decode_picture(self.pictures.read([row])[0])
+                except Exception:  # PIL's plugins raise nearly anything on broken files
                     continue
                 return input_config(self.transform, picture.size)
         return None
+
+    def readable(
+        self, index: int, values: Mapping[int, Any] | None = None
+    ) -> tuple[int, Image.Image]:
+        """The first readable row from `index` on, cyclically, and its picture in RGB.
+
+        Args:
+            values: values of the image column that have been read already, by row.
+        """
+        for step in range(len(self)):
+            row = (index + step) % len(self)
+            value = values[row] if values and row in values else self.pictures.read([row])[0]
+            try:
+                return row, self.pictures.picture(row, value)
+            except NotAPicture:
+                raise
+            except Exception as error:  # PIL's plugins raise nearly anything on broken files
+                self._mark_broken(row, error)
+        raise RuntimeError(
+            f"None of the {len(self)} pictures can be read, as {', '.join(self.broken()[:5])}."
+        )
 
     def _items(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         for index in indices:
             if not 0 <= index < len(self):
                 raise IndexError(f"row {index} of {len(self)}")
         indices = [int(index) for index in indices]
-        values = dict(zip(indices, self._values(indices), strict=True))
+        values = dict(zip(indices, self.pictures.read(indices), strict=True))
         items = []
         with generators_kept():
             for index in indices:
-                row, picture = self._readable(index, values)
+                row, picture = self.readable(index, values)
                 seed_generators(self.seed, int(self._epoch), index)
-                item = {
-                    "pixel_values": self.transform(picture),
-                    "labels": int(self.labels[row]),
-                    "index": row,
-                }
+                with _named(row, picture):
+                    pixels = self.transform(picture)
+                item = {"pixel_values": pixels, "labels": int(self.labels[row]), "index": row}
                 if self.clean_labels is not None:
                     item["clean_labels"] = int(self.clean_labels[row])
                 items.append(item)
         return items
 
-    def _readable(
-        self, index: int, values: Mapping[int, Any] | None = None
-    ) -> tuple[int, Image.Image]:
-        """The first readable row from `index` on, cyclically, and its picture in RGB; `values` are those read already."""
-        for step in range(len(self)):
-            row = (index + step) % len(self)
-            value = values[row] if values and row in values else self._values([row])[0]
-            if not isinstance(value, _KINDS):
-                raise TypeError(
-                    f"Column {self.image!r} holds {type(value).__name__}: expected picture, path or array."
-                )
-            try:
-                return row, _decode(value)
-            except Exception as error:  # PIL's plugins raise nearly anything on broken files
-                self._mark(row, error)
-        raise RuntimeError(
-            f"None of the {len(self)} pictures can be read, as {', '.join(self.broken()[:5])}."
-        )
-
-    def _mark(self, row: int, error: Exception) -> None:
+    def _mark_broken(self, row: int, error: Exception) -> None:
         self._broken[row] = 1
         count = int(self._broken.sum())
         if count > self.max_broken * len(self):
             raise RuntimeError(
-                f"{count} of {len(self)} pictures cannot be read, more than max_broken={self.max_broken:.2%}: "
-                f"{', '.join(self.broken()[:5])}{' ...' if count > 5 else ''}. The last one: {error!r}. Going on would "
-                "train on copies of their neighbours."
+                f"{count} of {len(self)} pictures cannot be read, more than max_broken="
+                f"{self.max_broken:.2%}: {', '.join(self.broken()[:5])}{' ...' * (count > 5)}. "
+                f"The last one: {error!r}. Training would see copies of other rows instead."
             ) from error
 
-    def _values(self, rows: list[int]) -> list[Any]:
-        if isinstance(self._rows, Dataset):
-            return self._rows[rows][self.image].to_pylist()
-        return [self._rows[row][self.image] for row in rows]
 
-    def _name(self, row: int) -> str:
-        (value,) = self._values([row])
-        value = value.get("path") if isinstance(value, dict) else value
-        return str(value) if isinstance(value, str | os.PathLike) else f"row {row}"
-
-
-_KINDS = (Image.Image, np.ndarray, list, dict, bytes, str, os.PathLike, type(None))
-
-
-def _decode(value: Any) -> Image.Image:
-    """A value of the image column -> PIL image in RGB; raises whatever PIL raises where it cannot be read."""
+@contextmanager
+def _named(row: int, picture: Image.Image) -> Iterator[None]:
+    """Name the row in an error of the transform, such as that of a crop larger than the picture."""
     try:
-        return _to_rgb(value)
-    except Warning:  # under -W error; a readable picture with odd metadata is no broken picture
-        with (
-            warnings.catch_warnings()
-        ):  # only here: entering it resets the once-only memory of all other warnings
-            warnings.simplefilter("ignore")
-            return _to_rgb(value)
-
-
-def _to_rgb(value: Any) -> Image.Image:
-    if isinstance(value, dict):  # HF Image
-        value = value["path"] if value.get("bytes") is None else value["bytes"]
-    if isinstance(value, np.ndarray | list):
-        if isinstance(value, np.ndarray) and value.dtype != np.uint8:
-            raise ValueError(f"array of {value.dtype}, expected uint8")
-        return Image.fromarray(np.asarray(value, np.uint8)).convert("RGB")
-    if isinstance(value, Image.Image):
-        return _convert(value)
-    if value is None:
-        raise ValueError("no picture in this row")
-    with Image.open(BytesIO(value) if isinstance(value, bytes) else value) as picture:
-        return _convert(picture)
-
-
-def _convert(picture: Image.Image) -> Image.Image:
-    limit = Image.MAX_IMAGE_PIXELS
-    if (
-        limit is not None and picture.width * picture.height > limit
-    ):  # PIL itself only warns, up to twice the limit
-        raise Image.DecompressionBombError(
-            f"{picture.width} x {picture.height} pixels, more than {limit}"
+        yield
+    except Exception as error:
+        error.add_note(
+            f"ImageView: row {row}, a picture of {picture.width} x {picture.height} pixels"
         )
-    picture.load()
-    if picture.mode == "RGB":
-        return picture
-    if picture.mode.startswith("I"):  # 16-bit grey, which PIL would clip at 255 instead of scaling
-        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-    if picture.mode == "P" and "transparency" in picture.info:
-        picture = picture.convert("RGBA")  # straight to RGB is a warning
-    return picture.convert("RGB")
+        raise
 
 
-def _column(dataset: Dataset | Sequence[dict], name: str) -> np.ndarray:
-    """Class indices of column `name` [N]."""
-    if isinstance(dataset, Dataset):
-        return column_array(dataset, name)
-    values = np.array([row[name] for row in dataset])
-    if values.dtype.kind not in "iu":
-        raise ValueError(
-            f"Column {name!r} holds {values.dtype} (first value {values[0]!r}), expected class indices."
+def _refuse_other_kinds(dataset: Any) -> None:
+    if isinstance(dataset, dict):  # a DatasetDict
+        raise TypeError(
+            f"ImageView expects one data set, got {type(dataset).__name__} with the splits "
+            f"{list(dataset)}: pass one of them, ImageView(data[{next(iter(dataset), 'train')!r}], ...)"
         )
-    return values.astype(np.int64)
-
-
-def _check_labels(labels: np.ndarray, name: str, low: int, num_classes: int) -> None:
-    if labels.min() < low or labels.max() >= num_classes:
-        row = int(((labels < low) | (labels >= num_classes)).argmax())
-        raise ValueError(
-            f"Label {labels[row]} in row {row} of column {name!r}: labels go from {low} to {num_classes - 1}."
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"ImageView expects a Dataset or a sequence of rows, got {type(dataset).__name__}: it "
+            "reads rows by number, which a stream cannot"
+        )
+    if not len(dataset):
+        raise ValueError("The data set has no rows: there is nothing to view.")
+    if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+        raise TypeError(
+            "The data set has a transform (set_transform), and ImageView reads the stored columns, "
+            "without it: pass it as ImageView(data.with_format(None), transform)"
         )

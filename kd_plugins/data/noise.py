@@ -1,7 +1,10 @@
-"""Label noise: every noise is a transition matrix T [C, C] with T[i, j] = P(given label j | true label i).
+"""Label noise as a transition matrix T [C, C] with T[i, j] = P(noisy label j | true label i).
 
-Source: symmetric over the other classes and pair flip as in SMKD and Co-teaching; symmetric over all classes as in
-Tanaka et al. (CVPR 2018); circular within superclasses as in the CIFAR-100 experiments of Patrini et al. (CVPR 2017).
+References:
+    Han et al., "Co-teaching: robust training of deep neural networks with extremely noisy labels",
+    NeurIPS 2018 (`symmetric`, `pair_flip`). Tanaka et al., "Joint optimization framework for
+    learning with noisy labels", CVPR 2018 (`symmetric(include_self=True)`). Patrini et al.,
+    "Making deep neural networks robust to label noise", CVPR 2017 (`circular`, on CIFAR-100).
 """
 
 from __future__ import annotations
@@ -11,15 +14,18 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
-from datasets import ClassLabel, Dataset, IterableDataset
+from numpy.typing import ArrayLike
+
+from .labels import check_labels, class_indices
 
 
 def symmetric(num_classes: int, rate: float, include_self: bool = False) -> np.ndarray:
-    """T[i, i] = 1 - rate, the rest uniform over the other C - 1 classes -> [C, C].
+    """T[i, i] = 1 - rate, and the rest uniform over the other C - 1 classes -> [C, C].
 
-    With `include_self` the new label is uniform over all C classes, so only rate (C - 1) / C of the labels are wrong.
+    With `include_self` the new label is uniform over all C classes, so that a share of
+    rate (C - 1) / C of the labels is wrong.
     """
-    _check(num_classes, rate)
+    _check_rate(num_classes, rate)
     share = rate / (num_classes if include_self else num_classes - 1)
     matrix = np.full((num_classes, num_classes), share)
     np.fill_diagonal(matrix, 1 - rate + (share if include_self else 0.0))
@@ -27,13 +33,16 @@ def symmetric(num_classes: int, rate: float, include_self: bool = False) -> np.n
 
 
 def pair_flip(num_classes: int, rate: float) -> np.ndarray:
-    """T[i, i] = 1 - rate, T[i, (i + 1) mod C] = rate -> [C, C]."""
+    """T[i, i] = 1 - rate and T[i, (i + 1) mod C] = rate -> [C, C]."""
     return asymmetric(num_classes, rate, {i: (i + 1) % num_classes for i in range(num_classes)})
 
 
 def asymmetric(num_classes: int, rate: float, class_map: Mapping[int, int]) -> np.ndarray:
-    """T[i, class_map[i]] = rate, T[i, i] = 1 - rate; a class that is not in `class_map` stays clean -> [C, C]."""
-    _check(num_classes, rate)
+    """T[i, i] = 1 - rate and T[i, class_map[i]] = rate -> [C, C].
+
+    Classes that are not in `class_map` stay clean.
+    """
+    _check_rate(num_classes, rate)
     matrix = np.eye(num_classes)
     for source, target in class_map.items():
         if not (0 <= source < num_classes and 0 <= target < num_classes):
@@ -46,10 +55,11 @@ def asymmetric(num_classes: int, rate: float, class_map: Mapping[int, int]) -> n
 
 
 def circular(superclasses: Sequence[int], rate: float) -> np.ndarray:
-    """Each class flips to the next one of its own superclass, cyclically -> [C, C].
+    """Each class flips to the next class of its superclass, and the last to the first -> [C, C].
 
     Args:
-        superclasses: the superclass of each of the C classes. A superclass with a single class stays clean.
+        superclasses: the superclass of each of the C classes. A class that is alone in its
+            superclass stays clean.
         rate: P(flip), in [0, 1].
     """
     members: dict[int, list[int]] = {}
@@ -61,24 +71,92 @@ def circular(superclasses: Sequence[int], rate: float) -> np.ndarray:
     return asymmetric(len(superclasses), rate, class_map)
 
 
-def corrupt(labels, transition, seed: int = 0, exact: bool = True) -> np.ndarray:
-    """Noisy copy of `labels` [N] under `transition` [C, C] -> int64 [N].
+def corrupt(
+    labels: ArrayLike, transition: ArrayLike, seed: int = 0, exact: bool = True
+) -> np.ndarray:
+    """A noisy copy of `labels` [N] under `transition` [C, C] -> int64 [N].
 
-    exact=True: round(sum_i N_i (1 - T_ii)) samples change, spread over the classes by largest remainder, drawn without
-    replacement within a class, their new labels from the off-diagonal row. exact=False: every sample is drawn
-    independently, so that the realised rate fluctuates.
+    Args:
+        exact: change round(sum_i N_i (1 - T_ii)) labels. They are spread over the classes by
+            largest remainder and drawn without replacement within a class; the new labels are drawn
+            from the off-diagonal row. Otherwise each label is drawn independently, so that the
+            realised rate varies.
     """
-    return _corrupt_(np.array(_integers(labels)), transition, seed, exact)
+    return corrupt_in_place(np.array(class_indices(labels)), transition, seed, exact)
 
 
-def corrupt_by_key(keys, labels, transition, seed: int = 0) -> np.ndarray:
-    """Noisy labels as a pure function of (seed, key, label) -> int64 [N]: any order, shard or worker gives the same.
+def corrupt_in_place(
+    labels: np.ndarray, transition: ArrayLike, seed: int = 0, exact: bool = True
+) -> np.ndarray:
+    """`corrupt`, but in the memory of `labels` (int64 [N])."""
+    matrix = as_transition(transition)
+    check_labels(labels, len(matrix))
+    counts = np.bincount(labels, minlength=len(matrix))
+    rng = np.random.default_rng(seed)
+    flips = _flips_per_class(matrix, counts, rng, exact)
+    # One generator draws the order first and then the labels of each class.
+    order, row_mask = _shuffled_by_class(labels, len(matrix), rng)
+    start = 0
+    for true, (count, k) in enumerate(zip(counts.tolist(), flips.tolist(), strict=True)):
+        if k:
+            rows = (order[start : start + k] & row_mask).astype(np.int64)
+            weights = matrix[true].copy()
+            weights[true] = 0.0
+            cdf = weights.cumsum()
+            # u < 1 and the search from the right: a class of probability 0 is never drawn.
+            labels[rows] = np.searchsorted(cdf / cdf[-1], rng.random(k), side="right")
+        start += count
+    return labels
 
-    u = blake2b(seed, key) / 2^32 goes through the inverse CDF of row `label`. Keys are str, bytes or int; equal keys
-    share their u, so they should be unique. The same call serves streams (`noisy_stream`) and tables (`noisy_view`).
+
+def _flips_per_class(
+    matrix: np.ndarray, counts: np.ndarray, rng: np.random.Generator, exact: bool
+) -> np.ndarray:
+    """How many labels of each class change [C]."""
+    flip = matrix.sum(1) - matrix.diagonal()
+    flip[flip < 1e-9] = 0.0  # rounding, not noise
+    flip = np.minimum(flip, 1.0)
+    if not exact:
+        return rng.binomial(counts, flip)  # which of them is then a uniform subset
+    expected = np.round(counts * flip, 9)  # 10 * (1 - 0.7) is 3, not 3.0000000000000004
+    flips = np.floor(expected).astype(np.int64)
+    missing = int(np.floor(expected.sum() + 0.5)) - flips.sum()
+    flips[np.argsort(flips - expected, kind="stable")[:missing]] += 1
+    return flips
+
+
+def _shuffled_by_class(
+    labels: np.ndarray, num_classes: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.uint64]:
+    """The rows grouped by class and shuffled within each -> uint64 [N], and the mask of the row.
+
+    One sort in place of (class | random bits | row), so that it takes no other memory of size N.
     """
-    matrix, labels = _transition(transition), _integers(labels)
-    _check_labels(labels, len(matrix))
+    row_bits, class_bits = max(len(labels) - 1, 1).bit_length(), num_classes.bit_length()
+    order = rng.integers(0, 2 ** (64 - row_bits - class_bits), len(labels), dtype=np.uint64)
+    for start in range(0, len(labels), 1 << 16):
+        part = slice(start, min(start + (1 << 16), len(labels)))
+        classes = labels[part].astype(np.uint64) << (64 - class_bits)
+        order[part] = (
+            classes | order[part] << row_bits | np.arange(part.start, part.stop).astype("u8")
+        )
+    order.sort()
+    return order, np.uint64(2**row_bits - 1)
+
+
+def corrupt_by_key(
+    keys: Sequence[str | bytes | int], labels: ArrayLike, transition: ArrayLike, seed: int = 0
+) -> np.ndarray:
+    """Noisy labels as a function of (seed, key, label) -> int64 [N].
+
+    u = blake2b(seed, key) / 2^32 goes through the inverse CDF of row `label` of `transition`. So
+    the result is the same in any order, shard or worker, in a stream and in a table.
+
+    Args:
+        keys: one per label; they should be unique, since equal keys share their u.
+    """
+    matrix, labels = as_transition(transition), class_indices(labels)
+    check_labels(labels, len(matrix))
     if len(keys) != len(labels):
         raise ValueError(f"{len(keys)} keys for {len(labels)} labels: expected one key per label.")
     prefix = blake2b(str(int(seed)).encode(), digest_size=4, person=b"kd_plugins.noise")
@@ -88,221 +166,63 @@ def corrupt_by_key(keys, labels, transition, seed: int = 0) -> np.ndarray:
         state.update(b"/" + (key if isinstance(key, bytes) else str(key).encode()))
         u[n] = int.from_bytes(state.digest(), "little") / 2**32
     cdf = matrix.cumsum(1)
-    # One search for all rows: row i of the CDF lives in [i, i + 1]. u has 32 bits, so i + u is exact.
+    # One search for all rows: row i of the CDF is in [i, i + 1]. u has 32 bits, so i + u is exact.
     flat = (cdf / cdf[:, -1:] + np.arange(len(matrix))[:, None]).ravel()
     return np.searchsorted(flat, labels + u, side="right") - labels * len(matrix)
 
 
-def noisy_view(
-    dataset: Dataset,
-    noise,
-    *,
-    seed: int = 0,
-    exact: bool = True,
-    label: str = "label",
-    noisy: str = "noisy_label",
-) -> Dataset:
-    """`dataset` with one more column `noisy`, of the same feature as `label`; clean labels stay, no picture is copied.
-
-    Args:
-        noise: a transition matrix [C, C]; or the given labels themselves, [N] integers; or the name of a column that
-            holds them (human annotations such as CIFAR-N).
-        seed, exact: see `corrupt`; unused for given labels. The same noise gives the same fingerprint.
-    """
-    if not isinstance(dataset, Dataset):
-        raise TypeError(
-            f"noisy_view needs a datasets.Dataset, got {type(dataset).__name__}; streams: noisy_stream."
-        )
-    if noisy in dataset.column_names:
-        raise ValueError(
-            f"Column {noisy!r} exists already; noise on top of it would replace labels. Name another one."
-        )
-    clean = column_array(dataset, label)
-    feature = dataset.features[label]
-    num_classes = feature.num_classes if isinstance(feature, ClassLabel) else None
-    if isinstance(noise, str):
-        noise = column_array(dataset, noise)
-    if np.ndim(noise) == 2:
-        if num_classes not in (None, len(noise)):
-            raise ValueError(
-                f"transition is {np.shape(noise)}, but column {label!r} has {num_classes} classes."
-            )
-        labels = np.require(clean, np.int64, "W")  # copied only where Arrow owns the memory
-        given = _corrupt_(labels, noise, seed, exact)
-    else:
-        given = np.array(
-            _integers(noise)
-        )  # a copy: Arrow would otherwise keep looking at the caller's memory
-        if given.shape != (len(dataset),):
-            raise ValueError(
-                f"Given labels have shape {given.shape}, the data set has {len(dataset)} rows."
-            )
-        _check_labels(given, num_classes)
-    indices = dataset._indices  # no public way tells whether rows are mapped
-    # Same noise, same fingerprint. That of `datasets` would do too, but pickles the column twice: 40 MB at 2.4M rows.
-    digest = blake2b(f"{dataset._fingerprint}/{label}/{noisy}/".encode(), digest_size=8)
-    digest.update(given.data)
-    add = {"name": noisy, "feature": feature, "new_fingerprint": digest.hexdigest()}
-    if indices is None:
-        return dataset.add_column(column=given, **add)
-    # After shuffle/select/split, add_column would rewrite all rows (87 s and every byte for 2.4M). Add the column to
-    # the table underneath instead, in its own order, and keep the mapping. Rows out of view keep their clean label.
-    rows = indices.column(0).to_numpy()
-    base = Dataset(
-        dataset.data, info=dataset.info, split=dataset.split, fingerprint=dataset._fingerprint
-    )
-    column = np.array(column_array(base, label), np.int64)
-    column[rows] = given
-    if (column[rows] != given).any():
-        raise ValueError(
-            "A row is selected twice and got two labels: add the noise before selecting rows repeatedly."
-        )
-    base = base.add_column(column=column, **add)
-    view = Dataset(
-        base.data,
-        info=base.info,
-        split=base.split,
-        indices_table=indices,
-        fingerprint=base._fingerprint,
-    )
-    form = dataset.format
-    columns = form["columns"] if set(form["columns"]) != set(dataset.column_names) else None
-    return view.with_format(
-        form["type"], columns, form["output_all_columns"], **form["format_kwargs"]
-    )
-
-
-def noisy_stream(
-    dataset: IterableDataset,
-    transition,
-    *,
-    seed: int = 0,
-    key: str = "__key__",
-    label: str = "label",
-    noisy: str = "noisy_label",
-) -> IterableDataset:
-    """A streaming data set with one more column `noisy`: `corrupt_by_key` of columns `key` and `label`."""
-    matrix = _transition(transition)  # errors now, not at the first batch
-    features = dataset.features
-    for name in (key, label):
-        if features is not None and name not in features:
-            raise ValueError(f"No column {name!r}; there are {sorted(features)}.")
-    if features is not None:
-        if noisy in features:
-            raise ValueError(f"Column {noisy!r} exists already. Name another one.")
-        features = features.copy()
-        features[noisy] = features[label]
-
-    def add(batch):
-        return {noisy: corrupt_by_key(batch[key], batch[label], matrix, seed)}
-
-    return dataset.map(add, batched=True, features=features)
-
-
 @dataclass(frozen=True)
 class NoiseReport:
-    """What the noise came to: `rate`, the share of wrong labels, and `confusion` [C, C], counts [true, given]."""
+    """Realised noise.
+
+    Attributes:
+        rate: the share of wrong labels.
+        confusion: counts [C, C] of (true label, noisy label).
+    """
 
     rate: float
     confusion: np.ndarray
 
     @property
     def transition(self) -> np.ndarray:
-        """Realised P(given | true) [C, C]; a class without samples has a row of zeros."""
+        """Realised P(noisy | true) [C, C]; the row of a class without samples is zero."""
         return self.confusion / np.maximum(self.confusion.sum(1, keepdims=True), 1)
 
     def __str__(self) -> str:
         total, wrong = self.confusion.sum(), self.confusion - np.diag(self.confusion.diagonal())
-        lines = [
-            f"{wrong.sum()} of {total} labels are wrong ({self.rate:.2%}), {len(wrong)} classes"
-        ]
-        rates = (wrong.sum(1) / np.maximum(self.confusion.sum(1), 1))[self.confusion.sum(1) > 0]
-        if wrong.any():
-            lines.append(f"per class: {rates.min():.2%} to {rates.max():.2%}")
-            top = np.argsort(-wrong, axis=None, kind="stable")[:3]
-            pairs = [
-                f"{i} -> {j} ({wrong[i, j]})"
-                for i, j in zip(*np.unravel_index(top, wrong.shape), strict=True)
-            ]
-            lines.append("most frequent: " + ", ".join(pairs[: np.count_nonzero(wrong)]))
-        return "; ".join(lines)
+        text = f"{wrong.sum()} of {total} labels are wrong ({self.rate:.2%}), {len(wrong)} classes"
+        if not wrong.any():
+            return text
+        counts = self.confusion.sum(1)
+        rates = wrong.sum(1)[counts > 0] / counts[counts > 0]
+        top = np.argsort(-wrong, axis=None, kind="stable")[: min(3, np.count_nonzero(wrong))]
+        pairs = zip(*np.unravel_index(top, wrong.shape), strict=True)
+        shown = ", ".join(f"{i} -> {j} ({wrong[i, j]})" for i, j in pairs)
+        return f"{text}; per class: {rates.min():.2%} to {rates.max():.2%}; most frequent: {shown}"
 
 
-def noise_report(clean, noisy, num_classes: int) -> NoiseReport:
-    """Realised rate and confusion of given labels `noisy` [N] against true labels `clean` [N]."""
-    clean, noisy = _integers(clean), _integers(noisy)
+def noise_report(clean: ArrayLike, noisy: ArrayLike, num_classes: int) -> NoiseReport:
+    """Compare noisy labels [N] with true labels [N]."""
+    clean, noisy = class_indices(clean), class_indices(noisy)
     if clean.shape != noisy.shape:
         raise ValueError(
-            f"{len(clean)} clean labels and {len(noisy)} noisy ones: expected the same samples in both."
+            f"{len(clean)} clean labels and {len(noisy)} noisy ones: expected the same samples in "
+            "both."
         )
-    _check_labels(clean, num_classes)
-    _check_labels(noisy, num_classes)
-    confusion = np.bincount(clean * num_classes + noisy, minlength=num_classes**2).reshape(
-        num_classes, num_classes
-    )
+    check_labels(clean, num_classes)
+    check_labels(noisy, num_classes)
+    counts = np.bincount(clean * num_classes + noisy, minlength=num_classes**2)
+    confusion = counts.reshape(num_classes, num_classes)
     return NoiseReport(float(1 - confusion.trace() / max(len(clean), 1)), confusion)
 
 
-def column_array(dataset: Dataset, name: str) -> np.ndarray:
-    """Integer column `name` as an array [N] in the order of `dataset`, without copy where Arrow allows it.
-
-    Straight from the Arrow table: 5 ms for 2.4M rows, where `dataset[name]` takes 22 s.
-    """
-    if name not in dataset.column_names:
-        raise ValueError(f"No column {name!r}; there are {dataset.column_names}.")
-    column = _integers(dataset.data.column(name).to_numpy(), f"column {name!r}")
-    return column if dataset._indices is None else column[dataset._indices.column(0).to_numpy()]
-
-
-def _corrupt_(labels: np.ndarray, transition, seed: int, exact: bool) -> np.ndarray:
-    """`corrupt` in place."""
-    matrix, labels = _transition(transition), labels.astype(np.int64, copy=False)
-    _check_labels(labels, len(matrix))
-    counts = np.bincount(labels, minlength=len(matrix))
-    flip = matrix.sum(1) - matrix.diagonal()
-    flip[flip < 1e-9] = 0.0  # rounding, no noise
-    flip = np.minimum(flip, 1.0)
-    rng = np.random.default_rng(seed)
-    if exact:
-        expected = np.round(counts * flip, 9)  # 10 * (1 - 0.7) is 3, not 3.0000000000000004
-        flips = np.floor(expected).astype(np.int64)
-        missing = int(np.floor(expected.sum() + 0.5)) - flips.sum()
-        flips[np.argsort(flips - expected, kind="stable")[:missing]] += 1
-    else:
-        flips = rng.binomial(
-            counts, flip
-        )  # given their number, independent flips are a uniform subset too
-    # Shuffle and group by class with one in-place sort of (class | random bits | row): no [N] temporaries besides it.
-    row_bits, class_bits = max(len(labels) - 1, 1).bit_length(), len(matrix).bit_length()
-    order = rng.integers(0, 2 ** (64 - row_bits - class_bits), len(labels), dtype=np.uint64)
-    for start in range(0, len(labels), 1 << 16):
-        part = slice(start, start + (1 << 16))
-        rows = np.arange(start, min(start + (1 << 16), len(labels)), dtype=np.uint64)
-        order[part] = (
-            labels[part].astype(np.uint64) << (64 - class_bits) | order[part] << row_bits | rows
-        )
-    order.sort()
-    start = 0
-    for true, (count, k) in enumerate(zip(counts.tolist(), flips.tolist(), strict=True)):
-        if k:
-            rows = order[start : start + k] & np.uint64(2**row_bits - 1)
-            weights = matrix[true].copy()
-            weights[true] = 0.0
-            cdf = weights.cumsum()
-            # u < 1 and a right-sided search: a class of probability 0 is never hit
-            labels[rows.astype(np.int64)] = np.searchsorted(
-                cdf / cdf[-1], rng.random(k), side="right"
-            )
-        start += count
-    return labels
-
-
-def _transition(matrix) -> np.ndarray:
+def as_transition(matrix: ArrayLike) -> np.ndarray:
+    """A transition matrix as float64 [C, C]. Raises ValueError if its rows are no distributions."""
     matrix = np.asarray(matrix, dtype=np.float64)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"transition has shape {matrix.shape}, expected [C, C].")
-    _check(len(matrix), 0.0)
-    bad = ~(np.abs(matrix.sum(1) - 1) < 1e-5)  # float32 matrices pass, nan does not
+    _check_rate(len(matrix), 0.0)
+    bad = ~(np.abs(matrix.sum(1) - 1) < 1e-5)  # float32 matrices pass, NaN does not
     if bad.any():
         row = int(bad.argmax())
         raise ValueError(
@@ -316,31 +236,13 @@ def _transition(matrix) -> np.ndarray:
     return matrix
 
 
-def _check(num_classes: int, rate: float) -> None:
+def _check_rate(num_classes: int, rate: float) -> None:
     if num_classes < 2:
         raise ValueError(
-            f"{num_classes} classes: label noise needs at least 2, there is no other label to flip to."
+            f"{num_classes} classes: label noise needs at least 2, there is no other label to flip "
+            "to."
         )
     if not 0 <= rate <= 1:
         raise ValueError(
             f"noise rate {rate} is outside [0, 1]: it is a share of the samples (40% is 0.4)."
         )
-
-
-def _check_labels(labels: np.ndarray, num_classes: int | None) -> None:
-    """Raise on the first label outside 0 .. num_classes - 1."""
-    if len(labels) and (
-        labels.min() < 0 or (num_classes is not None and labels.max() >= num_classes)
-    ):
-        bad = (labels < 0) | (labels >= (num_classes if num_classes is not None else np.inf))
-        row, top = int(bad.argmax()), "" if num_classes is None else f" to {num_classes - 1}"
-        raise ValueError(f"Label {labels[row]} at position {row}: labels go from 0{top}.")
-
-
-def _integers(values, what: str = "labels") -> np.ndarray:
-    values = np.asarray(values)
-    if values.dtype.kind not in "iu" and values.size:
-        raise ValueError(
-            f"{what}: expected class indices, got {values.dtype} (first value {values.flat[0]!r})."
-        )
-    return values.astype(np.int64, copy=False)

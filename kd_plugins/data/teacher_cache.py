@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..losses.state import in_eval
 from ..models.factory import class_count, logits_of
-from ..models.inputs import _Input, _normalization
-from .image_view import ImageView, _decode
+from ..models.inputs import InputAdapter, normalization
+from .decode import decode_picture
+from .image_view import ImageView
 from .randomness import repeated
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,9 @@ def cache_teachers(
         )
     rank, world = _processes()
     transform = _fixed_pixels(view)  # all of this first: it is cheap beside reading all pictures
-    networks = [(t, _Input(t, t if student is None else student).to(_device(t))) for t in teachers]
+    networks = [
+        (t, InputAdapter(t, t if student is None else student).to(_device(t))) for t in teachers
+    ]
     with in_eval(*teachers):
         pixels = torch.as_tensor(view[0]["pixel_values"])[None]
         counts = [
@@ -280,19 +282,11 @@ def _refuse_other(folder: Path, made: dict[str, Any], asked: dict[str, Any]) -> 
 def _fingerprint(view: ImageView) -> str:
     """Of the image column, row by row: encoded pictures by their bytes, paths by path, size and time of change."""
     digest = blake2b(digest_size=16)
-    for value in tqdm(_values(view), "pictures", len(view), leave=False, disable=None, delay=1.0):
+    for value in tqdm(view.pictures, "pictures", len(view), leave=False, disable=None, delay=1.0):
         content = _content(value)
         digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
     return f"{len(view)} rows, {digest.hexdigest()}"
-
-
-def _values(view: ImageView) -> Iterator[Any]:
-    if isinstance(view._rows, Dataset):
-        for table in view._rows.iter(1000):
-            yield from (value.as_py() for value in table[view.image])
-    else:
-        yield from (row[view.image] for row in view._rows)
 
 
 def _content(value: Any) -> bytes:
@@ -307,7 +301,7 @@ def _content(value: Any) -> bytes:
             return f"{value}: missing".encode()
         return f"{value}: {stat.st_size} {stat.st_mtime_ns}".encode()
     try:
-        picture = _decode(value)
+        picture = decode_picture(value)
     except Exception:  # the view takes the next readable row
         return b"broken"
     return f"{picture.size}".encode() + picture.tobytes()
@@ -317,7 +311,7 @@ def _fixed_pixels(view: ImageView) -> str:
     """Hash of the pixels that the transform makes of some rows; refused where it draws, or makes others in another epoch."""
     digest = blake2b(digest_size=16)
     for row in sorted({round(k * (len(view) - 1) / 15) for k in range(16)}):
-        picture = view._readable(row)[1]
+        picture = view.readable(row)[1]
         pixels = repeated(lambda picture=picture: view.transform(picture), view.seed, row)  # type: ignore[misc]
         if pixels is None:
             raise ValueError(
@@ -341,8 +335,8 @@ def _identity(teacher: nn.Module, student: nn.Module | None) -> str:
     for name, value in [*teacher.state_dict().items(), *teacher.named_buffers()]:
         digest.update(name.encode())
         digest.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
-    sees = None if student is None else _normalization(student)
-    return f"{type(teacher).__name__} {digest.hexdigest()}, mean and std {_normalization(teacher)}, of the pixels {sees}"
+    sees = None if student is None else normalization(student)
+    return f"{type(teacher).__name__} {digest.hexdigest()}, mean and std {normalization(teacher)}, of the pixels {sees}"
 
 
 def _bytes(value: Tensor) -> bytes:

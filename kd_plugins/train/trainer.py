@@ -19,7 +19,7 @@ from transformers.trainer_callback import ProgressCallback as TrainerBar
 from transformers.trainer_utils import PredictionOutput
 from transformers.utils import logging
 
-from ..data import as_view
+from ..data import as_view, same_classes
 from ..losses.base import Loss, peer_name
 from ..losses.mutual import Mutual
 from ..models.card import model_card
@@ -122,6 +122,7 @@ class MutualDistillationTrainer(Trainer):
         refuse_pairing(peers, masters, loss, getattr(train_dataset, "teacher_logits", None))
         for name, view in _named({"train": train_dataset}, eval_dataset):
             refuse_labels(view, peers, name)
+            same_classes(view, train_dataset, f"the {name} data")
         refuse_tables(loss, train_dataset)
         bind_sizes(loss, peers, masters, train_dataset)
         if optim_per_peer is not None and len(optim_per_peer) != len(peers):

@@ -165,7 +165,7 @@ def test_pages_and_sheets_of_other_rows_are_refused(odd, tmp_path, draw):
         with pytest.raises(ValueError, match=message):
             draw(suspects, other, tmp_path / "x")
     renamed = data.add_column("noisy", np.roll(data["label"], 1)).rename_column("label", "given")
-    with pytest.raises(ValueError, match="No column 'label'"):
+    with pytest.raises(ValueError, match="no column 'label'"):
         draw(suspects, renamed, tmp_path / "x")
     with pytest.raises(ValueError, match="in column 'noisy'"):
         draw(suspects, renamed, tmp_path / "x", label="noisy")

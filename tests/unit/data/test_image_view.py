@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import io
+import os
 import pickle
 import random
 import warnings
@@ -10,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import Array2D, Array3D, ClassLabel, Dataset, DatasetDict, Features, Value
 from datasets import Image as HFImage
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
@@ -98,7 +99,7 @@ def test_rows_may_be_paths_pil_images_arrays_or_dicts(tmp_path):
     np.testing.assert_array_equal(
         ImageView(table, to_tensor)[0]["pixel_values"], np.asarray(picture)
     )
-    with pytest.raises(TypeError, match="Column 'image' holds int"):
+    with pytest.raises(TypeError, match="column 'image' holds int"):
         ImageView([{"image": 3, "label": 0}], to_tensor)[0]
 
 
@@ -295,6 +296,7 @@ def test_broken_pictures_of_each_kind_are_replaced_by_the_next_row(tmp_path, mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")  # to open it would wait for ever
     whole = encoded(noise_picture(0), "JPEG")
     (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     png = bytearray(encoded(noise_picture(0)))
@@ -309,9 +311,10 @@ def test_broken_pictures_of_each_kind_are_replaced_by_the_next_row(tmp_path, mon
         bytes(png),
         *bombs,
         None,
-        np.zeros((2, 2), np.float32),
+        {"bytes": None, "path": None},
     ]
-    kinds += [str(tmp_path / name) for name in ("gone.jpg", "empty.jpg", "folder.jpg", "cut.jpg")]
+    names = ("gone.jpg", "empty.jpg", "folder.jpg", "cut.jpg", "pipe.jpg")
+    kinds += [str(tmp_path / name) for name in names]
     rows = [{"image": kind, "label": 0} for kind in kinds]
     rows += [{"image": noise_picture(1), "label": 1}]
     view = ImageView(rows, to_tensor, max_broken=0.95)
@@ -365,8 +368,8 @@ def test_too_many_broken_pictures():
             lambda: ImageView(pictures(2), to_tensor, max_broken=2),
             r"max_broken=2 is outside \[0, 1\]",
         ),
-        (lambda: ImageView(pictures(2), to_tensor, image="img"), "No column 'img'; there are"),
-        (lambda: ImageView(pictures(2), to_tensor, label="fine"), "No column 'fine'; there are"),
+        (lambda: ImageView(pictures(2), to_tensor, image="img"), "no column 'img'; there are"),
+        (lambda: ImageView(pictures(2), to_tensor, label="fine"), "no column 'fine'; there are"),
         (
             lambda: ImageView([{"image": None, "label": -1}], to_tensor),
             "Label -1 in row 0 of column 'label'",
@@ -403,3 +406,109 @@ def test_real_transforms_repeat_too():
         assert torch.equal(one[i]["pixel_values"], item["pixel_values"])
     one.set_epoch(1)
     assert not all(torch.equal(one[i]["pixel_values"], other[i]["pixel_values"]) for i in order)
+
+
+GREY = np.linspace(0, 1, 8 * 8).reshape(8, 8)
+COLOUR = np.stack([GREY, GREY**2, 1 - GREY], axis=-1)
+
+
+@pytest.mark.parametrize("kind", ["list", "array", "column", "Image"])
+@pytest.mark.parametrize("values", [GREY, COLOUR])
+def test_floats_from_0_to_1_are_scaled(values, kind):
+    values = values.astype(np.float32)
+    rows = [{"image": values.tolist() if kind == "list" else values, "label": 0}]
+    if kind == "column":
+        array = (Array2D if values.ndim == 2 else Array3D)(values.shape, "float32")
+        features = Features(image=array, label=Value("int64"))
+        rows = Dataset.from_dict({"image": [values], "label": [0]}, features=features)
+    elif kind == "Image":
+        if values.ndim == 3:
+            pytest.skip("TIFF has one channel of floats")
+        features = Features(image=HFImage(), label=Value("int64"))
+        rows = Dataset.from_dict({"image": [values], "label": [0]}, features=features)
+    expected = np.round(values * 255) if values.ndim == 3 else np.round(values * 255)[..., None]
+    got = ImageView(rows, to_tensor, max_broken=0)[0]["pixel_values"].numpy()
+    np.testing.assert_array_equal(got, np.broadcast_to(expected, (8, 8, 3)))
+
+
+def test_integers_and_booleans():
+    values = np.arange(64).reshape(8, 8) * 4
+    features = Features(image=HFImage(), label=Value("int64"))
+    table = Dataset.from_dict({"image": [values.astype(np.int32)], "label": [0]}, features=features)
+    rows = [{"image": v, "label": 0} for v in (values, values.tolist(), values[..., None])]
+    for view in (ImageView(table, to_tensor), ImageView(rows, to_tensor)):
+        for item in view:
+            np.testing.assert_array_equal(item["pixel_values"][..., 0], values)
+    mask = ImageView([{"image": values > 99, "label": 0}], to_tensor)[0]["pixel_values"]
+    np.testing.assert_array_equal(mask[..., 2], 255 * (values > 99))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (
+            GREY * 255,
+            r"array of float64 from 0.0 to 255.0: expected integers in \[0, 255\] or floats",
+        ),
+        ((GREY - 0.5).tolist(), "array of float64 from -0.5 to 0.5"),
+        (np.where(GREY > 0, GREY, np.nan), "array of float64 from nan"),
+        (np.arange(300).reshape(15, 20), "array of int64 from 0 to 299"),
+        (np.zeros((3, 8, 8), np.uint8), r"array of shape \[3, 8, 8\]: .*channels last"),
+        (np.zeros(8, np.uint8), r"array of shape \[8\]"),
+        (Image.fromarray(GREY.astype(np.float32) * 2), "array of float32 from 0.0 to 2.0"),
+    ],
+)
+def test_values_that_would_be_cut_off_are_refused_at_once(value, text):
+    rows = [{"image": noise_picture(i, 8), "label": 0} for i in range(3)]
+    view = ImageView([*rows, {"image": value, "label": 0}], to_tensor, max_broken=1)
+    with pytest.raises(TypeError, match=rf"column 'image' holds an {text}.*\(row 3\)"):
+        view[3]
+    assert view.broken() == []
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int8", "int16", "uint32", "bool"])
+def test_labels_of_every_integer_type(dtype):
+    labels = np.array([1, 0, 1]).astype(dtype)
+    features = Features(image=HFImage(), label=Value(dtype))
+    data = {"image": [noise_picture(i) for i in range(3)], "label": labels}
+    rows = [{"image": noise_picture(i), "label": labels[i]} for i in range(3)]
+    for source in (Dataset.from_dict(data, features=features), rows):
+        view = ImageView(source, to_tensor, clean="label")
+        assert view.labels.dtype == np.int64 and view.labels.tolist() == [1, 0, 1]
+        assert type(view[0]["labels"]) is int and view[0]["clean_labels"] == 1
+        assert view.num_classes == 2
+
+
+def test_formats_and_transforms_of_the_data_set():
+    data = pictures(4)
+    for kind in ("torch", "numpy", "pandas"):
+        item = ImageView(data.with_format(kind, columns=["label"]), to_tensor)[1]
+        np.testing.assert_array_equal(item["pixel_values"], np.asarray(noise_picture(1)))
+    own = data.with_transform(lambda batch: {"pixel_values": batch["image"]})
+    with pytest.raises(TypeError, match=r"set_transform.*with_format\(None\)"):
+        ImageView(own, to_tensor)
+    assert ImageView(own.with_format(None), to_tensor)[1]["labels"] == 1
+    assert noisy_view(own, [0, 0, 1, 1]).format["type"] == "custom"
+
+
+def test_what_is_no_data_set_is_refused():
+    data = pictures(2)
+    with pytest.raises(TypeError, match=r"splits \['test', 'val'\].*ImageView\(data\['test'\]"):
+        ImageView(DatasetDict(test=data, val=data), to_tensor)
+    with pytest.raises(TypeError, match="got IterableDataset: it reads rows by number"):
+        ImageView(data.to_iterable_dataset(), to_tensor)
+    with pytest.raises(ValueError, match=r"Row 1 has no 'label'; it has \['image'\]"):
+        ImageView([{"image": b"", "label": 0}, {"image": b""}], to_tensor)
+
+
+def test_an_error_of_the_transform_names_the_row():
+    def crop(picture):
+        if picture.width < 16:
+            raise ValueError("the crop is larger than the picture")
+        return to_tensor(picture)
+
+    rows = [{"image": noise_picture(i, 12 if i == 2 else 16), "label": 0} for i in range(3)]
+    loader = DataLoader(ImageView(rows, crop), 3)
+    with pytest.raises(ValueError, match="larger than the picture") as caught:
+        next(iter(loader))
+    assert caught.value.__notes__ == ["ImageView: row 2, a picture of 12 x 12 pixels"]

@@ -252,15 +252,15 @@ def test_stream_agrees_with_the_table_for_any_order_and_shard():
             r"shape \(3,\), the data set has 2 rows",
         ),
         (lambda: noisy_view(dataset([0, 1], 2), [0, 2]), "Label 2 at position 1"),
-        (lambda: noisy_view(dataset([0, 1], 2), "human"), "No column 'human'"),
-        (lambda: noisy_view(dataset([0, 1], 2), [0, 1], label="fine"), "No column 'fine'"),
+        (lambda: noisy_view(dataset([0, 1], 2), "human"), "no column 'human'"),
+        (lambda: noisy_view(dataset([0, 1], 2), [0, 1], label="fine"), "no column 'fine'"),
         (
             lambda: noisy_view(dataset([0, 1], 2), [0, 1], noisy="label"),
             "Column 'label' exists already",
         ),
         (
             lambda: noisy_stream(dataset([0], 2).to_iterable_dataset(), symmetric(2, 0.1)),
-            "No column '__key__'",
+            "no column '__key__'",
         ),
     ],
 )
