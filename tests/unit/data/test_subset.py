@@ -111,7 +111,7 @@ def test_a_split_trains_and_augments_in_every_epoch(tmp_path):
 
 def test_a_table_has_a_row_for_each_of_the_views_rows(tmp_path):
     part = Subset(view(32), range(8, 24))
-    with pytest.raises(ValueError, match=r"num_samples=16 rows, the training data\s+32"):
+    with pytest.raises(ValueError, match=r"num_samples=16.*32"):
         trainer(tmp_path, [Net(1)], Joint(num_samples=16, num_classes=3), train=part)
     loss = Joint(num_samples=32, num_classes=3)
     trainer(tmp_path, [Net(1)], loss, train=part).train()
