@@ -1,11 +1,11 @@
-# make demo | make test | make build, each after make setup. ARGS="--seeds 3" reaches the recipe, ARGS="-k smkd" pytest.
+# make demo | make test | make docs | make build, each after make setup. ARGS="--seeds 3" reaches the recipe, ARGS="-k smkd" pytest.
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 LAUNCH := $(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CHECK := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: setup demo test build clean
+.PHONY: setup demo test docs build clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -29,9 +29,16 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q $(ARGS)
 
+# It asks the package index only where the tools are not installed.
+docs: $(READY)
+	@$(BIN)/python -c "import mkdocs, material, mkdocstrings_handlers.python" 2>/dev/null || \
+	  $(BIN)/python -m pip install --disable-pip-version-check -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "docs: serve it with $(BIN)/python -m http.server --directory site"
+
 build: $(READY)
 	rm -rf build # what an earlier build left there would be packed again
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info
