@@ -1,4 +1,4 @@
-"""Training dynamics: the figures by a plain loop, every visit once whatever is killed, and what is made of them."""
+"""Training dynamics: the values, each visit stored once after a kill, and the summary."""
 
 import itertools
 import math
@@ -49,7 +49,7 @@ def peer(name, selects=True):
 
 
 def visits(folder):
-    """All rows, sorted, as they would be compared."""
+    """All rows, sorted for a comparison."""
     table = read_dynamics(folder).data.table
     return table.sort_by([(name, "ascending") for name in ("step", "index")]).combine_chunks()
 
@@ -59,7 +59,7 @@ def files(folder):
 
 
 class Watcher(TrainerCallback):
-    """The run as it was, micro-batch by micro-batch: labels, index and the logits of each peer, in lists."""
+    """Records each micro-batch: labels, index and the logits of each peer, as lists."""
 
     def __init__(self):
         self.batches = []
@@ -81,7 +81,7 @@ class Watcher(TrainerCallback):
 
 
 class Stop(TrainerCallback):
-    """The power goes; as an exception, so that the test goes on."""
+    """Stops the run like a power cut, but as an exception that the test can catch."""
 
     def __init__(self, step):
         self.step = step
@@ -91,11 +91,11 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
-# --------------------------------------------------------------------------------------------------------- the figures
+# ------------------------------------------------------------------------------------ the values
 
 
 def test_every_micro_batch_once_with_the_figures_of_a_plain_loop(tmp_path):
-    """44 rows in micro-batches of four, two a step: the last step of an epoch has one. Directions: a is surer than b."""
+    """44 rows, micro-batches of four, two per step, one in the last step. a is surer than b."""
     seen, loss = Watcher(), SMKD(CE(), eta=1.5, b2=0)
     run = trainer(
         tmp_path,
@@ -144,8 +144,8 @@ def test_every_micro_batch_once_with_the_figures_of_a_plain_loop(tmp_path):
             assert ours[name] == (
                 pytest.approx(value, rel=1e-3, abs=1e-6) if isinstance(value, float) else value
             ), name
-    handed = {name: [row[f"selected_{name}"] for row in got] for name in "ab"}
-    assert sum(handed["a"]) > 1.5 * sum(handed["b"]) > 0  # swapped peers would not pass
+    taught = {name: [row[f"selected_{name}"] for row in got] for name in "ab"}
+    assert sum(taught["a"]) > 1.5 * sum(taught["b"]) > 0  # fails if the peers are swapped
     for step, shares in enumerate(logged(run, "selected_a", "selected_b"), start=1):
         rows = [row for row in got if row["step"] == step]
         assert shares == pytest.approx(
@@ -279,7 +279,7 @@ def test_compiled_is_eager_and_compiles_once(tmp_path):
 
 
 def test_bf16(tmp_path):
-    """The logits are bfloat16, the softmax of them is not."""
+    """The logits are bfloat16; their softmax is float32."""
     for name, bf16 in (("full", False), ("half", True)):
         run = trainer(
             tmp_path / name,
@@ -302,12 +302,12 @@ def test_bf16(tmp_path):
     assert (fine.astype(np.float32).view(np.uint32) & 0xFFFF).any()  # more bits than a bfloat16 has
 
 
-# ------------------------------------------------------------------------------------------------- kills and resumes
+# ----------------------------------------------------------------------------- kills and resumes
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The visits of a run that nobody disturbed: two epochs of six steps, a checkpoint every two."""
+    """The visits of an undisturbed run: two epochs of six steps, a checkpoint every two."""
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("whole")
     hard(folder, [DynamicsCallback()]).train()
@@ -321,7 +321,7 @@ def whole(tmp_path_factory):
 
 @pytest.mark.parametrize("step", [1, 7, 9])
 def test_every_visit_is_there_once_after_a_kill_and_a_resume(whole, tmp_path, step):
-    """Before the first checkpoint, where it starts again; right after an epoch; one step after a checkpoint."""
+    """Before the first checkpoint, right after an epoch, and one step after a checkpoint."""
     with pytest.raises(KeyboardInterrupt):
         hard(tmp_path, [Stop(step), DynamicsCallback(max_rows=5)]).train()
     assert files(tmp_path / "dynamics") == [
@@ -334,7 +334,7 @@ def test_every_visit_is_there_once_after_a_kill_and_a_resume(whole, tmp_path, st
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
 def test_a_kill_right_after_a_checkpoint_leaves_no_hole(whole, tmp_path, strategy):
-    """Between the last file of a checkpoint and the callbacks that hear of it."""
+    """The kill comes after the last file of a checkpoint, before the callbacks' on_save."""
     settings = {
         "save_strategy": strategy,
         "eval_strategy": "steps",
@@ -355,14 +355,13 @@ def test_a_kill_right_after_a_checkpoint_leaves_no_hole(whole, tmp_path, strateg
     hard(tmp_path, [DynamicsCallback()], evaluate=view(8), **settings).train(
         resume_from_checkpoint=True
     )
-    same = (
-        COLUMNS if strategy == "best" else whole.column_names
-    )  # evaluations draw numbers that dropout would have had
+    # Evaluations change the random numbers of dropout, so only these columns are equal.
+    same = COLUMNS if strategy == "best" else whole.column_names
     assert visits(tmp_path / "dynamics").select(same).equals(whole.select(same))
 
 
 def test_going_back_drops_what_is_trained_again(whole, tmp_path, caplog):
-    """Also out of the middle of a segment, as other checkpoints leave it."""
+    """Visits are also removed from the middle of a file, as with other checkpoints."""
     hard(tmp_path, [DynamicsCallback()]).train()
     folder = tmp_path / "dynamics"
     late = [pq.read_table(folder / f"step-{step:08d}-rank-0.parquet") for step in (4, 6, 8)]
@@ -373,7 +372,7 @@ def test_going_back_drops_what_is_trained_again(whole, tmp_path, caplog):
     half, stranger = folder / "step-00000004-rank-0.0.part", folder / "notes.txt"
     half.write_bytes(b"PAR1 half")
     stranger.write_text("mine")
-    assert len(read_dynamics(folder)) == 2 * ROWS  # what is half written is not read
+    assert len(read_dynamics(folder)) == 2 * ROWS  # the unfinished file is not read
 
     hard(tmp_path, [DynamicsCallback()], save_strategy="no").train(str(tmp_path / "checkpoint-4"))
     assert visits(folder).equals(whole)
@@ -391,7 +390,7 @@ def test_going_back_drops_what_is_trained_again(whole, tmp_path, caplog):
 
 
 def test_files_of_others_are_kept(tmp_path):
-    """A folder that holds what others write there loses only segments and half-written ones."""
+    """Only complete and unfinished files of the callback are removed."""
     folder = tmp_path / "dynamics"
     folder.mkdir()
     theirs = ["film.part", "step-1.part", "step-00000001-rank-0.part", "step-x-rank-y.parquet"]
@@ -403,7 +402,7 @@ def test_files_of_others_are_kept(tmp_path):
 
 
 def rank_main(folder):
-    """46 rows on two processes of eight: the last batches are filled up with two rows from the front."""
+    """46 rows, two processes, batches of eight: two rows come twice, to fill the last batch."""
     torch.set_num_threads(1)
     loss = SMKD(MyLC(window=ROWS), eta=1.5, b2=-4, normalize="batch")
 
@@ -432,7 +431,7 @@ def rank_main(folder):
     torch.distributed.barrier()
     run(DynamicsCallback(), save_strategy="no").train(
         str(folder / "checkpoint-4")
-    )  # in the middle of the second epoch
+    )  # the middle of the second epoch
     leave()
 
 
@@ -446,7 +445,7 @@ def test_two_processes(tmp_path):
     for epoch in (0, 1):
         index = [row["index"] for row in table.to_pylist() if row["epoch"] == epoch]
         assert set(index) == set(range(46))
-        assert len(index) == 48  # the two that fill up have a row for each visit
+        assert len(index) == 48  # two samples are visited twice
     per_step = [sum(row["step"] == step for row in table.to_pylist()) for step in range(1, 7)]
     assert per_step == [16] * 6
     ranks = [
@@ -461,11 +460,11 @@ def test_two_processes(tmp_path):
     assert summarise(again)["visits"].sum() == 96
 
 
-# --------------------------------------------------------------------------------------------------- size and reading
+# ------------------------------------------------------------------------------ size and reading
 
 
 def feed(callback, folder, steps, batch=64, classes=100, seed=0):
-    """Visits as a run would bring them, without the run."""
+    """Give the callback the visits of an imagined run."""
     rng, n = np.random.default_rng(seed), steps * batch
     order, given = rng.permutation(n), rng.integers(0, classes, n)
     hosted = Hosted([Net(1), Net(2)], Mutual(CE(), Everything()))
@@ -505,7 +504,7 @@ def test_under_twenty_bytes_a_visit(tmp_path):
 
 
 def by_hand(rows, n, peers, first_epoch=0):
-    """The summary again: loops over dictionaries."""
+    """The summary, computed with loops over dictionaries."""
     out = []
     for i in range(n):
         mine = [row for row in rows if row["index"] == i and row["epoch"] >= first_epoch]
@@ -551,12 +550,12 @@ def by_hand(rows, n, peers, first_epoch=0):
 
 
 def invented(n=60, epochs=4, seed=0):
-    """Visits of three networks with what a run may bring: repeats within an epoch, NaN, samples that never come."""
+    """Visits of three networks, with repeats in an epoch, NaN, and samples without visits."""
     rng, rows = np.random.default_rng(seed), []
     for epoch in range(epochs):
         order = np.concatenate([rng.permutation(n)[: n - 10], rng.integers(0, n // 2, 8)])
         for place, i in enumerate(order):
-            if i % 13 == 5 or (i % 13 == 6 and epoch < 2):  # never; late
+            if i % 13 == 5 or (i % 13 == 6 and epoch < 2):  # no visit; no early visit
                 continue
             row = {
                 "epoch": epoch,
@@ -602,7 +601,7 @@ def test_summary_is_what_a_loop_makes_of_the_visits(tmp_path, first_epoch):
     want = by_hand(rows, 64, "abc", first_epoch)
     rng = np.random.default_rng(1)
     shuffled = [rows[i] for i in rng.permutation(len(rows))]
-    for epoch in range(4):  # two processes, each with segments of its own
+    for epoch in range(4):  # two processes, each with its own files
         part = [row for row in rows if row["epoch"] == epoch]
         for rank in (0, 1):
             pq.write_table(
@@ -623,7 +622,7 @@ def test_summary_is_what_a_loop_makes_of_the_visits(tmp_path, first_epoch):
 
 
 def test_a_sample_is_forgotten_across_epochs():
-    """right, wrong, wrong, right, wrong: two events of a; b is right throughout. Two classes with as many votes: the smaller."""
+    """a is right, wrong, wrong, right, wrong: two events. b is always right. Then a tie."""
     rows = [
         {
             "epoch": e,
@@ -648,7 +647,7 @@ def test_a_sample_is_forgotten_across_epochs():
     assert summarise(Dataset(as_table(rows)))["proposed"][0] == 1
 
 
-# -------------------------------------------------------------------------------------------------------------- errors
+# ---------------------------------------------------------------------------------------- errors
 
 
 def test_batches_without_index(tmp_path):
@@ -656,7 +655,9 @@ def test_batches_without_index(tmp_path):
     run = trainer(tmp_path, Net(1), CE(), bare, hf={"callbacks": [DynamicsCallback()]})
     with pytest.raises(ValueError, match=r"no index.*ImageView"):
         run.train()
-    trainer(tmp_path, Net(1), CE(), bare, num_train_epochs=1).train()  # nobody asked for them
+    trainer(
+        tmp_path, Net(1), CE(), bare, num_train_epochs=1
+    ).train()  # no callback, no index
 
 
 def test_another_trainer(tmp_path):
