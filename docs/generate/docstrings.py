@@ -67,7 +67,8 @@ def link_roles(text: str, path: str) -> str:
 
     def link(match: re.Match[str]) -> str:
         target = match[1].lstrip("~")
-        shown = target.rpartition(".")[2] if match[1] != target else target
+        short = match[1] != target or target.startswith("kd_plugins.")
+        shown = target.rpartition(".")[2] if short else target
         first, dot, rest = target.rpartition("kd_plugins.")[2].partition(".")
         last = target.rpartition(".")[2]
         known = entries()

@@ -23,6 +23,7 @@ FAMILIES = {  # module of kd_plugins.losses -> title; a module that is not here 
     "teacher_free": "Teacher-free distillation",
     "distill": "Teachers, on logits",
     "distill_features": "Teachers, on features",
+    "distill_camkd": "Teachers, CA-MKD",
     "distill_contrast": "Teachers, by contrast",
     "mutual": "Selective mutual distillation",
     "co_teaching": "Co-teaching",
