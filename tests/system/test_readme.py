@@ -1,6 +1,8 @@
 """The README's code is executed as it stands, and its table of methods is the registry's."""
 
 import re
+import runpy
+import shlex
 from pathlib import Path
 
 import datasets
@@ -130,6 +132,36 @@ def test_methods_are_the_registry():
     from kd_plugins.audit.plots import methods
 
     assert methods() in README
+
+
+RECIPES = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(
+    r"^(?:python|accelerate launch -q) (recipes/\w+\.py) (.*)$",
+    re.sub(r" \\\n +", " ", RECIPES),  # one command over several lines
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(("recipe", "options"), COMMANDS)
+def test_recipes_take_the_commands_of_their_readme(recipe, options, monkeypatch):
+    """Every option is one of the recipe; what stands for a value of the reader's is filled in."""
+    from transformers import TrainingArguments
+
+    from kd_plugins import MutualTrainingArguments
+    from kd_plugins.train import parse_settings
+
+    for name, value in {"METHOD": "ce", "MODELS": "resnet10_cifar", "SEED": "0", "$": ""}.items():
+        options = options.replace(name, value)
+    argv = [word for word in shlex.split(options) if word != "OPTIONS"]
+    monkeypatch.setattr("sys.argv", [recipe, *argv])
+    settings = runpy.run_path(str(ROOT / recipe))["Settings"]
+    arguments = TrainingArguments if "finetune" in recipe else MutualTrainingArguments
+    kinds = [settings] if "find_wrong" in recipe else [settings, arguments]
+    assert parse_settings(*kinds, defaults={})[0].data
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) == 9
 
 
 def test_commands_are_in_the_makefile():
