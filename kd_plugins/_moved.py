@@ -23,6 +23,7 @@ MODULES = {
 NAMES = {  # by package: old name -> module and new name
     "kd_plugins.losses": {"estimate_transition": ("audit", "estimate_transition")},
     "kd_plugins.data": {
+        "CachedTeachers": ("data", "TeacherCache"),
         "influence_scores": ("audit", "influence_scores"),
         "select_lowest": ("audit", "select_lowest"),
     },

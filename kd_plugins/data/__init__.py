@@ -16,16 +16,16 @@ from .noise import (
 from .noisy_data import noisy_stream, noisy_view
 from .pictures import NOISE, Pictures, find_column, load_pictures, noise_by_name, picture_transform
 from .subset import SubsetView, as_view, num_samples, set_epoch
-from .teacher_cache import CachedTeachers, cache_teachers
+from .teacher_cache import TeacherCache, cache_teachers
 from .webvision import load_webvision, write_webvision
 
 __all__ = [
     "NOISE",
-    "CachedTeachers",
     "ImageView",
     "NoiseReport",
     "Pictures",
     "SubsetView",
+    "TeacherCache",
     "as_view",
     "asymmetric",
     "cache_teachers",

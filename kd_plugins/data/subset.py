@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import ConcatDataset, Subset
 
 from .image_view import ImageView
-from .teacher_cache import CachedTeachers
+from .teacher_cache import TeacherCache
 
 
 class SubsetView(Subset):
@@ -70,4 +70,4 @@ def set_epoch(dataset: Any, epoch: int) -> None:
 
 
 def _is_view(dataset: Any) -> bool:
-    return isinstance(dataset, ImageView | CachedTeachers | SubsetView)
+    return isinstance(dataset, ImageView | TeacherCache | SubsetView)

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from kd_plugins import CE, KD, PCL, Loss
-from kd_plugins.data import CachedTeachers, ImageView, cache_teachers
+from kd_plugins.data import ImageView, TeacherCache, cache_teachers
 from kd_plugins.models import Hosted
 
 STUDENT, TEACHER = ((0.5, 0.5, 0.5), (0.25, 0.3, 0.25)), ((0.1, 0.2, 0.3), (0.5, 0.5, 0.4))
@@ -64,7 +64,7 @@ def test_items_hold_what_each_teacher_says(tmp_path):
     ) == 0
     assert all(p.requires_grad and p.grad is None for t in teachers for p in t.parameters())
     assert (
-        isinstance(cached, CachedTeachers)
+        isinstance(cached, TeacherCache)
         and cached.teacher_logits.shape == (20, 2, CLASSES)
         and len(cached) == 20
     )
@@ -99,7 +99,7 @@ def test_all_else_is_the_views(tmp_path):
     cached.set_epoch(3)
     assert data._epoch.item() == 3 and cached.broken() == []
     assert getattr(cached, "nothing", 7) == 7
-    with pytest.raises(AttributeError, match="CachedTeachers has no attribute '__getitems__'"):
+    with pytest.raises(AttributeError, match="TeacherCache has no attribute '__getitems__'"):
         cached.__getitems__  # noqa: B018
 
 
@@ -457,7 +457,7 @@ def test_broken_pictures_keep_their_place(tmp_path):
         (
             lambda f: cache_teachers(view(8), [Net(1), spoiled()], f),
             ValueError,
-            "teacher 1 said NaN of rows 0 to 7",
+            "teacher 1 gave NaN for rows 0 to 7",
         ),
     ],
 )
@@ -566,24 +566,25 @@ import os, signal, sys
 import torch
 torch.set_num_threads(1)
 from helpers.tiny import Net, view
-from kd_plugins.data import teacher_cache as cache
+from kd_plugins.data import cache_files, cache_teachers, teacher_cache
 
 def run(name, kill=None):
     seen = 0
     def trace(frame, event, arg):
         nonlocal seen
-        if frame.f_code.co_filename != cache.__file__ or frame.f_code.co_name not in NAMES:
+        if frame.f_code.co_filename not in FILES or frame.f_code.co_name not in NAMES:
             return None
         seen += event == "line"
         if seen == kill:
             os.kill(os.getpid(), signal.SIGKILL)
         return trace
     sys.settrace(trace)
-    cache.cache_teachers(view(18), [Net(1), Net(2)], os.path.join(sys.argv[1], name), batch_size=4)
+    cache_teachers(view(18), [Net(1), Net(2)], os.path.join(sys.argv[1], name), batch_size=4)
     sys.settrace(None)
     return seen
 
-NAMES = {"_claim", "_create", "_write", "_logits"}
+FILES = {cache_files.__file__, teacher_cache.__file__}
+NAMES = {"claim", "_create", "_write", "logits"}
 lines = run("whole")
 for n in range(40):
     child = os.fork()
@@ -701,3 +702,11 @@ def test_a_pickle_holds_no_logits(tmp_path):
         cached.teacher_logits.nbytes > 500_000
         and len(pickle.dumps(cached)) < len(pickle.dumps(data)) + 1000
     )
+
+
+def test_the_old_name():
+    with pytest.warns(
+        DeprecationWarning, match=r"CachedTeachers is now kd_plugins.data.TeacherCache"
+    ):
+        from kd_plugins.data import CachedTeachers
+    assert CachedTeachers is TeacherCache
