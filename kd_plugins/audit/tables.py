@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from ..losses.registry import list_losses, loss_class
+from ..losses.registry import list_losses, summarise_loss
 
 
 def mean_std(values: Iterable[float], scale: float = 100.0, digits: int = 1) -> str:
@@ -35,16 +34,8 @@ def markdown(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 def methods() -> str:
     """The registered losses as a Markdown table, from their docstrings. The README contains it."""
-    rows = []
-    for name in list_losses():
-        cls = loss_class(name)
-        doc = " ".join((cls.__doc__ or "").split())
-        formula = (cls.__doc__ or "").split("\n\n")[0]
-        source = re.split("References: |Source: ", doc, maxsplit=1)[-1]
-        source = re.split(r"\. | Notes:| Unsaid| >>> ", source, maxsplit=1)[0].rstrip(".")
-        logits = "logits of each peer" if cls.num_peers > 1 else "logits"
-        inputs = ", ".join([logits, "target", *sorted(cls.required_inputs)])
-        rows.append([f"`{name}`", " ".join(formula.split()), inputs, source])
+    summaries = map(summarise_loss, list_losses())
+    rows = [(f"`{s.name}`", s.formula, ", ".join(s.inputs), s.source) for s in summaries]
     return markdown(["name", "what it computes", "reads", "source"], rows)
 
 

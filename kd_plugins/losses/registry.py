@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from .base import Loss
 
@@ -59,3 +60,27 @@ def list_losses(pattern: str = "*") -> list[str]:
     ['boot_hard', 'boot_soft']
     """
     return sorted(fnmatch.filter(_REGISTRY, pattern))
+
+
+class LossSummary(NamedTuple):
+    """What the tables of losses show of each."""
+
+    name: str
+    formula: str  # the first paragraph of its docstring
+    inputs: list[str]
+    source: str  # the first reference
+
+
+def summarise_loss(name: str) -> LossSummary:
+    """A registered loss in short, from its docstring and its declared inputs.
+
+    >>> summarise_loss("mae").inputs
+    ['logits', 'target']
+    """
+    cls = loss_class(name)
+    doc = " ".join((cls.__doc__ or "").split())
+    formula = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
+    source = re.split("References: |Source: ", doc, maxsplit=1)[-1]
+    source = re.split(r"\. | Notes:| Unsaid| >>> ", source, maxsplit=1)[0].rstrip(".")
+    logits = "logits of each peer" if cls.num_peers > 1 else "logits"
+    return LossSummary(name, formula, [logits, "target", *sorted(cls.required_inputs)], source)
