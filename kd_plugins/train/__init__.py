@@ -1,11 +1,12 @@
 """Training: the Hugging Face Trainer with peers and teachers, its callbacks, and the folder of a run."""
 
 from .arguments import MutualTrainingArguments
-from .callbacks import CDRCallback, ProgressCallback
+from .callbacks import CDRCallback
 from .command_line import parse_settings, run_main, write_results
 from .dynamics_callback import DynamicsCallback
+from .plain_trainer import ProgressCallback, as_compute_loss_func
 from .run_folder import claim_folder, last_checkpoint
-from .trainer import MutualDistillationTrainer, as_compute_loss_func
+from .trainer import MutualDistillationTrainer
 
 __all__ = [
     "CDRCallback",

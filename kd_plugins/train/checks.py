@@ -1,17 +1,16 @@
-"""What networks, a loss and data cannot do together, said before anything runs."""
+"""What networks, a loss, data and arguments cannot do together, said before anything runs."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
 from torch import nn
 
-from ..data import num_samples
 from ..losses.base import Loss, peer_name
-from ..losses.state import SampleTable
 from ..models.factory import class_count
 from ..models.features import has_features
 
@@ -19,62 +18,177 @@ if TYPE_CHECKING:  # timm's tasks do without transformers
     from transformers import TrainingArguments
 
 
-def refuse_arguments(args: TrainingArguments, given_metrics: bool) -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.world_size == 1:
-        raise RuntimeError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but this process sees itself alone: the processes would train apart and write "
-            "over each other's files. Without a GPU pass use_cpu=True (MutualTrainingArguments does)"
-        )
-    if args.n_gpu > 1:
-        raise RuntimeError(
-            f"{args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel and lose the state of "
-            "the loss: start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
-        )
-    if args.batch_eval_metrics and not given_metrics:
-        raise ValueError(
-            "batch_eval_metrics=True: the metrics of this Trainer are computed at the end, from a "
-            "few class ids a sample. Leave it out, or pass compute_metrics"
-        )
+# ------------------------------------------------------------------------------------- arguments
+
+
+def refuse_arguments(args: TrainingArguments) -> None:
+    """Arguments of the Trainer that would change what a loss computes, or lose its state."""
+    _refuse_strategies(args)
     if args.label_smoothing_factor:
         raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} would replace the loss: use LabelSmoothing(eps)"
+            f"label_smoothing_factor={args.label_smoothing_factor} would replace the loss: use "
+            "LabelSmoothing(eps)"
         )
     if (args.bf16_full_eval or args.fp16_full_eval) and args.eval_strategy != "no":
         raise ValueError(
-            "bf16_full_eval and fp16_full_eval leave the weights in half precision after the first evaluation, "
-            f"and eval_strategy={args.eval_strategy!r} evaluates while training: use bf16 or fp16 alone"
+            "bf16_full_eval and fp16_full_eval leave the weights in half precision after the first "
+            f"evaluation, and eval_strategy={args.eval_strategy!r} evaluates while training: use "
+            "bf16 or fp16 alone"
         )
     if args.push_to_hub:
         raise ValueError(
-            "push_to_hub=True would upload the pair as one file that nothing loads: leave it out and call "
-            "trainer.push_to_hub() after training, which gives each network its repository (and takes hub_model_id, "
-            "hub_token, hub_revision and hub_private_repo from these arguments)"
+            "push_to_hub=True would upload the pair as one file that nothing loads: leave it out "
+            "and call trainer.push_to_hub() after training, which gives each network its "
+            "repository (and takes hub_model_id, hub_token, hub_revision and hub_private_repo from "
+            "these arguments)"
+        )
+
+
+def _refuse_strategies(args: TrainingArguments) -> None:
+    """How several devices share the work: DDP works."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if int(world) > 1 and args.world_size == 1:
+        raise RuntimeError(
+            f"WORLD_SIZE={world}, but this process sees itself alone: the processes would train "
+            "apart and write over each other's files. Without a GPU pass use_cpu=True "
+            "(MutualTrainingArguments does)"
+        )
+    if args.n_gpu > 1:
+        raise RuntimeError(
+            f"{args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel and "
+            "lose the state of the loss: start with `accelerate launch`, or set "
+            "CUDA_VISIBLE_DEVICES=0"
+        )
+    for name in ("fsdp", "deepspeed", "parallelism_config"):
+        launched = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false")
+        if getattr(args, name, None) or launched.lower() in ("1", "true", "yes"):
+            raise ValueError(
+                f"{name} shards the parameters, and here each network is clipped, averaged and saved "
+                "as a whole: several GPUs and hosts work by DDP, as `accelerate launch` and torchrun "
+                f"do it without {name}"
+            )
+
+
+def refuse_hf_arguments(args: TrainingArguments, hf: Mapping[str, Any]) -> None:
+    """Arguments of ``Trainer`` that this one does not read."""
+    instead = {
+        "model": "pass the networks as models",
+        "model_init": "pass functions of the trial as models and loss",
+        "compute_loss_func": "pass a loss; one of your own is a class with per_sample",
+    }
+    for name in [name for name in instead if hf.get(name) is not None]:
+        raise ValueError(f"{name} would be ignored: {instead[name]}")
+    if hf.get("compute_metrics") is None:
+        if args.batch_eval_metrics:
+            raise ValueError(
+                "batch_eval_metrics=True: the metrics of this Trainer are computed at the end, "
+                "from a few class ids a sample. Leave it out, or pass compute_metrics"
+            )
+        if hf.get("preprocess_logits_for_metrics") is not None:
+            raise ValueError(
+                "preprocess_logits_for_metrics: the metrics of this Trainer would not understand "
+                "its result. Pass compute_metrics too"
+            )
+
+
+def refuse_shared(models: Any, loss: Any) -> None:
+    """For a hyperparameter search each trial makes its networks and its loss."""
+    names = [models] if isinstance(models, str) else models
+    anew = callable(names) or all(isinstance(model, str) for model in names)
+    if not anew or isinstance(loss, nn.Module) or isinstance(models, nn.Module):
+        raise ValueError(
+            "one trial of a hyperparameter search would go on with what the last one has trained: "
+            "pass functions of the trial for both, networks and loss (names will do for the "
+            "networks)"
+        )
+
+
+# ------------------------------------------------------------------------------ networks and loss
+
+
+def refuse_plain(loss: Loss) -> None:
+    """A plain Trainer hands logits and labels to its loss, and wants one number."""
+    _refuse_loss(loss)
+    name = type(loss).__name__
+    if loss.num_peers > 1 or loss.required_inputs:
+        wants = (
+            "several networks" if loss.num_peers > 1 else ", ".join(sorted(loss.required_inputs))
+        )
+        raise ValueError(
+            f"{name} reads {wants}, and a plain Trainer hands over the logits of one network and "
+            f"labels only: use MutualDistillationTrainer(models, loss, args, ...)"
         )
 
 
 def refuse_pairing(
-    peers: list[nn.Module], teachers: list[nn.Module], loss: Loss, cached: Any = None
+    peers: Sequence[nn.Module], teachers: Sequence[nn.Module], loss: Loss, cached: Any = None
 ) -> None:
-    """``cached``: what teachers said of the training data [N, T, C], where these bring it."""
+    """Networks, teachers and loss that do not fit together.
+
+    Args:
+        peers: the networks that learn.
+        teachers: the networks that they learn from.
+        loss: of the peers.
+        cached: logits of teachers [N, T, C] that come with the training data.
+    """
+    _refuse_loss(loss)
+    _refuse_peers(peers, teachers, loss)
+    _refuse_teachers(teachers, loss, cached)
+    name, required = type(loss).__name__, loss.required_inputs
+    read = [*peers] * ("features" in required) + [*teachers] * ("teacher_features" in required)
+    if blind := [type(p).__name__ for p in read if not has_features(p)]:
+        raise TypeError(
+            f"{name} reads features, which are taken from timm networks (forward_features); not "
+            f"from {blind}"
+        )
+    compared = teachers if "teacher" in required else []
+    _refuse_classes(peers, compared, name, cached)
+
+
+def _refuse_loss(loss: Loss) -> None:
     name = type(loss).__name__
     if not isinstance(loss, Loss):
         raise TypeError(
             f"loss must be a kd_plugins loss, got {name}; create_loss('ce') is plain cross-entropy"
         )
-    if loss.peers and len(peers) < 2:
+    if loss.reduction == "none":
+        raise ValueError(
+            f"{name} has reduction='none', a value per sample: training needs one number, so use "
+            "reduction='mean'"
+        )
+
+
+def _refuse_peers(peers: Sequence[nn.Module], teachers: Sequence[nn.Module], loss: Loss) -> None:
+    name, count = type(loss).__name__, len(peers)
+    if loss.num_peers > 1 and count < 2:
         raise ValueError(
             f"{name} teaches peers and there is one network: pass at least two, or a loss for one"
         )
-    if not loss.peers and len(peers) > 1:
+    if loss.num_peers == 1 and count > 1:
         raise ValueError(
-            f"{name} is a loss for one network and there are {len(peers)}: Mutual({name}(), Nothing()) trains them "
-            "side by side, SMKD(...) lets them teach each other"
+            f"{name} is a loss for one network and there are {count}: Mutual({name}(), Nothing()) "
+            "trains them side by side, SMKD(...) lets them teach each other"
         )
-    if loss.peers and loss.num_peers != len(peers):
+    if loss.num_peers != count:
         raise ValueError(
-            f"{name} was made for num_peers={loss.num_peers}, there are {len(peers)} networks"
+            f"{name} was made for num_peers={loss.num_peers}, there are {count} networks"
         )
-    averaged = loss.ema_decay is not None
+    if len({id(p) for p in [*peers, *teachers]}) < count + len(teachers):
+        raise ValueError(
+            "the same module stands twice among the networks: they would share their weights; make "
+            "a second one"
+        )
+    for k, peer in enumerate(peers):
+        if not any(p.requires_grad for p in peer.parameters()):
+            raise ValueError(
+                f"network {peer_name(k)} ({type(peer).__name__}) has no trainable parameter and "
+                "would never learn: call requires_grad_(True), or pass it in teachers=[...]"
+            )
+
+
+def _refuse_teachers(teachers: Sequence[nn.Module], loss: Loss, cached: Any) -> None:
+    name, averaged = type(loss).__name__, loss.ema_decay is not None
+    taught = sorted(loss.required_inputs & {"teacher", "teacher_features"})
     if averaged and (teachers or cached is not None):
         given = (
             f"the {len(teachers)} teachers given"
@@ -82,43 +196,29 @@ def refuse_pairing(
             else "the teachers' logits in the training data"
         )
         raise ValueError(f"{name} learns from its peers' averages over time, not from {given}")
-    taught = loss.reads & {"teacher", "teacher_features"}
     if cached is not None and teachers:
         raise ValueError(
-            f"the training data bring logits of {cached.shape[1]} teachers, and {len(teachers)} teachers are given "
-            "that would not be asked: pass teachers=[...] or the data of cache_teachers, not both"
+            f"the training data bring logits of {cached.shape[1]} teachers, and the {len(teachers)} "
+            "teachers given would not be asked: pass teachers=[...] or the data of cache_teachers, "
+            "not both"
         )
     if cached is not None and "teacher_features" in taught:
         raise ValueError(
-            f"{name} reads teacher_features, and the training data bring logits only: pass teachers=[...], and the "
-            "view without the cache"
+            f"{name} reads teacher_features, and the training data bring logits only: pass "
+            "teachers=[...], and the view without the cache"
         )
     if taught and not teachers and not averaged and cached is None:
         raise ValueError(
-            f"{name} reads {', '.join(sorted(taught))}, and there are no teachers: pass teachers=[...]"
+            f"{name} reads {', '.join(taught)}, and there are no teachers: pass teachers=[...]"
         )
     if teachers and not taught:
         raise ValueError(
             f"{name} does not read teacher: the {len(teachers)} teachers would run for nothing"
         )
-    read = [
-        *(peers if "features" in loss.reads else ()),
-        *(teachers if "teacher_features" in loss.reads else ()),
-    ]
-    if blind := [type(p).__name__ for p in read if not has_features(p)]:
-        raise TypeError(
-            f"{name} reads features, which are taken from timm networks (forward_features); not from {blind}"
-        )
-    if len({id(p) for p in [*peers, *teachers]}) < len(peers) + len(teachers):
-        raise ValueError(
-            "the same module stands twice among the networks: they would share their weights; make a second one"
-        )
-    refuse_frozen(peers)
-    _refuse_classes(peers, teachers if "teacher" in taught else [], name, cached)
 
 
 def _refuse_classes(
-    peers: list[nn.Module], teachers: list[nn.Module], name: str, cached: Any
+    peers: Sequence[nn.Module], teachers: Sequence[nn.Module], name: str, cached: Any
 ) -> None:
     """Logits are compared class by class; ``teachers`` are those whose logits the loss reads."""
     networks = {f"network {peer_name(k)}": peer for k, peer in enumerate(peers)}
@@ -138,48 +238,32 @@ def _refuse_classes(
         )
 
 
-def refuse_frozen(peers: list[nn.Module]) -> None:
-    """A peer learns; a network without a trainable parameter is a teacher."""
-    for k, peer in enumerate(peers):
-        if not any(p.requires_grad for p in peer.parameters()):
-            raise ValueError(
-                f"network {peer_name(k)} ({type(peer).__name__}) has no parameter that requires a "
-                "gradient: it would never learn. Call requires_grad_(True) on it, or pass it in "
-                "teachers=[...]"
-            )
-
-
-def refuse_used(loss: Loss, control: Any, resumed: bool) -> None:
-    """A loss with state begins a training fresh, or goes on in the Trainer that has trained it.
+def refuse_used(loss: Loss, control: Any) -> None:
+    """A loss with state does not carry it into the training of another Trainer.
 
     Args:
-        loss: it keeps a note of its Trainer.
+        loss: :func:`mark_used` has left a note of its Trainer in it.
         control: of the Trainer; it is the same object in each of its trainings.
-        resumed: a checkpoint has replaced the state.
     """
-    trainer = vars(control).setdefault("trainer_id", uuid4().hex)
-    other = vars(loss).get("_trained_by", trainer) != trainer
-    if other and not resumed and loss.state_dict():
+    other = vars(loss).get("_trained_by") not in (None, vars(control).get("trainer_id"))
+    if other and loss.state_dict():
         raise ValueError(
             f"this {type(loss).__name__} was trained by another Trainer, and its state (running "
             "means, tables, parameters) would carry over into this training. Make a new loss; to "
             "carry the state over on purpose, new.load_state_dict(loss.state_dict())"
         )
-    vars(loss)["_trained_by"] = trainer
 
 
-def refuse_tables(loss: Loss, view: Any) -> None:
-    """A loss with a row for each training sample has to have as many."""
-    rows = num_samples(view)
-    for name, module in loss.named_modules():
-        if isinstance(module, SampleTable) and rows not in (None, module.num_samples):
-            raise ValueError(
-                f"{name} of {type(loss).__name__} has num_samples={module.num_samples} rows, the training data "
-                f"{rows}: samples would share rows, or have none"
-            )
+def mark_used(loss: Loss, control: Any) -> None:
+    """Leave a note of the Trainer in a loss that it trains."""
+    vars(loss)["_trained_by"] = vars(control).setdefault("trainer_id", uuid4().hex)
 
 
-def refuse_labels(view: Any, peers: list[nn.Module], name: str) -> None:
+# ------------------------------------------------------------------------------------------- data
+
+
+def refuse_labels(view: Any, peers: Sequence[nn.Module], name: str) -> None:
+    """Labels of a data set that the networks have no class for."""
     classes = next((n for p in peers if (n := class_count(p))), None)
     labels = getattr(view, "labels", None)
     if classes is None or labels is None or len(labels) == 0:
@@ -189,5 +273,6 @@ def refuse_labels(view: Any, peers: list[nn.Module], name: str) -> None:
         bad = low if low < 0 else high
         row = int(np.argmax(np.asarray(labels) == bad))
         raise ValueError(
-            f"label {bad} in row {row} of the {name} data is outside the {classes} classes of the networks"
+            f"label {bad} in row {row} of the {name} data is outside the {classes} classes of the "
+            "networks"
         )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..data import as_view
 from ..losses.base import peer_name
 from ..losses.state import SampleTable
 
@@ -74,7 +75,7 @@ def _describe_loss(module: nn.Module, name: str) -> dict[str, Any]:
     """Every part of a loss with its constructor arguments; state that training moves is left out."""
     description: dict[str, Any] = {name: f"{type(module).__name__}({module.extra_repr()})"}
     own = vars(module) | module._buffers | module._modules
-    for argument in inspect.signature(type(module).__init__).parameters:
+    for argument in ["class_weights", *inspect.signature(type(module).__init__).parameters]:
         value = own.get(argument)
         value = value.rows if isinstance(value, SampleTable) else value
         if isinstance(value, Tensor | np.ndarray):
@@ -103,6 +104,7 @@ def _describe_network(network: nn.Module, name: str) -> dict[str, Any]:
 
 def _describe_data(data: Any) -> dict[str, Any]:
     """The rows of a data set, and a digest of labels, class names and cached logits it shows."""
+    data = as_view(data)
     parts: dict[str, Any] = {"data.rows": len(data) if hasattr(data, "__len__") else None}
     if (labels := getattr(data, "labels", None)) is not None:
         parts["data.labels"] = _digest([torch.tensor(np.asarray(labels, np.int64))])

@@ -26,11 +26,21 @@ def bind_sizes(
     """
     counts = [count for peer in peers if (count := class_count(peer))]
     reads = loss.required_inputs
-    student = [feature_dims(peer) for peer in peers] if "features" in reads else None
-    taught = [feature_dims(t) for t in teachers] if "teacher_features" in reads else None
+    taught = peers if loss.ema_decay is not None else teachers  # the peers' averages over time
     loss.bind(
         num_samples=data if isinstance(data, int) else num_samples(data),
-        num_classes=counts[0] if counts else getattr(data, "num_classes", None),
-        feature_dims=student,
-        teacher_feature_dims=taught,
+        num_classes=counts[0] if counts else num_classes_of(data),
+        feature_dims=[feature_dims(p) for p in peers] if "features" in reads else None,
+        teacher_feature_dims=(
+            [feature_dims(t) for t in taught] if "teacher_features" in reads else None
+        ),
     )
+
+
+def num_classes_of(data: Any) -> int | None:
+    """The classes that a view says it has, or the ClassLabel of a ``datasets.Dataset``."""
+    if (count := getattr(data, "num_classes", None)) is not None:
+        return count
+    features = getattr(data, "features", None) or {}
+    labels = [features[name] for name in ("labels", "label") if name in features]
+    return next((n for f in labels if (n := getattr(f, "num_classes", None))), None)

@@ -14,11 +14,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from helpers.processes import PYTHONPATH
 from helpers.tiny import (
     CLASSES,
     ROWS,
+    SIZE,
     Net,
     arguments,
     difference,
@@ -38,14 +39,30 @@ from helpers.tiny import (
 from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
+from transformers import trainer as hf_trainer
+from transformers.trainer_utils import HPSearchBackend
 
-from kd_plugins import CE, MKD, SMKD, LabelSmoothing, Loss, Mutual, MyLC, Nothing, ProSelfLC
+from kd_plugins import (
+    CE,
+    MKD,
+    SMKD,
+    Joint,
+    LabelSmoothing,
+    Loss,
+    Mutual,
+    MyLC,
+    Nothing,
+    ProSelfLC,
+    TRevision,
+    TruncatedGCE,
+)
 from kd_plugins.data import ImageView
 from kd_plugins.losses import validate
 from kd_plugins.train import (
     MutualDistillationTrainer,
     MutualTrainingArguments,
     ProgressCallback,
+    as_compute_loss_func,
     last_checkpoint,
 )
 
@@ -153,9 +170,9 @@ def test_sum_of_mutual_losses_reports_its_purity(tmp_path):
     assert np.mean(logged(run, "right_a")) == pytest.approx(noisy)
 
 
-def test_plain_hf_dataset_with_a_transform(tmp_path):
-    """Dropping the columns that forward() does not name would take the picture away before the transform sees it."""
-    data = rows(16)
+def hf_dataset(n=16, features=None, **more):
+    """A data set of datasets with a transform, which alone makes pixels and labels."""
+    data = rows(n)
     columns = {
         "picture": [row["image"].tolist() for row in data],
         "label": [row["label"] for row in data],
@@ -163,15 +180,111 @@ def test_plain_hf_dataset_with_a_transform(tmp_path):
 
     def transform(batch):
         pictures = [to_tensor(np.array(p, dtype=np.uint8)) for p in batch["picture"]]
-        return {"pixel_values": pictures, "labels": batch["label"]}
+        made = {"pixel_values": pictures, "labels": batch["label"]}
+        return made | {name: batch[name] for name in more}
 
-    run = trainer(
-        tmp_path, train=Dataset.from_dict(columns).with_transform(transform), num_train_epochs=1
-    )
+    made = Dataset.from_dict(columns | more)
+    if features:
+        made = made.cast_column("label", features)
+    return made.with_transform(transform)
+
+
+def test_plain_hf_dataset_with_a_transform(tmp_path):
+    """Dropping the columns that forward() does not name would take the picture away before the
+    transform sees it."""
+    run = trainer(tmp_path, train=hf_dataset(), num_train_epochs=1)
     run.train()
     assert run.state.global_step == 2
     assert "selected_a" in run.state.log_history[0]
     assert "right_a" not in run.state.log_history[0]
+
+
+def test_networks_by_name_find_the_classes_of_a_plain_hf_dataset(tmp_path):
+    """The ClassLabel of its features; and a loss that needs sizes finds them there as well."""
+    train = hf_dataset(features=ClassLabel(names=["red", "green", "blue"]))
+    run = trainer(tmp_path, ["resnet10_cifar"], CE() + 0.1 * TruncatedGCE(), train=train)
+    assert run.peers[0].num_classes == 3
+    assert run.model.criterion.terms[1].num_samples == 16
+
+
+def test_extra_columns_are_left_alone(tmp_path):
+    train = hf_dataset(file=["a.png"] * 16, source=list(range(16)))
+    run = trainer(tmp_path, [Net(1), vit()], train=train, num_train_epochs=1)
+    run.train()
+    assert run.state.global_step == 2
+
+
+def test_rows_without_labels_say_so(tmp_path):
+    bare = [{"pixel_values": torch.zeros(3, SIZE, SIZE)}] * 8
+    with pytest.raises(ValueError, match="the training batch has no labels"):
+        trainer(tmp_path, train=bare).train()
+    with pytest.raises(ValueError, match="the batch has no labels"):
+        plain(tmp_path, CE(), train=bare).train()
+
+
+def test_distributions_in_training_and_evaluation(tmp_path):
+    """eval_loss is their cross-entropy; the class that counts as right is the most probable one."""
+    hard, spread = view(21), soft(view(21))
+    run = trainer(tmp_path, train=soft(view(24)), evaluate=spread, num_train_epochs=1)
+    run.train()
+    metrics, wanted = run.evaluate(), run.evaluate(hard)
+    x, y = (torch.stack([row[k] for row in spread]) for k in ("pixel_values", "labels"))
+    with torch.no_grad():
+        losses = [F.cross_entropy(peer(x), y).item() for peer in run.peers]
+    assert metrics["eval_loss"] == pytest.approx(np.mean(losses), abs=1e-6)
+    assert metrics["eval_accuracy"] == pytest.approx(wanted["eval_accuracy"])
+    assert metrics["eval_memorised"] == pytest.approx(wanted["eval_memorised"])
+
+
+class Trial(dict):
+    """What a search backend knows of a trial."""
+
+
+class Trials:
+    """A search backend: what transformers does with optuna or ray, for two trials."""
+
+    default_hp_space = staticmethod(lambda trial: {"learning_rate": trial["rate"]})
+
+    def ensure_available(self):
+        pass
+
+    def run(self, run, n_trials, direction, **kwargs):
+        found = []
+        for number in range(n_trials):
+            trial = Trial(rate=0.05, eta=1.5 + number)
+            trial.number, trial.params = number, {}
+            run.train(trial=trial)
+            found.append((run.evaluate()["eval_loss"], state(run.model)))
+        return found
+
+
+def test_hyperparameter_search_makes_everything_anew_for_each_trial(tmp_path, monkeypatch):
+    """The networks start from the same weights, the loss from an empty state; both know the trial."""
+    monkeypatch.setitem(
+        hf_trainer.ALL_HYPERPARAMETER_SEARCH_BACKENDS, HPSearchBackend.OPTUNA, Trials
+    )
+    monkeypatch.setattr(hf_trainer.Trainer, "_report_to_hp_search", lambda *_: None)
+    monkeypatch.setattr("transformers.integrations.hp_params", dict)  # knows the types of optuna
+    etas, losses = [], []
+
+    def loss(trial):
+        etas.append(trial and trial["eta"])
+        losses.append(SMKD(MyLC(), eta=1.5, normalize="batch"))
+        return losses[-1]
+
+    settings = {"evaluate": view(8), "num_train_epochs": 1}
+    run = trainer(tmp_path, lambda trial: pair(), loss, **settings)
+    (first, a), (second, b) = run.hyperparameter_search(backend="optuna", n_trials=2)
+    assert etas == [None, 1.5, 2.5]
+    assert first == second
+    assert difference(a, b) == 0
+    assert run.model.criterion is losses[2]
+    assert losses[1].refine[0].r > 0
+    alone = trainer(tmp_path / "alone", pair(), SMKD(eta=1.5, normalize="batch"), **settings)
+    alone.train()
+    assert difference(a, state(alone.model)) == 0
+    with pytest.raises(RuntimeError, match=r"MutualDistillationTrainer\(lambda trial: \["):
+        alone.hyperparameter_search(backend="optuna", n_trials=2)
 
 
 def test_one_network(tmp_path):
@@ -236,6 +349,8 @@ def test_teachers_in_a_run(tmp_path):
     )
     run.train()
     assert difference(before, state(teacher)) == 0
+    assert teacher.training  # handed back as it came
+    teacher.eval()
     model, batch = Net(1), seen.batches[0]
     assert teacher.training  # handed back as it came
     teacher.eval()
@@ -846,6 +961,34 @@ def test_stock_trainers_do_not_share_a_loss_with_state(tmp_path):
         again.train()
 
 
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (lambda: CE(reduction="none"), "reduction='none', a value per sample"),
+        (SMKD, "SMKD reads several networks.*use MutualDistillationTrainer"),
+        (FromTeacher, "FromTeacher reads teacher, and a plain Trainer hands over"),
+        (lambda: Joint(ROWS, CLASSES), "Joint reads index, and a plain Trainer hands over"),
+        (nn.CrossEntropyLoss, "must be a kd_plugins loss, got CrossEntropyLoss"),
+    ],
+)
+def test_stock_trainer_refuses_what_it_cannot_feed(loss, match):
+    with pytest.raises((TypeError, ValueError), match=match):
+        as_compute_loss_func(loss())
+
+
+def test_stock_trainer_refuses_a_loss_that_would_not_learn(tmp_path):
+    """Its optimizer has the parameters of the network only."""
+    loss = TRevision(0.7 * torch.eye(CLASSES) + 0.1)
+    with pytest.raises(
+        ValueError, match="TRevision learns delta, and the optimizer of this Trainer"
+    ):
+        plain(tmp_path, loss).train()
+    run = plain(tmp_path, loss, max_steps=2)
+    run.optimizer = torch.optim.SGD([*run.model.parameters(), *loss.parameters()], lr=0.1)
+    run.train()
+    assert loss.delta.abs().max() > 0
+
+
 class Epochs(ImageView):
     """A view that writes down which epochs it was told."""
 
@@ -974,7 +1117,7 @@ BAD = {
     ),
     "frozen peer": (
         ValueError,
-        r"network b \(Net\) has no parameter that requires a gradient: it would never learn",
+        r"network b \(Net\) has no trainable parameter and would never learn",
         lambda: {"models": [Net(1), Net(2).requires_grad_(False)]},
     ),
     "no loss of ours": (
@@ -991,6 +1134,46 @@ BAD = {
         ValueError,
         "bf16_full_eval",
         lambda: {"bf16_full_eval": True, "eval_strategy": "epoch", "evaluate": view(8)},
+    ),
+    "a value per sample": (
+        ValueError,
+        "CE has reduction='none', a value per sample: training needs one number",
+        lambda: {"models": Net(), "loss": CE(reduction="none")},
+    ),
+    "a table of other data": (
+        ValueError,
+        "num_samples=9, and the data or the networks have num_samples=48",
+        lambda: {"models": Net(), "loss": Joint(9, CLASSES)},
+    ),
+    "classes of the loss": (
+        ValueError,
+        "num_classes=7, and the data or the networks have num_classes=3",
+        lambda: {"models": Net(), "loss": CE(num_classes=7)},
+    ),
+    "model_init": (
+        ValueError,
+        "model_init would be ignored: pass functions of the trial",
+        lambda: {"hf": {"model_init": lambda: Net()}},
+    ),
+    "compute_loss_func": (
+        ValueError,
+        "compute_loss_func would be ignored: pass a loss",
+        lambda: {"hf": {"compute_loss_func": lambda *_: 0}},
+    ),
+    "preprocess without metrics": (
+        ValueError,
+        "preprocess_logits_for_metrics: the metrics of this Trainer",
+        lambda: {"hf": {"preprocess_logits_for_metrics": lambda logits, labels: logits}},
+    ),
+    "one loss for all trials": (
+        ValueError,
+        "would go on with what the last one has trained",
+        lambda: {"models": lambda trial: pair()},
+    ),
+    "networks for all trials": (
+        ValueError,
+        "would go on with what the last one has trained",
+        lambda: {"models": pair(), "loss": lambda trial: SMKD()},
     ),
     "metrics by batch": (
         ValueError,
@@ -1021,6 +1204,20 @@ def test_refused_at_construction(case, tmp_path):
     error, message, kwargs = BAD[case]
     with pytest.raises(error, match=message):
         trainer(tmp_path, **kwargs())
+
+
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed", "parallelism_config"])
+def test_sharded_parameters_are_refused_by_name(name, tmp_path, monkeypatch):
+    """By an argument, or as `accelerate launch` tells it."""
+    args = arguments(tmp_path)
+    setattr(args, name, "given")
+    with pytest.raises(ValueError, match=f"{name} shards the parameters.*work by DDP"):
+        MutualDistillationTrainer(pair(), SMKD(), args, train_dataset=view())
+    setattr(args, name, None)
+    MutualDistillationTrainer(pair(), SMKD(), args, train_dataset=view())
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(ValueError, match=f"{name} shards the parameters.*work by DDP"):
+        MutualDistillationTrainer(pair(), SMKD(), args, train_dataset=view())
 
 
 def test_good_input_is_not_refused(tmp_path):
