@@ -352,8 +352,6 @@ def test_teachers_in_a_run(tmp_path):
     assert teacher.training  # handed back as it came
     teacher.eval()
     model, batch = Net(1), seen.batches[0]
-    assert teacher.training  # handed back as it came
-    teacher.eval()
     x, y = batch["pixel_values"], batch["labels"]
     first = F.cross_entropy(model(x), y) + 0.5 * (model(x) - teacher(x)).square().sum(-1).mean()
     assert logged(run, "loss")[0][0] == pytest.approx(first.item(), rel=1e-5)
