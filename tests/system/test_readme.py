@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.tiny import arguments, view
 from torch import nn
 from torchvision import transforms as T
 
@@ -162,6 +163,47 @@ def test_recipes_take_the_commands_of_their_readme(recipe, options, monkeypatch)
 
 def test_there_are_commands():
     assert len(COMMANDS) == 9
+
+
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", CONTRIBUTING, re.DOTALL)
+
+
+FAMILY = """
+from collections.abc import Mapping, Sequence
+from typing import Any, Unpack
+import torch
+from torch import Tensor, nn
+from kd_plugins.losses import Loss, register_loss, validate
+from kd_plugins.losses.base import LossArguments, Sizes
+from kd_plugins.losses.functional import cross_entropy
+"""  # what the files of losses import
+
+
+def test_the_losses_of_contributing_train(tmp_path, monkeypatch):
+    """For one network, and for peers with features: as they stand, by their names alone."""
+    from kd_plugins import MutualDistillationTrainer, create_loss
+    from kd_plugins.losses import registry
+
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+    for example in EXAMPLES:
+        exec(FAMILY + example, {})
+    for name, models in {
+        "my_loss": ["test_resnet"],
+        "my_peers": ["test_resnet", "resnet10_cifar"],
+    }.items():
+        loss = create_loss(name)
+        trainer = MutualDistillationTrainer(
+            models, loss, arguments(tmp_path / name), train_dataset=view()
+        )
+        trainer.train()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        assert logs[-1]["loss"] < logs[0]["loss"] and {"unweighted", "own_b"} & logs[0].keys()
+
+
+def test_contributing_names_files_that_exist():
+    for path in re.findall(r"`((?:kd_plugins|tests|recipes|docs)/[^`<]*\.\w+)`", CONTRIBUTING):
+        assert (ROOT / path).exists(), path
 
 
 def test_commands_are_in_the_makefile():

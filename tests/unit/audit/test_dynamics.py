@@ -655,9 +655,7 @@ def test_batches_without_index(tmp_path):
     run = trainer(tmp_path, Net(1), CE(), bare, hf={"callbacks": [DynamicsCallback()]})
     with pytest.raises(ValueError, match=r"no index.*ImageView"):
         run.train()
-    trainer(
-        tmp_path, Net(1), CE(), bare, num_train_epochs=1
-    ).train()  # no callback, no index
+    trainer(tmp_path, Net(1), CE(), bare, num_train_epochs=1).train()  # no callback, no index
 
 
 def test_another_trainer(tmp_path):
