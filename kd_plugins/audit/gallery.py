@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..data.decode import NotAPicture, PictureColumn
 from ..data.image_view import ImageView
-from ..data.labels import column_array
+from ..data.labels import column_array, label_column
 from ..losses import validate
 from .suspects import refuse_other_rows, refuse_row_numbers
 
@@ -146,15 +146,7 @@ def _labels(dataset: Any, label: str) -> tuple[np.ndarray, str]:
     """The labels of all rows [N], and where they come from."""
     if isinstance(dataset, ImageView):
         return dataset.labels, "the view"
-    source = f"column {label!r}"
-    if isinstance(dataset, Dataset):
-        return column_array(dataset, label), source
-    if len(dataset) and label not in dataset[0]:
-        raise ValueError(
-            f"the rows have no {source}: name the column of labels, or use label=None to skip the "
-            "comparison with the suspects"
-        )
-    return np.array([row[label] for row in dataset]), source
+    return label_column(dataset, label), f"column {label!r}"
 
 
 def _draw_suspect(

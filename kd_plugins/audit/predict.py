@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..data.image_view import ImageView
+from ..data.labels import class_positions
 from ..losses.refined import CE
 from ..losses.state import in_eval
 from ..models.factory import class_count, make_teacher
@@ -108,20 +109,11 @@ def _class_order(network: nn.Module, view: ImageView) -> list[int]:
             f"the data have {len(wanted)} classes, {type(network).__name__} has {count}: expected "
             "the same classes"
         )
-    as_given = list(range(count))
-    names = _class_names(network)
-    if names is None or len(names) != count:  # a new head on a network keeps the old names
-        return as_given
-    if sorted(names) == sorted(wanted):
-        return [names.index(name) for name in wanted]
-    if [str(k) for k in as_given] in (names, wanted):  # numbers instead of names
-        return as_given
-    k = next(k for k, name in enumerate(wanted) if name not in names)
-    raise ValueError(
-        f"{type(network).__name__} has no class {wanted[k]!r}, which is class {k} of the view; its "
-        f"class {k} is {names[k]!r}: expected the same names, in any order. If only the spelling "
-        "differs, rename the classes of the data"
-    )
+    names, positions = _class_names(network), None
+    if names and len(names) == count:  # a new head on a network keeps the old names
+        other = f"the classes of {type(network).__name__}"
+        positions = class_positions(wanted, names, "the view", other)
+    return list(range(count)) if positions is None else positions.tolist()
 
 
 def _class_names(network: nn.Module) -> list[str] | None:
