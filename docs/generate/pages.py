@@ -34,6 +34,7 @@ FLOORS = {
     "train": "Trainer and callbacks",
     "train.timm": "Tasks for timm's script",
     "audit": "Wrong labels, metrics, plots",
+    "audit.plots": "Pictures of runs",
     "data": "Data",
     "models": "Networks",
 }

@@ -19,13 +19,14 @@ from kd_plugins.losses.base import LossArguments
 
 ROOT = Path(__file__).parents[2]
 FENCE = re.compile(r"^```python(.*)\n((?:.*\n)*?)```$", re.MULTILINE)
-PAGES = [page for page in sorted((ROOT / "docs").glob("*.md")) if FENCE.search(page.read_text())]
+WRITTEN = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [page for page in WRITTEN if FENCE.search(page.read_text(encoding="utf-8"))]
 TOOLS = ("mkdocs", "material", "mkdocstrings_handlers")
 MISSING = [name for name in TOOLS if find_spec(name) is None]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-@pytest.mark.filterwarnings("default")
+@pytest.mark.filterwarnings("default", r"error:.* is now kd_plugins:DeprecationWarning")
 def test_code_runs_in_the_order_of_the_page(page, tmp_path, monkeypatch):
     """A page needs nothing from another page. Code that needs a file of the reader's says so."""
     monkeypatch.chdir(tmp_path)
