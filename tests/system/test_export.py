@@ -1,11 +1,10 @@
 """An exported network gives the accuracy that its card names, loaded by the code of its card."""
 
-import re
-
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers.cards import card_accuracy, loaded_by_card, predictor
 from helpers.tiny import trainer, vit
 from PIL import Image
 from torchvision import transforms
@@ -64,41 +63,10 @@ def trained(folder, models, of_bytes=False):
     return run
 
 
-def card_accuracy(folder, peer):
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    found = re.search(rf"\| eval_accuracy{peer} \| ([\d.]+) \|", card)
-    return float(found[1])
-
-
-def loaded_by_card(folder):
-    """The variables that each block of code in the card leaves."""
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
-        names = {}
-        exec(block.replace("FOLDER", str(folder)), names)
-        yield names
-
-
 def accuracy(predict, name=int):
     rows = pictures(120, 1)
     right = [predict(Image.fromarray(row["image"])) == name(row["label"]) for row in rows]
     return np.mean(right)
-
-
-def predictor(names):
-    """Picture -> class, as the code of the card prepares it."""
-    network = names["network"].eval()
-    if "transform" in names:
-        prepare = lambda picture: names["transform"](picture)[None]  # noqa: E731
-    else:
-        prepare = lambda picture: names["processor"](picture, return_tensors="pt")["pixel_values"]  # noqa: E731
-
-    @torch.no_grad()
-    def predict(picture):
-        output = network(prepare(picture))
-        return getattr(output, "logits", output).argmax(-1).item()
-
-    return predict
 
 
 RUNS = {

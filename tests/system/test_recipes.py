@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers.cards import card_accuracy, loaded_by_card, predictor
 from helpers.pictures import hub
+from PIL import Image
 from safetensors.torch import load_file
 
 from kd_plugins import MutualDistillationTrainer, list_losses, loss_class
 from kd_plugins.audit import summarise
+from kd_plugins.data import load_webvision
 from kd_plugins.models import export
 from kd_plugins.train import run_main
 
@@ -55,6 +58,11 @@ def pictures(tmp_path):
     return folder
 
 
+def open_picture(path):
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
 def test_webvision_mini(tmp_path, monkeypatch, capsys):
     """The demo: table, pictures and networks come out; a second start trains nothing; other settings are refused."""
     argv = [
@@ -77,6 +85,14 @@ def test_webvision_mini(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "smkd-42" / "peer_b" / "model.safetensors").exists()
     figures = json.loads((tmp_path / "smkd-42" / "results.json").read_text())
     assert figures["eval_train_noise_rate"] == pytest.approx(0.4, abs=0.001)
+
+    rows = load_webvision(tmp_path / "data-42", "val", classes=None)
+    for folder in (tmp_path / "smkd-42" / "peer_a", tmp_path / "smkd-42" / "peer_b"):
+        named = card_accuracy(folder, f"_{folder.name[-1]}", of="eval_val_accuracy")
+        for names in loaded_by_card(folder):  # with timm, and with transformers
+            predict = predictor(names)
+            right = [predict(open_picture(row["image"])) == row["label"] for row in rows]
+            assert np.mean(right) == pytest.approx(named, abs=0.005)
 
     start(monkeypatch, *argv)
     again = capsys.readouterr().out
