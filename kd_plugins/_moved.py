@@ -22,6 +22,7 @@ MODULES = {
 }
 NAMES = {  # by package: old name -> module and new name
     "kd_plugins.losses": {"estimate_transition": ("audit", "estimate_transition")},
+    "kd_plugins.models": {"Hosted": ("models", "PeerModule")},
     "kd_plugins.data": {
         "CachedTeachers": ("data", "TeacherCache"),
         "influence_scores": ("audit", "influence_scores"),

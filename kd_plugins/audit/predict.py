@@ -18,7 +18,7 @@ from ..data.labels import class_positions
 from ..losses.refined import CE
 from ..losses.state import in_eval
 from ..models.factory import class_count, make_teacher
-from ..models.hosted import Hosted
+from ..models.hosted import PeerModule
 
 
 def predict_probs(
@@ -65,7 +65,7 @@ def predict_probs(
     device = _device(models)
     networks = [make_teacher(model, view.num_classes) for model in models]
     order = torch.tensor([_class_order(network, view) for network in networks], device=device)
-    hosted = Hosted(networks, CE()).to(device)
+    hosted = PeerModule(networks, CE()).to(device)
     probs = np.full((len(view), view.num_classes), np.nan, np.float32)
     # A generator of its own: the loader would otherwise draw from the global one.
     loader: Any = DataLoader(view, batch_size, num_workers=num_workers, generator=torch.Generator())

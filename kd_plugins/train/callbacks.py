@@ -13,7 +13,7 @@ from ..data import set_epoch
 from ..losses import validate
 from ..losses.base import Loss
 from ..losses.gradients import mask_noncritical_
-from ..models.hosted import Hosted
+from ..models.hosted import PeerModule
 from .checks import mark_used, refuse_used
 
 
@@ -29,7 +29,7 @@ class ScheduleCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         hosted = extract_model_from_parallel(model)
-        if isinstance(hosted, Hosted):
+        if isinstance(hosted, PeerModule):
             self.loss = hosted.criterion
         if not state.global_step:  # a checkpoint replaces the state
             refuse_used(self.loss, control)
@@ -44,7 +44,7 @@ class ScheduleCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         mark_used(self.loss, control)
         hosted = extract_model_from_parallel(model)
-        if isinstance(hosted, Hosted):
+        if isinstance(hosted, PeerModule):
             hosted.average()
 
 
@@ -67,7 +67,7 @@ class CDRCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         model = extract_model_from_parallel(model)
-        for network in model.peers if isinstance(model, Hosted) else [model]:
+        for network in model.peers if isinstance(model, PeerModule) else [model]:
             mask_noncritical_(network.parameters(), self.noise_rate)
 
 

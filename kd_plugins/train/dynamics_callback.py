@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 from ..losses.base import peer_name
 from ..losses.mutual import Mutual
-from ..models.hosted import Hosted
+from ..models.hosted import PeerModule
 
 logger = logging.get_logger(__name__)
 
@@ -58,12 +58,11 @@ class DynamicsCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         hosted = extract_model_from_parallel(model)
-        if not isinstance(hosted, Hosted):
+        if not isinstance(hosted, PeerModule):
             raise TypeError(
                 f"DynamicsCallback reads the networks of MutualDistillationTrainer, not {type(hosted).__name__}; one "
                 "network and its loss train there too"
             )
-        hosted.watch = True
         for module in hosted.modules():
             if isinstance(module, Mutual):
                 module.watch = True
@@ -98,15 +97,15 @@ class DynamicsCallback(TrainerCallback):
     def on_epoch_end(self, args, state, control, **kwargs):
         self._close()
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
+    def on_train_end(self, args, state, control, **kwargs):
         self._close()
-        extract_model_from_parallel(model).watch = False
 
     def _collect(self, model: Any, step: int) -> None:
         """Copies of the figures of the last batch, on its device: nothing waits for them. CUDA graphs write over the originals."""
-        seen = extract_model_from_parallel(model).seen  # type: ignore[attr-defined]
+        hosted: Any = extract_model_from_parallel(model)
         seen = {
-            name: value.to(SMALL.get(name, value.dtype), copy=True) for name, value in seen.items()
+            name: value.to(SMALL.get(name, value.dtype), copy=True)
+            for name, value in _figures(hosted.last, hosted.criterion.selection).items()
         }
         self._waiting.append((step, seen))
         self._rows += len(seen["index"])
@@ -147,6 +146,32 @@ class DynamicsCallback(TrainerCallback):
             pa.table(columns), self.path / f"step-{whole['step'][-1]:08d}-rank-{self.rank}.parquet"
         )
         self._clear()
+
+
+@torch.no_grad()
+def _figures(last: dict[str, Any], selection: Any) -> dict[str, Tensor]:
+    """What a step looked like, sample by sample.
+
+    Index and label [B]; the predicted class, its probability and that of the label [B, K]; and
+    whether the network teaches the sample [B, K], where the loss selects.
+    """
+    if last["index"] is None:
+        raise ValueError(
+            "training dynamics are kept by sample, and the batches have no index: expected rows with "
+            "index, the position in the data set, as ImageView hands out; else nobody knows whose "
+            "they are"
+        )
+    labels = last["labels"]
+    label = (labels if labels.dim() == 1 else labels.argmax(-1)).long()
+    p = torch.stack([z.float() for z in last["logits"]], dim=1).softmax(-1)  # [B, K, C]
+    conf, pred = p.max(-1)
+    p_label = p.gather(-1, label.view(-1, 1, 1).expand(-1, p.shape[1], 1)).squeeze(-1)
+    small = torch.int16 if p.shape[-1] <= 2**15 else torch.int32
+    figures = {"index": last["index"], "label": label.to(small), "pred": pred.to(small)}
+    figures |= {"conf": conf, "p_label": p_label}
+    if selection:
+        figures["selected"] = torch.stack([mask for mask, _ in selection], dim=1)
+    return figures
 
 
 def _write(table: pa.Table, path: Path) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.hosted import Hosted
+from ..models.hosted import PeerModule
 
 
 def peer_optimizer(
-    hosted: Hosted,
+    hosted: PeerModule,
     own: Sequence[dict[str, Any]],
     weight_decay: float,
     cls: type[torch.optim.Optimizer],

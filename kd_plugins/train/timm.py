@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..losses import validate
 from ..losses.base import Loss
 from ..models.factory import class_count, logits_of, make_model, make_teacher
-from ..models.hosted import Hosted
+from ..models.hosted import PeerModule
 from .checks import refuse_pairing
 from .sizes import bind_sizes
 
@@ -94,7 +94,7 @@ class StatefulClassificationTask(ClassificationTask):
         self._set_updates(0)
 
     @property
-    def hosted(self) -> Hosted:
+    def hosted(self) -> PeerModule:
         """The module that timm trains, without the wrappers of DDP and torch.compile."""
         return unwrap_model(self.trainable_module)
 
@@ -200,7 +200,7 @@ class MutualDistillationTask(StatefulClassificationTask):
 class Ensemble(nn.Module):
     """Pixels as the first network takes them -> log of the networks' mean probability [B, C]."""
 
-    def __init__(self, hosted: Hosted) -> None:
+    def __init__(self, hosted: PeerModule) -> None:
         super().__init__()
         self.peers: Any = hosted.peers
         self.inputs: Any = hosted.inputs[: len(hosted.peers)]  # type: ignore[misc]
@@ -213,7 +213,7 @@ class Ensemble(nn.Module):
         return _mean_log_probs(logits)
 
 
-class _Trainable(Hosted):
+class _Trainable(PeerModule):
     """Networks and loss, with the methods that timm's optimizer factory asks a network for."""
 
     def no_weight_decay(self) -> set[str]:

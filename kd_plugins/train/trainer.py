@@ -18,7 +18,7 @@ from transformers.utils import logging
 from ..data import as_view, same_classes
 from ..losses.base import Loss
 from ..models.factory import make_model, make_teacher
-from ..models.hosted import Hosted
+from ..models.hosted import PeerModule
 from ..models.input_config import batch_range
 from .arguments import MutualTrainingArguments
 from .callbacks import ScheduleCallback, ShortBar
@@ -80,7 +80,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         ``nn.DataParallel`` are refused.
     """
 
-    model: Hosted
+    model: PeerModule
     loss_is_scaled_for_ga = False  # the loss is a mean over the micro-batch
 
     def __init__(
@@ -122,7 +122,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         if self.pop_callback(TrainerBar):
             self.add_callback(ShortBar)
 
-    def _host(self, trial: Any = None) -> Hosted:
+    def _host(self, trial: Any = None) -> PeerModule:
         """The networks and their loss in one module; of a hyperparameter search, those of a trial."""
         sources: tuple[Any, Any] = self._models, self._loss
         models, loss = (f(trial) if _is_function(f) else f for f in sources)
@@ -142,7 +142,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         for module in loss.modules():  # until Mutual always leaves its selection
             if hasattr(module, "watch"):
                 module.watch = getattr(data, "clean_labels", None) is not None
-        return Hosted(peers, loss, self._teachers)
+        return PeerModule(peers, loss, self._teachers)
 
     @property
     def peers(self) -> list[nn.Module]:
@@ -276,7 +276,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
                 )
             raise
         finally:
-            self.model.release_teachers()
+            self.model.teachers.release()
         self._name_broken()
         return output
 

@@ -53,7 +53,7 @@ from kd_plugins import (
 )
 from kd_plugins.data import ImageView, noisy_view, symmetric
 from kd_plugins.losses import loss_class
-from kd_plugins.models import Hosted  # and makes resnet18_cifar known to timm
+from kd_plugins.models import PeerModule  # and makes resnet18_cifar known to timm
 from kd_plugins.train import run_main
 
 GPU = torch.cuda.is_available()
@@ -274,7 +274,7 @@ def data_rate(kind: str, quick: bool, floats: bool = False) -> Row:
         transform = timm.data.create_transform(
             224, is_training=True, color_jitter=None, normalize=floats
         )
-        normalise = Hosted([timm.create_model("test_resnet")], CE()).inputs[0].to(DEVICE)
+        normalise = PeerModule([timm.create_model("test_resnet")], CE()).inputs[0].to(DEVICE)
         if kind == "parquet":
             data = datasets.Dataset.from_parquet(str(folder / "train.parquet"), cache_dir=name)
         else:

@@ -41,7 +41,7 @@ from kd_plugins import (
     TruncatedGCE,
 )
 from kd_plugins.data import ImageView
-from kd_plugins.models import Hosted
+from kd_plugins.models import PeerModule
 from kd_plugins.train.run_folder import faults
 
 WORLD = 2
@@ -219,7 +219,7 @@ def rank_main(folder):
     nets, pixels, labels = lonely()
     for name, how in LONELY.items():
         loss = Mutual(MyLC(window=99), Confident(eta=2, b2=0), **how)
-        wrapped = torch.nn.parallel.DistributedDataParallel(Hosted(copy.deepcopy(nets), loss))
+        wrapped = torch.nn.parallel.DistributedDataParallel(PeerModule(copy.deepcopy(nets), loss))
         out[name] = one_step(wrapped, pixels[rank], labels[rank])
     out["primed"] = [primed(batches[rank]) for batches in PRIMING]
 
@@ -415,7 +415,7 @@ def test_empty_selection_on_one_rank(name, ranks):
         assert np.abs(expected).max() > 0.05
 
     loss = Mutual(MyLC(window=99), Confident(eta=2, b2=0), **LONELY[name])
-    alone = one_step(Hosted(nets, loss), torch.cat(pixels), torch.cat(labels))
+    alone = one_step(PeerModule(nets, loss), torch.cat(pixels), torch.cat(labels))
     apart = max(
         (a - b).abs().max().item() for a, b in zip(alone["grads"], first["grads"], strict=True)
     )

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from kd_plugins import CE, KD, PCL, Loss
 from kd_plugins.data import ImageView, TeacherCache, cache_teachers
-from kd_plugins.models import Hosted
+from kd_plugins.models import PeerModule
 
 STUDENT, TEACHER = ((0.5, 0.5, 0.5), (0.25, 0.3, 0.25)), ((0.1, 0.2, 0.3), (0.5, 0.5, 0.4))
 
@@ -106,7 +106,7 @@ def test_all_else_is_the_views(tmp_path):
 def test_teachers_see_the_pixels_as_in_the_trainer(tmp_path):
     student, teacher = with_cfg(Net(1), *STUDENT), with_cfg(Net(2), *TEACHER)
     data = view(8)
-    hosted = Hosted([student], KD(), [teacher])
+    hosted = PeerModule([student], KD(), [teacher])
     expected, _ = hosted._run(teacher, 1, {"pixel_values": pixels_of(data, range(8))})
     cached = cache_teachers(data, [teacher], tmp_path / "a", student=student)
     torch.testing.assert_close(
@@ -187,7 +187,7 @@ def test_a_cached_teacher_is_handed_over_by_teacher():
             return logits.sum(-1)
 
     teacher = torch.arange(12.0).view(2, 2, 3)
-    hosted = Hosted([Net(1)], Seen())
+    hosted = PeerModule([Net(1)], Seen())
     hosted(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), teacher=teacher)
     assert torch.equal(seen[0], teacher.transpose(0, 1))
     assert set(hosted.eval()(torch.randn(2, 3, 8, 8), torch.tensor([0, 1]), teacher=teacher)) == {

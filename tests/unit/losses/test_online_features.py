@@ -10,7 +10,7 @@ from helpers.tiny import difference, state, to_tensor, trainer, view
 from torch import nn
 
 from kd_plugins import AFD, CE, FFL, PCL
-from kd_plugins.models import Hosted, feature_dims, with_features
+from kd_plugins.models import PeerModule, feature_dims, with_features
 
 DIMS, C, B = (3, 2), 3, 2
 
@@ -280,7 +280,7 @@ def test_trained_and_resumed(name, tmp_path):
 def test_averages_over_time():
     """avg <- d avg + (1 - d) now with d = min(1 - 1/(n+1), ema); statistics too; read as teacher, in eval mode, no gradient."""
     a, b = peers()
-    hosted = Hosted([a, b], PCL([a.num_features, b.num_features], C, ema=0.6)).train()
+    hosted = PeerModule([a, b], PCL([a.num_features, b.num_features], C, ema=0.6)).train()
     name, weight = "averages.0.module.fc.weight", a.fc.weight
     expected, now = None, []
     for n in range(4):
@@ -320,9 +320,9 @@ def test_averages_move_once_a_step(tmp_path):
 
 
 def test_a_loss_without_averages_holds_none(tmp_path):
-    hosted = Hosted(peers(), FFL([m.num_features for m in peers()], C))
+    hosted = PeerModule(peers(), FFL([m.num_features for m in peers()], C))
     assert hosted.averages is None and not any("averages" in k for k in hosted.state_dict())
     hosted.average()
-    one = Hosted([timm.create_model("test_resnet", num_classes=C)], CE())
+    one = PeerModule([timm.create_model("test_resnet", num_classes=C)], CE())
     one.average()
     assert trainer(tmp_path, peers(), losses()["ffl"], train=view()).model.averages is None

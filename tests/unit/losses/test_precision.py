@@ -15,7 +15,7 @@ from test_contract import make
 
 from kd_plugins import CE, KD, SMKD, MyLC, ProSelfLC, create_loss, list_losses
 from kd_plugins.losses import validate
-from kd_plugins.models import Hosted
+from kd_plugins.models import PeerModule
 
 U = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SCALE = 2.0**10  # of the gradients in float16: no overflow in these networks
@@ -123,7 +123,7 @@ def test_autocast_agrees_with_float32(family, dtype, device):
         ends, curves = [], []
         for precision in (None, dtype):
             networks, loss, teachers = FAMILIES[family](seed)
-            host = Hosted(networks, loss, teachers).to(device).train()
+            host = PeerModule(networks, loss, teachers).to(device).train()
             start, own = parts(state(host))
             curves.append(train(host, view(seed=seed, clean=False), device, precision))
             ends.append(parts(state(host)))
@@ -146,7 +146,7 @@ STATEFUL = [n for n in list_losses() if make(n).state_dict() and "features" not 
 def stateful(name, device):
     loss = make(name, CLASSES)
     networks = [Smooth(k) for k in range(2 if loss.peers else 1)]
-    return Hosted(networks, loss).to(device).train()
+    return PeerModule(networks, loss).to(device).train()
 
 
 def overflowing(device):

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ResNetFo
 
 from kd_plugins import CE, KD, SMKD, Everything, FitNet, Loss, Mutual, MyLC
 from kd_plugins.models import (
-    Hosted,
+    PeerModule,
     class_count,
     export,
     feature_dims,
@@ -139,7 +139,7 @@ def test_each_peer_sees_its_own_normalisation():
     """The pixels come as the first peer wants them; handed on as they are, the second sees wrong contrast."""
     half, imagenet = ((0.5,) * 3, (0.25,) * 3), ((0.48, 0.45, 0.4), (0.22, 0.23, 0.225))
     a, b, unknown = with_cfg(Net(1), *half), with_cfg(Net(2), *imagenet), Net(3)
-    hosted = Hosted([a, b, unknown], CE()).eval()
+    hosted = PeerModule([a, b, unknown], CE()).eval()
     raw = torch.rand(6, 3, SIZE, SIZE)
     as_a, as_b = [
         (raw - torch.tensor(m)[:, None, None]) / torch.tensor(s)[:, None, None]
@@ -158,7 +158,7 @@ def test_each_peer_sees_its_own_normalisation():
 def test_teacher_sees_its_own_normalisation():
     half, other = ((0.5,) * 3, (0.25,) * 3), ((0.1,) * 3, (0.5,) * 3)
     student, teacher = with_cfg(Net(1), *half), with_cfg(Net(2), *other)
-    hosted = Hosted([student], FromTeachers(), [teacher])
+    hosted = PeerModule([student], FromTeachers(), [teacher])
     raw = torch.rand(6, 3, SIZE, SIZE)
     loss = hosted((raw - 0.5) / 0.25, labels())["loss"]
     expected = (student((raw - 0.5) / 0.25) - teacher((raw - 0.1) / 0.5)).square().sum(-1).mean()
@@ -169,7 +169,7 @@ def test_bytes_are_normalised_for_each_network():
     """As floats that were normalised for it; x / 255 where it does not tell; other channels than it knows are refused."""
     own = [((0.5, 0.4, 0.3), (0.2, 0.3, 0.1)), ((0.1,) * 3, (0.5,) * 3)]
     a, b, unknown = with_cfg(Net(1), *own[0]), with_cfg(Net(2), *own[1]), Net(3)
-    hosted = Hosted([a, b, unknown], CE()).eval()
+    hosted = PeerModule([a, b, unknown], CE()).eval()
     raw = torch.randint(256, (6, 3, SIZE, SIZE), dtype=torch.uint8)
     means, stds = (
         [torch.tensor(cfg[k])[:, None, None] for cfg in (*own, ((0.0,), (1.0,)))] for k in (0, 1)
@@ -186,7 +186,9 @@ def test_bytes_are_normalised_for_each_network():
 
 def test_fixed_size_networks_get_resized_pixels():
     small, big = timm_vit(16).eval(), pixels(4, 24)
-    hosted = Hosted([Net(), small, vit().eval()], CE()).eval()  # the last one: transformers, 8 px
+    hosted = PeerModule(
+        [Net(), small, vit().eval()], CE()
+    ).eval()  # the last one: transformers, 8 px
     logits = hosted(big)["logits"]
 
     def resized(size):
@@ -200,7 +202,9 @@ def test_fixed_size_networks_get_resized_pixels():
     torch.testing.assert_close(logits[:, 1], small(resized(16)))
     torch.testing.assert_close(logits[:, 2], hosted.peers[2](resized(8)).logits)
     anysize = timm_vit(16, dynamic_img_size=True).eval()
-    torch.testing.assert_close(Hosted([anysize], CE()).eval()(big)["logits"][:, 0], anysize(big))
+    torch.testing.assert_close(
+        PeerModule([anysize], CE()).eval()(big)["logits"][:, 0], anysize(big)
+    )
 
 
 @pytest.mark.parametrize("kind", ["transformers conv net", "timm ViT in transformers"])
@@ -223,7 +227,7 @@ def test_size_is_known_of_wrapped_and_not_imposed_on_convolutions(kind, tmp_path
         expected = model(
             F.interpolate(shown, (16, 16), mode="bilinear", antialias=True, align_corners=False)
         ).logits
-    torch.testing.assert_close(Hosted([model], CE()).eval()(shown)["logits"][:, 0], expected)
+    torch.testing.assert_close(PeerModule([model], CE()).eval()(shown)["logits"][:, 0], expected)
 
 
 def test_pixels_take_the_dtype_of_the_weights():
@@ -233,7 +237,7 @@ def test_pixels_take_the_dtype_of_the_weights():
         with_cfg(Net(2), (0.4,) * 3, (0.3,) * 3),
         pixels(),
     )
-    hosted = Hosted([a, b], Mutual(CE(), Everything())).eval()
+    hosted = PeerModule([a, b], Mutual(CE(), Everything())).eval()
     full = hosted(x, labels())
     half = hosted.to(torch.bfloat16)(x, labels())
     assert a.conv.weight.dtype == torch.bfloat16
@@ -248,7 +252,7 @@ def test_train_returns_the_loss_alone_and_eval_plain_cross_entropy():
     """Whatever else is in the output is gathered into the predictions; and eval_loss must compare across methods."""
     peers, x, y = [Net(1), Net(2)], pixels(), labels()
     loss = SMKD(MyLC(window=10), eta=1.0, b2=0.0)
-    hosted = Hosted(peers, loss)
+    hosted = PeerModule(peers, loss)
     output = hosted(x, y)
     assert output.keys() == {"loss"}
     assert hosted.stats["loss"] == output["loss"]
@@ -276,7 +280,7 @@ def test_train_returns_the_loss_alone_and_eval_plain_cross_entropy():
 def test_soft_labels_in_evaluation():
     """The plain cross-entropy to distributions [B, C]; integer labels of any width."""
     peers, x, y = [Net(1), Net(2)], pixels(), labels()
-    hosted = Hosted(peers, Mutual(CE(), Everything())).eval()
+    hosted = PeerModule(peers, Mutual(CE(), Everything())).eval()
     soft = 0.8 * F.one_hot(y, CLASSES) + 0.2 / CLASSES
     expected = torch.stack([F.cross_entropy(p(x), soft) for p in peers]).mean()
     torch.testing.assert_close(hosted(x, soft)["loss"], expected)
@@ -286,7 +290,7 @@ def test_soft_labels_in_evaluation():
 
 def test_rows_without_labels_and_other_columns():
     """In prediction the logits; in training an error that names what there is."""
-    hosted, x = Hosted([Net(1)], CE()), pixels()
+    hosted, x = PeerModule([Net(1)], CE()), pixels()
     assert list(hosted.eval()(x, path=torch.zeros(6))) == ["logits"]
     hosted.train()
     assert list(hosted(x, labels(), path=torch.zeros(6))) == ["loss"]
@@ -298,7 +302,7 @@ def test_rows_without_labels_and_other_columns():
 
 def test_the_last_step_is_left_for_whoever_reads_it():
     peers, x, y = [Net(1), Net(2)], pixels(), labels()
-    hosted = Hosted(peers, Mutual(CE(), Everything()))
+    hosted = PeerModule(peers, Mutual(CE(), Everything()))
     hosted(x, y, index=torch.arange(6))
     assert not any(z.requires_grad for z in hosted.last["logits"])
     torch.testing.assert_close(hosted.last["logits"][1], peers[1](x).detach())
@@ -312,7 +316,7 @@ def test_selected_right_counts_what_was_taught():
     x, y = pixels(), labels()
     loss = Mutual(CE(), Everything())
     loss.watch = True
-    hosted = Hosted([Net(1), Net(2)], loss)
+    hosted = PeerModule([Net(1), Net(2)], loss)
     clean = y.clone()
     clean[:2] = (clean[:2] + 1) % CLASSES  # two of the six labels that are taught are wrong
     hosted(x, y, clean_labels=clean)
@@ -325,7 +329,7 @@ def test_selected_right_counts_what_was_taught():
 def test_teachers_do_not_learn_and_stay_out_of_the_checkpoint():
     teacher = Net(2, bn=True, dropout=0.5).train()
     before = state(teacher)
-    hosted = Hosted([Net(1, bn=True)], FromTeachers(), [teacher]).train()
+    hosted = PeerModule([Net(1, bn=True)], FromTeachers(), [teacher]).train()
     assert hosted.peers[0].training
     assert not teacher.training
     hosted(pixels(), labels())["loss"].backward()
@@ -352,21 +356,21 @@ def test_teachers_are_handed_back_as_they_came():
         return modes, [p.requires_grad for t in teachers for p in t.parameters()]
 
     before = condition()
-    hosted = Hosted([Net(1)], FromTeachers(), teachers)
+    hosted = PeerModule([Net(1)], FromTeachers(), teachers)
     for _ in range(2):
         hosted.train()(pixels(), labels())
         assert not any(m.training for t in teachers for m in t.modules())
         hosted.eval()
         assert condition() == before
     hosted.train()(pixels(), labels())
-    hosted.release_teachers()
+    hosted.teachers.release()
     assert condition() == before
 
 
 def test_teachers_are_stacked_and_not_dropped_out():
     x, y, teachers = pixels(), labels(), [Net(2, dropout=0.5), Net(3)]
     student = Net(1)
-    hosted = Hosted([student], FromTeachers(), teachers)
+    hosted = PeerModule([student], FromTeachers(), teachers)
     mean = torch.stack([t.eval()(x) for t in teachers]).mean(0)
     torch.testing.assert_close(hosted(x, y)["loss"], (student(x) - mean).square().sum(-1).mean())
 
@@ -374,19 +378,19 @@ def test_teachers_are_stacked_and_not_dropped_out():
 def test_index_reaches_the_loss_that_reads_it():
     x, y, model = pixels(), labels(), Net(1)
     index = torch.tensor([5, 0, 3, 1, 2, 9])
-    loss = Hosted([model], ByIndex())(x, y, index=index)["loss"]
+    loss = PeerModule([model], ByIndex())(x, y, index=index)["loss"]
     torch.testing.assert_close(
         loss, (F.cross_entropy(model(x), y, reduction="none") * index).mean()
     )
     with pytest.raises(TypeError, match=r"ByIndex reads \['index'\]: missing"):
-        Hosted([model], ByIndex())(x, y)
+        PeerModule([model], ByIndex())(x, y)
 
 
 def test_activation_checkpointing_computes_the_same_gradient_twice():
     x, y = pixels(4, 16), labels(4)
     peers = [timm_vit(), vit(image_size=16)]
     layer = next(next(m for m in peers[1].modules() if type(m).__name__ == "ViTLayer").children())
-    hosted = Hosted(peers, Mutual(CE(), Everything()))
+    hosted = PeerModule(peers, Mutual(CE(), Everything()))
 
     def gradient():
         calls = []
@@ -406,7 +410,7 @@ def test_activation_checkpointing_computes_the_same_gradient_twice():
     assert (once, twice) == (2, 4)  # a block of timm's, a layer of transformers'
     assert difference(plain, recomputed) < 1e-6
     with pytest.raises(ValueError, match="Net has no activation checkpointing"):
-        Hosted([Net()], CE()).activation_checkpointing_enable()
+        PeerModule([Net()], CE()).activation_checkpointing_enable()
 
 
 # ------------------------------------------------------------------------------------------------------------ export
@@ -447,7 +451,7 @@ def test_export_timm(kind, tmp_path):
     first = with_cfg(Net(), (0.0,) * 3, (1.0,) * 3)
     raw = torch.rand(3, 3, size, size)
     mean, std = (torch.tensor(model.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
-    second = Hosted([first, wrapped], Mutual(CE(), Everything())).eval()(raw)["logits"][:, 1]
+    second = PeerModule([first, wrapped], Mutual(CE(), Everything())).eval()(raw)["logits"][:, 1]
     torch.testing.assert_close(second, model((raw - mean) / std), rtol=1e-3, atol=1e-3)
 
 
@@ -545,7 +549,7 @@ def test_maps_of_student_and_teachers_are_handed_over():
     """All layers where one but the last is asked for; in the teacher's own size; teachers get no gradient, stay in eval."""
     student, cnn = timm.create_model("test_resnet", num_classes=CLASSES), timm_conv()
     loss = FromMaps()
-    hosted = Hosted([student], loss, [cnn, timm_vit()]).train()
+    hosted = PeerModule([student], loss, [cnn, timm_vit()]).train()
     hosted(pixels(4, 32), labels(4))["loss"].backward()
     own, theirs = loss.seen
     assert [s[1] for s in own] == feature_dims(student)
@@ -555,7 +559,7 @@ def test_maps_of_student_and_teachers_are_handed_over():
         p.grad is None for m in hosted.teachers for p in m.parameters()
     )
     loss.layers = (-1,)
-    hosted = Hosted([student], loss, [cnn])
+    hosted = PeerModule([student], loss, [cnn])
     hosted.train()(pixels(4, 32), labels(4))
     assert [s[1] for s in loss.seen[0]] == feature_dims(student)[-1:]
 
@@ -572,13 +576,15 @@ def test_teachers_of_other_widths_and_without_heads():
     dims = [feature_dims(m)[-1] for m in teachers]
     loss = CE() + FitNet(feature_dims(student)[-1], dims, layer=-1)
     refuse_pairing([student], teachers, loss)
-    assert Hosted([student], loss, teachers).train()(pixels(4, 32), labels(4))["loss"].isfinite()
+    assert (
+        PeerModule([student], loss, teachers).train()(pixels(4, 32), labels(4))["loss"].isfinite()
+    )
     with pytest.raises(ValueError, match=r"teacher 0: num_classes=0.*no logits, which KD reads"):
         refuse_pairing([student], teachers[:1], KD())
     with pytest.raises(ValueError, match=r"different numbers of classes: .*'teacher 0': 7"):
         refuse_pairing([student], teachers[1:], KD())
     wide = [timm_conv(), timm.create_model("test_resnet", num_classes=CLASSES)]
-    assert Hosted([student], KD(), wide).train()(pixels(4, 32), labels(4))["loss"].isfinite()
+    assert PeerModule([student], KD(), wide).train()(pixels(4, 32), labels(4))["loss"].isfinite()
 
 
 def test_a_peer_that_cannot_learn_is_refused():

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from kd_plugins import CE, KD, SMKD, MyLC
-from kd_plugins.models import Hosted
+from kd_plugins.models import PeerModule
 
 CLASSES, WORDS, LENGTH = 3, 12, 6
 
@@ -76,7 +76,7 @@ def test_teachers_and_averages_read_tokens_too(tmp_path):
 
 def test_columns_that_a_network_does_not_name_are_left_out():
     batch = {name: torch.as_tensor(np.array(texts(4)[name])) for name in texts(4).column_names}
-    hosted = Hosted([bert(1), bert(2)], SMKD(MyLC(window=4))).eval()
+    hosted = PeerModule([bert(1), bert(2)], SMKD(MyLC(window=4))).eval()
     assert hosted(**batch, length=torch.ones(4))["logits"].shape == (4, 2, CLASSES)
     with pytest.raises(ValueError, match=r"none of the inputs of Bert.*input_ids.*has \['words'\]"):
         hosted(words=batch["input_ids"])
