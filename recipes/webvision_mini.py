@@ -1,14 +1,14 @@
 """Two networks learn from doubtful labels: cross-entropy against SMKD-P + MyLC, same seeds.
 
     accelerate launch -q recipes/webvision_mini.py              # digits, 40% of the labels wrong
-    accelerate launch -q recipes/webvision_mini.py --seeds 3    # the table of the README
+    accelerate launch -q recipes/webvision_mini.py --seeds 3    # the table in docs/results.md
     accelerate launch -q recipes/webvision_mini.py --data_dir WEBVISION --imagenet_dir ILSVRC --bf16
 
 Without `--data_dir`, scikit-learn's handwritten digits are written in WebVision's layout with 40%
 symmetric label noise, and two small timm networks train on them for a few minutes on two CPU cores.
 With it, the setting is the paper's: Google part, 50 classes, two ResNet-50, 299 px crops of 320 px,
 batch 32, 100 epochs; the paper publishes no learning rate. Expected on the digits, three seeds:
-ensemble 92.6 ± 1.7 against 88.2 ± 0.3 per cent, see README.md. Run a killed command again: it
+ensemble 92.6 ± 1.7 against 88.2 ± 0.3 per cent, see docs/results.md. Run a killed command again: it
 continues where it stopped, and finished parts are not trained again.
 """
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from .tables import markdown, mean_std, methods, write_methods
+from .tables import markdown, mean_std, methods
 
 __all__ = ["curves", "draw", "markdown", "mean_std", "methods", "read", "selection"]
 
@@ -310,16 +310,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m kd_plugins.audit.plots",
         description="Draw the pictures of runs, which may still be going, into RUN/pictures of the "
-        "first one. For a README.md, write its table of methods instead.",
+        "first one.",
     )
     what = "a folder with trainer_state.json or checkpoint-*/, or such a file"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=what)
     runs = parser.parse_args(argv).runs
     first, names = Path(runs[0]), [Path(run).resolve().name for run in runs]
     try:
-        if first.suffix == ".md":
-            write_methods(first)
-            return
         named = dict(zip(names if len(set(names)) == len(names) else runs, runs, strict=True))
         folder = (first if first.is_dir() else first.parent) / "pictures"
         drawn = draw(named if len(runs) > 1 else runs[0], folder)

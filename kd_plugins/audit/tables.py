@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from statistics import fmean, stdev
 
 from ..losses.registry import list_losses, summarise_loss
@@ -33,20 +32,7 @@ def markdown(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 
 def methods() -> str:
-    """The registered losses as a Markdown table, from their docstrings. The README contains it."""
+    """The registered losses as a Markdown table, from their docstrings. The documentation has it."""
     summaries = map(summarise_loss, list_losses())
     rows = [(f"`{s.name}`", s.formula, ", ".join(s.inputs), s.source) for s in summaries]
     return markdown(["name", "what it computes", "reads", "source"], rows)
-
-
-def write_methods(path: Path) -> None:
-    """Write the table of methods into a README, between the comments that mark its place."""
-    start = "<!-- methods: python -m kd_plugins.audit.plots README.md -->\n"
-    end = "<!-- /methods -->"
-    text = path.read_text(encoding="utf-8")
-    if start not in text or end not in text.partition(start)[2]:
-        raise ValueError(f"{path} has no place for the table: expected {start.strip()} and {end}")
-    head, _, rest = text.partition(start)
-    path.write_text(
-        f"{head}{start}\n{methods()}\n\n{end}{rest.partition(end)[2]}", encoding="utf-8"
-    )
