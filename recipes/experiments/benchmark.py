@@ -1,12 +1,13 @@
-"""What the library costs, as ratios measured in one run: each row against the same work without it, in turns.
+"""What the library costs, as ratios within one run: each row against the same work without it.
 
-    python recipes/experiments/benchmark.py                          # every row that this machine can measure: minutes
-    python recipes/experiments/benchmark.py --rows "loss" "import"   # rows whose name holds one of these
+    python recipes/experiments/benchmark.py                          # all rows: minutes
+    python recipes/experiments/benchmark.py --rows "loss" "import"   # rows with this in their name
     python recipes/experiments/benchmark.py --quick                  # smaller networks and data
 
-Both sides of a ratio are warmed up and then run in turns; the figure is the median of the ratios of neighbouring runs, so that a
-machine that is slow for a while is slow for both. The table goes to the screen, and with hardware and versions into
-`--output`. Rows with "GPU" in their name want one.
+Both sides of a ratio are warmed up and then run in turns. The figure is the median ratio of
+neighbouring runs, so that a machine that is slow for a while is slow for both. The table is
+printed, and written to `--output` with hardware and versions. Rows with "GPU" in their name need
+one.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def calls(work: Callable[[], object], count: int) -> Callable[[], None]:
     return several
 
 
-# ------------------------------------------------------------------------------------------------------------- the rows
+# ---------------------------------------------------------------------------------------- the rows
 
 
 def loss_alone(batch: int, classes: int, ours_compiled: bool, theirs_compiled: bool = False) -> Row:
@@ -154,19 +155,19 @@ def step_of_a_pair(name: str, size: int, batch: int, quick: bool) -> Row:
 
 
 def step_with_teachers(ours, theirs, count: int) -> Row:
-    """A student's step with `count` teachers whose logits are there, two losses against each other."""
+    """A student's step with `count` teachers, with one loss against another."""
     student = timm.create_model("resnet10_cifar", num_classes=100).to(DEVICE)
     x, y = torch.randn(64, 3, 32, 32, device=DEVICE), torch.randint(100, (64,), device=DEVICE)
-    masters = [
+    teachers = [
         timm.create_model("resnet10_cifar", num_classes=100).to(DEVICE).eval() for _ in range(count)
     ]
     extra = {"index": torch.arange(64, device=DEVICE)}
 
     def step(loss) -> None:
         with torch.no_grad():
-            teacher = torch.stack([master(x) for master in masters])
+            teacher = torch.stack([model(x) for model in teachers])
         known = {"teacher": teacher, **extra}
-        loss(student(x), y, **{name: known[name] for name in loss.reads}).backward()
+        loss(student(x), y, **{name: known[name] for name in loss.required_inputs}).backward()
         student.zero_grad()
 
     losses = [loss.to(DEVICE) for loss in (ours, theirs)]
@@ -178,7 +179,7 @@ def step_with_teachers(ours, theirs, count: int) -> Row:
 
 
 def epoch_in_the_trainer(quick: bool) -> Row:
-    """An epoch in MutualDistillationTrainer, after start-up, against the same work in a loop of ten lines."""
+    """An epoch in MutualDistillationTrainer, after start-up, against a loop of ten lines."""
     rows, batch = 512 if quick else 2048, 64
     pictures = torch.randn(rows, 3, 32, 32)
     data = [{"pixel_values": pictures[i], "labels": i % 10, "index": i} for i in range(rows)]
@@ -262,9 +263,10 @@ def pictures_on_disk(folder: Path, count: int, side: int) -> None:
 
 
 def data_rate(kind: str, quick: bool, floats: bool = False) -> Row:
-    """Rows a second decoded, augmented, batched, normalised and on the device, against timm's loader on the same files.
+    """Rows a second decoded, augmented, batched, normalised on the device, against timm's loader.
 
-    timm's as timm's training script has it: with its prefetcher, which batches bytes and normalises whole batches, the faster one.
+    timm's loader has its prefetcher, as in timm's training script: it batches uint8 and normalises
+    whole batches, which is the faster way.
     """
     count, side = (256 if quick else 1024), 256
     with tempfile.TemporaryDirectory() as name:
@@ -308,7 +310,7 @@ def data_rate(kind: str, quick: bool, floats: bool = False) -> Row:
 
 
 def noisy_view_of_millions(memory: bool) -> Row:
-    """Seconds, or the most bytes that numpy and Arrow hold more of while it is made; the pictures stay where they are."""
+    """Seconds, or the peak of additional memory of numpy and Arrow. No picture may be copied."""
     rows = 2_400_000
     starts = pyarrow.py_buffer(np.arange(rows + 1, dtype=np.int32) * 64)
     content = pyarrow.Array.from_buffers(
@@ -404,7 +406,7 @@ def no_synchronisation() -> Row:
 
 
 def graphs_of_a_schedule() -> Row:
-    """Graphs that a loss is compiled to, whole, while its schedule runs from 0 to 1; the most of any loss."""
+    """Into how many graphs a loss compiles while its schedule runs; the most of any loss."""
     most = 0
     for _, loss, call in every_loss():
         torch.compiler.reset()
@@ -418,7 +420,7 @@ def graphs_of_a_schedule() -> Row:
 
 
 def two_peers_on_one(how: str, quick: bool) -> Row:
-    """A bf16 step of two ResNet-18 at 32 px with SMKD + MyLC against a step of one of them: eager, compiled, or in streams."""
+    """A bf16 step of two ResNet-18 with SMKD + MyLC against one: eager, compiled or in streams."""
     name, batch = ("resnet10_cifar", 8) if quick else ("resnet18_cifar", 128)
     x = torch.randn(batch, 3, 32, 32, device=DEVICE).to(memory_format=torch.channels_last)
     y = torch.randint(100, (batch,), device=DEVICE)
@@ -461,7 +463,7 @@ def two_peers_on_one(how: str, quick: bool) -> Row:
 
 
 def compute_limit(quick: bool) -> Row:
-    """A compiled bf16 step of two ResNet-34 at 32 px against its operations at the rate of a large matrix product."""
+    """A compiled bf16 step of two ResNet-34 against as many operations in a matrix product."""
     name, batch, side = ("resnet10_cifar", 8, 256) if quick else ("resnet34_cifar", 128, 8192)
     nets = nn.ModuleList(timm.create_model(name, num_classes=100) for _ in range(2))
     nets = nets.to(DEVICE, memory_format=torch.channels_last)
@@ -496,7 +498,7 @@ def compute_limit(quick: bool) -> Row:
 
 
 def peak_bytes(work: Callable[[], object]) -> int:
-    """The most memory that tensors made in `work` take at once."""
+    """The most memory that the tensors made in `work` take at once."""
     if GPU:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -513,7 +515,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 
 def peak_memory(batch: int, classes: int, dtype: torch.dtype) -> Row:
-    """SMKD + MyLC against two cross-entropies under autocast, which computes them in float32 as the loss does."""
+    """SMKD + MyLC against two cross-entropies in float32, in which the loss computes too."""
     y = torch.randint(classes, (batch,), device=DEVICE)
     smkd, plain = SMKD(MyLC(window=50_000)).to(DEVICE), nn.CrossEntropyLoss()
     smkd.set_progress(0.5)

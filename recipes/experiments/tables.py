@@ -1,20 +1,23 @@
-"""Rerun the papers' tables with one command: a matrix of method x setting x seed, one recipe run a cell.
+"""Rerun the papers' tables with one command: a matrix of methods, settings and seeds.
 
-    python recipes/experiments/tables.py --table smkd-1 --data uoft-cs/cifar100 --label fine_label --bf16 --jobs 4
+    python recipes/experiments/tables.py --table smkd-1 --data uoft-cs/cifar100 \\
+        --label fine_label --bf16 --jobs 4
     python recipes/experiments/tables.py --table smkd-1 --data FOLDER --budget small --jobs 2
 
-Each cell is a run of `cifar100_noise.py` or `distill_teachers.py` in a folder of its own, `OUTPUT_DIR/TABLE/BUDGET/...`, with its
-log. Give the same command again and what is done is not done again, what was killed goes on from its checkpoint, and what failed is
-tried once more. `--jobs` cells run at once, dealt out over the GPUs there are; a cell that fails beside others, for want of memory
-say, is tried once more by itself at the end. Options that are not listed here go to every cell (`--bf16`); what is done with others
-is not published with these: they want an `--output_dir` of their own.
+Each cell runs `cifar100_noise.py` or `distill_teachers.py` in its own folder,
+`OUTPUT_DIR/TABLE/BUDGET/...`, with a log. Give the same command again: finished cells are not run
+again, killed ones continue from their checkpoint, and failed ones are tried once more. `--jobs`
+cells run at once, spread over the GPUs. A cell that fails beside others (out of memory, say) is
+tried once more alone at the end. Options that are not listed here go to every cell (`--bf16`).
+Figures made with other options are not published together: they need another `--output_dir`.
 
-`--budget` says how much of the papers' setting is run: `full` is theirs; `small` takes narrow networks, few epochs, part of the
-classes and other options, so that a table runs on two cores in minutes to an hour. No figure of it is comparable with the papers',
-and every output says so. What the tables and the budgets contain: tables_of_papers.py.
+`--budget full` is the papers' setting. `small` takes narrow networks, few epochs and part of the
+classes, so that a table takes minutes to an hour on two cores. Its figures are not comparable with
+the papers', and every output says so. tables_of_papers.py has the content of tables and budgets.
 
-Written: `results.parquet`, one row per cell, seed and metric; and from it `table.md`, `table.tex`, `table.png` (mean, deviation,
-the paper's figure and the difference) and the training curves of the first seed, `curves-*.png`.
+Output: `results.parquet` with one row per cell, seed and metric; `table.md`, `table.tex` and
+`table.png` (mean, deviation, the paper's figure and the difference); the training curves of the
+first seed, `curves-*.png`.
 """
 
 import json
@@ -25,7 +28,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
@@ -36,6 +39,7 @@ import pandas as pd
 from tables_of_papers import BUDGETS, NARROW, TABLES, Options, Table
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
 
 from kd_plugins.audit import plots as report
 from kd_plugins.train import run_main
@@ -46,19 +50,15 @@ Values = dict[tuple[str, str], list[float]]  # (row, column): a figure of each s
 
 @dataclass
 class Settings:
-    table: str = field(metadata={"help": f"one of {', '.join(TABLES)}"})
-    data: str = field(default="uoft-cs/cifar100", metadata={"help": "hub id or folder"})
-    label: str | None = field(
-        default=None, metadata={"help": "column; coarse_label in SMKD's tables at budget small"}
-    )
-    budget: str = field(default="full", metadata={"help": f"one of {', '.join(BUDGETS)}"})
-    seeds: int = field(default=3, metadata={"help": "runs of each cell: seeds 0, 1, ..."})
-    jobs: int = field(default=1, metadata={"help": "cells at once"})
-    rows: list[str] = field(default_factory=list, metadata={"help": "these rows only"})
-    columns: list[str] = field(default_factory=list, metadata={"help": "these columns only"})
-    first: list[str] = field(
-        default_factory=list, metadata={"help": "cells to run before the others: 'ROW:COLUMN'"}
-    )
+    table: str = HfArg(help=f"one of {', '.join(TABLES)}")
+    data: str = HfArg(default="uoft-cs/cifar100", help="hub id or folder")
+    label: str | None = HfArg(default=None, help="column; at budget small coarse_label for SMKD")
+    budget: str = HfArg(default="full", help=f"one of {', '.join(BUDGETS)}")
+    seeds: int = HfArg(default=3, help="runs of each cell: seeds 0, 1, ...")
+    jobs: int = HfArg(default=1, help="cells at once")
+    rows: list[str] = HfArg(default_factory=list, help="these rows only")
+    columns: list[str] = HfArg(default_factory=list, help="these columns only")
+    first: list[str] = HfArg(default_factory=list, help="cells to run first: 'ROW:COLUMN'")
     output_dir: str = "runs/tables"
 
 
@@ -94,7 +94,7 @@ def arguments(options: Options) -> list[str]:
 
 
 def options_of(command: list[str]) -> dict[str, list[str]]:
-    """The options of a command line with their values; the last of a name wins, as it does in the recipe."""
+    """The options of a command line with their values; the last of a name wins."""
     words = [
         part
         for word in command
@@ -119,40 +119,47 @@ def chosen(there: dict[str, Any], name: str, value: str) -> Any:
     return there[value]
 
 
-def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
-    """The cells in the order in which they run; teachers that cells share stand before them, with an empty row."""
-    table = chosen(TABLES, "table", s.table)
-    budget = chosen(BUDGETS, "budget", s.budget)[table.recipe]
+def choose_cells(s: Settings, table: Table) -> list[tuple[str, str]]:
+    """(row, column) of the cells to run, the urgent ones first."""
     rows, columns = s.rows or list(table.rows), s.columns or list(table.columns)
-    for name, asked, there in (("rows", rows, table.rows), ("columns", columns, table.columns)):
-        if unknown := [value for value in asked if value not in there]:
+    for name, chosen, there in (("rows", rows, table.rows), ("columns", columns, table.columns)):
+        if unknown := [value for value in chosen if value not in there]:
             raise SystemExit(f"--{name} {unknown}: {s.table} has {list(there)}")
-    grid = [
-        (row, column)
-        for row in rows
-        for column in columns
-        if column in table.only.get(row, columns)
-    ]
+    grid = [(row, column) for row in rows for column in columns]
+    grid = [(row, column) for row, column in grid if column in table.only.get(row, columns)]
     urgent = [tuple(cell.split(":", 1)) for cell in s.first]
     if unknown := [":".join(cell) for cell in urgent if cell not in grid]:
-        raise SystemExit(
-            f"--first {unknown}: expected ROW:COLUMN of this table, such as {':'.join(grid[0])!r}"
-        )
-    grid.sort(key=lambda cell: urgent.index(cell) if cell in urgent else len(urgent))
-    root = Path(s.output_dir, s.table, s.budget)
-    varied = {key for part in (*table.rows.values(), *table.columns.values()) for key in part}
-    varied |= {"seed", "teachers", "train_teachers"}
+        example = ":".join(grid[0])
+        raise SystemExit(f"--first {unknown}: expected ROW:COLUMN of this table, as {example!r}")
+    return sorted(grid, key=lambda cell: urgent.index(cell) if cell in urgent else len(urgent))
+
+
+def options_for_all(s: Settings, table: Table, rest: list[str]) -> dict[str, list[str]]:
+    """The options that are passed on to every cell; refused if a cell has its own."""
+    own = {key for part in (*table.rows.values(), *table.columns.values()) for key in part}
+    own |= {"seed", "teachers", "train_teachers"}
     given = options_of(rest)
     for key, values in given.items():
-        if any(
-            name.startswith(key) for name in varied
-        ):  # argparse takes the beginning of a name for it
+        if any(name.startswith(key) for name in own):  # argparse also takes the start of a name
             raise SystemExit(
-                f"--{key} {' '.join(values)}: each cell of {s.table} has its own, which this would replace in all of "
-                "them; expected --rows and --columns to choose cells, --seeds N for the seeds 0 to N - 1"
+                f"--{key} {' '.join(values)}: each cell of {s.table} has its own, and this would "
+                "replace all of them; expected --rows and --columns to choose cells, --seeds N for "
+                "the seeds 0 to N - 1"
             )
     if rest and not rest[0].startswith("--"):
         raise SystemExit(f"{rest[0]}: expected --OPTION VALUE; it would be dropped")
+    return given
+
+
+def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
+    """The cells in the order in which they run, and the folder of the table.
+
+    Teachers that the cells share are a cell of their own, with an empty row, and come first.
+    """
+    table = chosen(TABLES, "table", s.table)
+    budget = chosen(BUDGETS, "budget", s.budget)[table.recipe]
+    grid, given = choose_cells(s, table), options_for_all(s, table, rest)
+    root = Path(s.output_dir, s.table, s.budget)
 
     def make(row: str, column: str, seed: int, folder: Path, *parts: Options) -> Cell:
         options = merged({"data": s.data, "label": s.label}, table.base, *parts)
@@ -160,25 +167,22 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
             for key in {"models", "teachers"} & {*options}:
                 options[key] = [NARROW.get(name, name) for name in options[key]]
         if options.get("method") == "smkd":
-            normalize = "selected" if s.budget == "full" else "batch"  # the paper's, or the default
+            normalize = "selected" if s.budget == "full" else "batch"  # the paper's, the default
             options = merged(options, {"loss_args": {"normalize": normalize}})
         options |= {"output_dir": folder, "seed": seed}
         command = [sys.executable, str(RECIPES / table.recipe), *arguments(options)]
         for key, values in given.items():
-            if not row or key not in (
-                "teacher_epochs",
-                "teacher_rates",
-            ):  # nothing that students have
+            if not row or key not in ("teacher_epochs", "teacher_rates"):
                 command += [f"--{key}", *values]
         return Cell(row, column, seed, folder, command)
 
     cells, trained = [], []
     if names := table.base.get("teachers"):
-        cells.append(make("", "", 0, root / "teachers", budget))
-        cells[0].command.extend(["--student", "none"])  # after what `rest` says of the students
-        trained = [
-            str(root / "teachers" / "teachers" / str(k) / "peer_a") for k in range(len(names))
-        ]
+        teachers = make("", "", 0, root / "teachers", budget)
+        teachers.command.extend(["--student", "none"])  # the last one counts
+        cells.append(teachers)
+        folder = root / "teachers" / "teachers"
+        trained = [str(folder / str(k) / "peer_a") for k in range(len(names))]
     for seed in range(s.seeds):
         for row, column in grid:
             own = merged(table.columns[column], table.rows[row], budget)
@@ -186,82 +190,84 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
                 own["train_teachers"] = False
                 own.pop("teacher_epochs", None)
                 own["teachers"] = [trained[k] for k in own.get("teachers", range(len(trained)))]
-            cells.append(
-                make(row, column, seed, root / f"{slug(row)}--{slug(column)}" / str(seed), own)
-            )
+            folder = root / f"{slug(row)}--{slug(column)}" / str(seed)
+            cells.append(make(row, column, seed, folder, own))
     return cells, root
 
 
 def refuse_others(cells: list[Cell]) -> None:
-    """Figures of another command must not stand in this one's table; what has no record of its command is taken as it is."""
+    """A finished cell must have run with this command, if its command is on record."""
     for cell in cells:
         clock = cell.folder / "clock.json"
         record = json.loads(clock.read_text()) if cell.done.exists() and clock.exists() else {}
-        made, asked = options_of(record.get("command", cell.command)), options_of(cell.command)
-        if other := [
-            k for k in sorted({*made, *asked} - {"output_dir"}) if made.get(k) != asked.get(k)
-        ]:
+        saved, current = options_of(record.get("command", cell.command)), options_of(cell.command)
+        names = sorted({*saved, *current} - {"output_dir"})
+        if other := [name for name in names if saved.get(name) != current.get(name)]:
             raise SystemExit(
-                f"{cell.folder} was run with { ({k: made.get(k) for k in other}) }, asked for is "
-                f"{ ({k: asked.get(k) for k in other}) }; its figures would be published as this command's. Choose "
-                "another --output_dir, or delete it"
+                f"{cell.folder} was run with { {k: saved.get(k) for k in other} }, asked for is "
+                f"{ {k: current.get(k) for k in other} }; its figures would be "
+                "published as this command's. Choose another --output_dir, or delete it"
             )
 
 
-def run(cells: list[Cell], jobs: int) -> dict[str, str]:
-    """Run what is not done yet, several at once; the folders of what failed, with the last line of their log."""
-    import torch
+class Runner:
+    """Runs cells, several at once, each on its share of the GPUs and cores."""
 
-    gpus, cores, processes = torch.cuda.device_count(), os.cpu_count() or 1, []
-    todo = [cell for cell in cells if not cell.done.exists()]
-    bar = tqdm(
-        total=len(cells), initial=len(cells) - len(todo), desc="cells", unit="cell", smoothing=0
-    )
-    pool, slots = ThreadPoolExecutor(jobs), SimpleQueue()  # a slot is a place on a GPU
-    for slot in range(jobs):
-        slots.put(slot)
+    def __init__(self, cells: list[Cell], jobs: int) -> None:
+        import torch
 
-    def one(cell: Cell, threads: int = max(1, cores // jobs)) -> bool:
+        self.jobs, self.cores = jobs, os.cpu_count() or 1
+        self.gpus = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+        self.todo = [cell for cell in cells if not cell.done.exists()]
+        self.processes: list[subprocess.Popen] = []
+        self.slots: SimpleQueue[int] = SimpleQueue()  # a slot is a place on a GPU
+        for slot in range(jobs):
+            self.slots.put(slot)
+        done = len(cells) - len(self.todo)
+        self.bar = tqdm(total=len(cells), initial=done, desc="cells", unit="cell", smoothing=0)
+
+    def run_all(self) -> dict[str, str]:
+        """Folder and last line of the log of each cell that failed."""
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            failed = [cell for cell in self.todo if not cell.row and not self.run(cell, self.cores)]
+            if not failed:  # the others need the teachers
+                others = [cell for cell in self.todo if cell.row]
+                ended = zip(others, pool.map(self.run, others), strict=True)
+                failed = [cell for cell, ok in ended if not ok]
+                if self.jobs > 1:  # once more, alone: others may have held the memory
+                    failed = [cell for cell in failed if not self.run(cell)]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in self.processes:
+                process.terminate()
+            self.bar.close()
+        return {str(cell.folder): last_line(cell) for cell in failed}
+
+    def run(self, cell: Cell, threads: int | None = None) -> bool:
+        """Whether the recipe ended well; then its time and its command are recorded."""
         cell.folder.mkdir(parents=True, exist_ok=True)
-        slot, started = slots.get(), time.time()
-        gpu = {"CUDA_VISIBLE_DEVICES": str(slot % gpus)} if gpus else {}
-        env = os.environ | {"OMP_NUM_THREADS": str(threads)} | gpu
+        slot, started = self.slots.get(), time.time()
+        env = os.environ | {"OMP_NUM_THREADS": str(threads or max(1, self.cores // self.jobs))}
+        if self.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = str(slot % len(self.gpus))
         try:
             with open(cell.folder / "log.txt", "a", encoding="utf-8") as log:
                 command = [*cell.command, "--disable_tqdm", "True"]
                 process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
-                processes.append(process)
+                self.processes.append(process)
                 ok = process.wait() == 0
         finally:
-            slots.put(slot)
+            self.slots.put(slot)
         if ok:
-            name = torch.cuda.get_device_name(slot % gpus) if gpus else f"{cores} CPU cores"
-            clock = {
-                "seconds": round(time.time() - started),
-                "jobs": jobs,
-                "device": name,
-                "command": cell.command[1:],
-            }
+            clock = {"seconds": round(time.time() - started), "jobs": self.jobs}
+            device = self.gpus[slot % len(self.gpus)] if self.gpus else f"{self.cores} CPU cores"
+            clock |= {"device": device, "command": cell.command[1:]}
             (cell.folder / "clock.json").write_text(json.dumps(clock, indent=1))
-            bar.update()
-            bar.set_postfix_str(f"{cell.row} {cell.column} {cell.seed}" if cell.row else "teachers")
+            name = f"{cell.row} {cell.column} {cell.seed}" if cell.row else "teachers"
+            self.bar.set_postfix_str(name)
+            self.bar.update()
         return ok
-
-    try:
-        failed = [cell for cell in todo if not cell.row and not one(cell, cores)]
-        if not failed:  # the others need the teachers
-            others = [cell for cell in todo if cell.row]
-            failed = [
-                cell for cell, ok in zip(others, pool.map(one, others), strict=True) if not ok
-            ]
-            if jobs > 1:  # once more, each by itself: it may have wanted memory that others held
-                failed = [cell for cell in failed if not one(cell, cores)]
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()  # of one that has ended: nothing
-        bar.close()
-    return {str(cell.folder): last_line(cell) for cell in failed}
 
 
 def last_line(cell: Cell) -> str:
@@ -302,7 +308,7 @@ def tidy(s: Settings, cells: list[Cell], table: Table) -> pd.DataFrame:
 
 
 def grid_of(s: Settings, table: Table, values: Values) -> tuple[list[str], list[list[str]]]:
-    """Header and rows as text, in per cent; a difference to the paper's figure is shown at full budget only."""
+    """Header and rows as text, in per cent; the difference to the paper at full budget only."""
 
     def text(row: str, column: str) -> str:
         figures, paper = values.get((row, column)), table.paper.get((row, column))
@@ -379,7 +385,7 @@ def picture(s: Settings, table: Table, values: Values, path: Path, caption: str)
         )
     ax.set_yticks(range(len(rows)), reversed(rows))
     ax.set_xlabel(
-        f"{'mean over networks, ' if table.metric == 'eval_accuracy' else ''}top-1 test accuracy [%]"
+        f"{'mean over networks, ' * (table.metric == 'eval_accuracy')}top-1 test accuracy [%]"
     )
     ax.grid(axis="x", color="#DDDDDD", linewidth=0.6)
     ax.set_axisbelow(True)
@@ -403,8 +409,9 @@ def publish(s: Settings, cells: list[Cell], root: Path, rest: list[str]) -> None
     }
     seeds = ", ".join(map(str, sorted(set(figures.seed))))
     caption = (
-        f"{table.title}. Budget {s.budget}{': ' + ' '.join(rest) if rest else ''}; seeds {seeds}; last epoch, "
-        f"per cent, mean ± deviation.{' Not comparable with the paper.' if s.budget != 'full' else ''}"
+        f"{table.title}. Budget {s.budget}{': ' + ' '.join(rest) if rest else ''}; seeds {seeds}; "
+        "last epoch, per cent, mean ± deviation."
+        f"{' Not comparable with the paper.' if s.budget != 'full' else ''}"
     )
     header, rows = grid_of(s, table, values)
     text = f"{caption}\n\n{report.markdown(header, rows)}\n" + (
@@ -439,7 +446,7 @@ def main() -> int:
     )  # cells left running would be run again beside themselves
     cells, root = make_cells(s, rest)
     refuse_others(cells)
-    failed = run(cells, s.jobs)
+    failed = Runner(cells, s.jobs).run_all()
     publish(s, cells, root, rest)
     for folder, why in failed.items():
         print(f"failed: {folder}: {why} (whole log: log.txt there)", file=sys.stderr)

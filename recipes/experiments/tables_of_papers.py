@@ -1,4 +1,4 @@
-"""What each of the papers' tables contains, as options of the recipes, and what of it a budget runs. tables.py runs them."""
+"""The papers' tables as options of the recipes, and what a budget changes. tables.py runs them."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,7 +8,7 @@ Options = dict[str, Any]  # of a recipe: a list is several values, a dict is NAM
 
 @dataclass(frozen=True)
 class Table:
-    """Rows and columns are options of the recipe; a cell runs `base`, its column, its row and its budget together."""
+    """Options of a recipe. A cell runs `base`, its column, its row and its budget together."""
 
     title: str
     rows: dict[str, Options]
@@ -17,7 +17,7 @@ class Table:
     recipe: str = "cifar100_noise.py"
     paper: dict[tuple[str, str], float] = field(
         default_factory=dict
-    )  # per cent; what could be read of it
+    )  # per cent, as far as it could be read
     note: str = ""
     metric: str = "eval_accuracy"  # mean over the networks
     only: dict[str, list[str]] = field(default_factory=dict)  # rows that have some columns only
@@ -56,9 +56,10 @@ def methods(pairs: dict[str, str], **options: Any) -> dict[str, Options]:
 
 
 def students(title: str, teachers: list[str], rows: dict[str, Options], note: str = "") -> Table:
-    """A table of distill_teachers.py: teachers are trained first, once; `teachers` of a row says which of them it has, or all.
+    """A table of distill_teachers.py. The teachers are trained first, once for all rows.
 
-    Rows learn what their preset or their terms say; the preset of the base is there for the schedule, which all share.
+    A row has all teachers, or those that its `teachers` names. It learns what its preset or its
+    terms say. The preset of the base sets the schedule, which all rows share.
     """
     base = {
         "train_teachers": True,
@@ -67,7 +68,8 @@ def students(title: str, teachers: list[str], rows: dict[str, Options], note: st
         "teachers": teachers,
     }
     rows = {"student alone": {"terms": "ce", "teachers": []}} | rows
-    note = f"The paper's figures could not be read, and its CIFAR networks are not timm's: ours stand in.{note}"
+    replaced = "its CIFAR networks are not in timm: ours replace them."
+    note = f"The paper's figures could not be read, and {replaced}{note}"
     return Table(title, rows, {"top-1": {}}, base, "distill_teachers.py", note=note)
 
 
@@ -138,7 +140,8 @@ TABLES = {
             ("ProSelfLC", "SMKD-S"): 67.26,
             ("ProSelfLC", "all"): 59.26,
         },
-        note="The paper searches eta in {1, 2, 3, 4} per noise rate; here it is 2. ProSelfLC's figures are those of its Table V.",
+        note="The paper searches eta in {1, 2, 3, 4} per noise rate; here it is 2. ProSelfLC's "
+        "figures are those of its Table V.",
     ),
     "smkd-2": Table(
         "SMKD, Table II: comparison on CIFAR-100",
@@ -151,7 +154,8 @@ TABLES = {
             ("SMKD-S + ProSelfLC", "symmetric 40%"): 67.26,
             ("SMKD-P + MyLC", "symmetric 40%"): 69.09,
         },
-        note="Which other rates the paper has could not be read. Methods of several stages train one network.",
+        note="Which other rates the paper has could not be read. Methods of several stages train "
+        "one network.",
     ),
     "smkd-4": Table(
         "SMKD, Table IV: two architectures, CIFAR-100, symmetric noise 40%",
@@ -160,8 +164,8 @@ TABLES = {
         base=SMKD | {"models": ["resnet18_cifar", "mobilenetv2_100"], "num_train_epochs": 200},
         metric="eval_accuracy_a",
         paper={("cross-entropy", "network a"): 55.94, ("SMKD-P + MyLC", "network a"): 68.10},
-        note="The paper's second network, ShuffleNetV2 (61.21 and 64.37), is not in timm: MobileNetV2 stands in, figures of the "
-        "first, ResNet-18, are shown; results.parquet has both.",
+        note="The paper's second network, ShuffleNetV2 (61.21 and 64.37), is not in timm; "
+        "MobileNetV2 replaces it. The table shows the first, ResNet-18; results.parquet has both.",
     ),
     "smkd-5": Table(
         "SMKD, Table V and Figure 4: the threshold, SMKD-S + ProSelfLC on CIFAR-100",
@@ -175,7 +179,8 @@ TABLES = {
             ("eta = 2", "symmetric 40%"): 65.04,
             ("eta = 4", "symmetric 40%"): 67.26,
         },
-        note="One of the paper's cells may be a copy error: eta = 2 at 40% is also its MyLC with zero knowledge.",
+        note="One of the paper's cells may be a copy error: eta = 2 at 40% is also its MyLC with "
+        "zero knowledge.",
     ),
     "smkd-figures": Table(
         "SMKD, Figures 2 and 3: curves over the training at eta = 2 (curves-*.png)",
@@ -215,7 +220,8 @@ TABLES = {
     ),
 }
 
-# What `small` changes. The schedule and SMKD's normalize="batch" were chosen on held-out noisy labels: see recipes/README.md.
+# What `small` changes. The schedule and SMKD's normalize="batch" were chosen on held-out noisy
+# labels: see recipes/README.md.
 NARROW = {
     "resnet34_cifar": "resnet10_cifar",
     "resnet18_cifar": "resnet10_cifar",
