@@ -1,4 +1,4 @@
-"""Data: noisy-label views over HF Datasets, WebVision from disk, pictures with repeatable augmentation."""
+"""Data: label noise, pictures with repeatable augmentation, WebVision, cached teachers."""
 
 from .._moved import moved_names
 from .image_view import ImageView

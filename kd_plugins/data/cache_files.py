@@ -50,8 +50,8 @@ class CacheFiles:
                 self._refuse_other(_read_key(self.key), key)
             elif self.logits.exists():
                 raise ValueError(
-                    f"{self.folder} has a logits.npy and no key.json: it is not a teacher cache, or "
-                    f"not all of one. {ANOTHER}"
+                    f"{self.folder} has a logits.npy and no key.json: it is not a teacher cache, "
+                    f"or not all of one. {ANOTHER}"
                 )
             if not _is_whole(self.logits, self.shape):
                 self.done.unlink(missing_ok=True)
@@ -100,8 +100,8 @@ class CacheFiles:
         if other:
             shown = [*other, *(["hint"] if "transform" in other else [])]
             raise ValueError(
-                f"the teacher cache in {self.folder} differs in {', '.join(other)}: it was made for "
-                f"{ ({part: saved.get(part) for part in shown}) }, asked for is "
+                f"the teacher cache in {self.folder} differs in {', '.join(other)}: it was made "
+                f"for { ({part: saved.get(part) for part in shown}) }, asked for is "
                 f"{ ({part: current[part] for part in shown}) }. Its logits are not those of these "
                 f"teachers for these pixels. {ANOTHER}"
             )
@@ -112,8 +112,8 @@ def _read_key(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"{path} is not the key of a teacher cache ({error}), so it is unknown whose logits are "
-            f"beside it. {ANOTHER}"
+            f"{path} is not the key of a teacher cache ({error}), so it is unknown whose logits "
+            f"are beside it. {ANOTHER}"
         ) from error
 
 

@@ -110,8 +110,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
     kind, low, high = array.dtype.kind, array.min(initial=0), array.max(initial=0)
     if kind not in "biuf" or not 0 <= low <= high <= (1 if kind == "f" else 255):
         raise NotAPicture(
-            f"an array of {array.dtype} from {low} to {high}: expected integers in [0, 255] or floats "
-            "in [0, 1]; other values would be cut off"
+            f"an array of {array.dtype} from {low} to {high}: expected integers in [0, 255] or "
+            "floats in [0, 1]; other values would be cut off"
         )
     if kind in "bf":
         array = np.round(array * 255.0)
@@ -138,7 +138,7 @@ def _convert(picture: Image.Image) -> Image.Image:
 
 
 def _to_bytes(values: np.ndarray, picture: Image.Image) -> np.ndarray:
-    """16-bit grey / 256, which PIL would cut off at 255. 32-bit integers may also be in [0, 255]."""
+    """16-bit grey / 256, which PIL would cut off; 32-bit integers may also be in [0, 255]."""
     if picture.mode == "I" and picture.format != "PPM" and 0 <= values.min() <= values.max() <= 255:
         return values.astype(np.uint8)
     return (values >> 8).clip(0, 255).astype(np.uint8)

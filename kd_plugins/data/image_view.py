@@ -1,4 +1,4 @@
-"""A data set as a torch `Dataset` of pictures: augmentation repeats, broken pictures are replaced."""
+"""A data set as a torch `Dataset` of pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset
 from PIL import Image
 
+from ..losses.validate import fraction
 from .decode import NotAPicture, PictureColumn, decode_picture
 from .input_config import input_config
 from .labels import check_labels, label_column
@@ -21,7 +22,8 @@ CHUNK = 8  # pictures in memory at once, since some are large
 class ImageView(torch.utils.data.Dataset):
     """Pictures and labels for training: augmentation repeats exactly, broken pictures are replaced.
 
-    Item i is {"pixel_values": transform(picture), "labels": int, "index": int[, "clean_labels": int]}.
+    Item i is {"pixel_values": transform(picture), "labels": int, "index": int}, and
+    "clean_labels": int if there are any.
 
     What `transform` draws from torch, `random` or `numpy.random` is a function of (seed, epoch, i):
     it does not depend on the number of workers, on the order, or on a resume. The generators are
@@ -46,7 +48,7 @@ class ImageView(torch.utils.data.Dataset):
             names of `label`, or numbers.
 
     Raises:
-        TypeError: `dataset` is a `DatasetDict` or a stream, or it has a transform of its own; or (when
+        TypeError: `dataset` is a `DatasetDict` or a stream, or has a transform of its own; or (when
             reading) the column holds no pictures.
         ValueError: a label outside the classes, or two columns with different classes.
         RuntimeError (when reading): more broken pictures than `max_broken`.
@@ -65,10 +67,7 @@ class ImageView(torch.utils.data.Dataset):
         class_names: Sequence[str] | None = None,
     ):
         _refuse_other_kinds(dataset)
-        if not 0 <= max_broken <= 1:
-            raise ValueError(
-                f"max_broken={max_broken} is outside [0, 1]: it is a share of the rows (1% is 0.01)."
-            )
+        fraction("max_broken", max_broken, "a share of the rows (1% is 0.01)")
         self.transform, self.seed, self.max_broken = transform, seed, max_broken
         self.name = dataset.info.dataset_name if isinstance(dataset, Dataset) else None  # for cards
         self.labels = label_column(dataset, label, class_names)
@@ -199,9 +198,10 @@ def _named(row: int, picture: Image.Image) -> Iterator[None]:
 
 def _refuse_other_kinds(dataset: Any) -> None:
     if isinstance(dataset, dict):  # a DatasetDict
+        first = next(iter(dataset), "")
         raise TypeError(
             f"ImageView expects one data set, got {type(dataset).__name__} with the splits "
-            f"{list(dataset)}: pass one of them, ImageView(data[{next(iter(dataset), 'train')!r}], ...)"
+            f"{list(dataset)}: pass one of them, as ImageView(data[{first!r}], ...)"
         )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise TypeError(

@@ -16,11 +16,15 @@ from .randomness import repeated
 Transform = Callable[[Image.Image], Any]
 
 
+class _Other(Exception):
+    """timm's terms cannot describe the transform."""
+
+
 def input_config(transform: Transform, size: tuple[int, int]) -> dict[str, Any] | None:
     """The preprocessing of `transform` in timm's terms, or None if these cannot describe it.
 
-    They cannot if the transform draws at random, is not `(x / 255 - mean) / std` per channel, or is
-    not a resize followed by a centre crop.
+    They can if the transform is a resize, a centre crop and `(x / 255 - mean) / std` per channel,
+    and does not draw at random.
 
     Args:
         size: (width, height) of the test pictures.
@@ -29,86 +33,73 @@ def input_config(transform: Transform, size: tuple[int, int]) -> dict[str, Any] 
         `input_size` (C, H, W), `mean` and `std` (one per channel; absent if the output is uint8),
         `crop_pct`, `crop_mode` ("center", "squash" or "border") and `interpolation`.
     """
-    width, height = size
-    black, grey, white, colour = (
-        _run(transform, np.full((height, width, 3), value, np.uint8))
-        for value in (0, 128, 255, (255, 0, 128))
-    )
-    if black is None or grey is None or white is None or colour is None:
-        return None
-    levels = _levels(black, grey, white, colour)
-    if levels is None:
-        return None
-    shape = tuple(black.shape)
-    crop = _crop(transform, (width, height), shape)
-    if crop is None:
-        return None
-    low, high = levels
-    config: dict[str, Any] = {"input_size": shape}
-    if black.dtype != torch.uint8:
-        std = 1 / (high - low)
-        config["mean"] = tuple(round(x, 6) for x in (-low * std).tolist())
-        config["std"] = tuple(round(x, 6) for x in std.tolist())
-    elif low.any() or (high != 255).any():
-        return None
-    return config | crop | {"interpolation": _interpolation(transform) or "bicubic"}
-
-
-def _run(transform: Transform, pixels: np.ndarray) -> Tensor | None:
-    """float64 or uint8 [C, H, W], or None if the transform fails, draws at random or has another output."""
     try:
-        out = repeated(lambda: transform(Image.fromarray(pixels)))
+        shape, levels = _levels(transform, size)
+        crop_pct, crop_mode = _crop(transform, size, shape)
+    except _Other:
+        return None
+    config = {"input_size": shape, **levels, "crop_pct": crop_pct, "crop_mode": crop_mode}
+    return config | {"interpolation": _interpolation(transform) or "bicubic"}
+
+
+def _require(ok: Any) -> None:
+    if not ok:
+        raise _Other
+
+
+def _run(transform: Transform, pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    """The output [C, H, W] for a test picture, given as [H, W, 3] or to be broadcast to it."""
+    picture = Image.fromarray(np.ascontiguousarray(np.broadcast_to(pixels, (size[1], size[0], 3))))
+    try:
+        out = repeated(lambda: transform(picture))
     except Exception:  # any code may be in a transform
-        return None
+        raise _Other from None
     if out is None or out.ndim != 3 or out.shape[0] not in (1, 3) or 0 in out.shape:
-        return None
-    if not (out.dtype == torch.uint8 or out.is_floating_point()):
-        return None
-    return out if out.dtype == torch.uint8 else out.double()
+        raise _Other
+    _require(out.dtype == torch.uint8 or out.is_floating_point())
+    return out
 
 
-def _levels(
-    black: Tensor, grey: Tensor, white: Tensor, colour: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    """What 0 and 255 become in each channel; None if it is not affine, or mixes channels."""
-    if not black.shape == grey.shape == white.shape == colour.shape:
-        return None
-    middle = (slice(None), black.shape[1] // 2, black.shape[2] // 2)
-    low, mid, high, hue = (out[middle].double() for out in (black, grey, white, colour))
+def _flat(transform: Transform, value: Any, size: tuple[int, int]) -> Tensor:
+    return _run(transform, np.array(value, np.uint8), size)
+
+
+def _levels(transform: Transform, size: tuple[int, int]) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """The shape of the output, and mean and std, from flat pictures. Grey and colour check them."""
+    flats = [_flat(transform, value, size) for value in (0, 255, 128, (255, 0, 128))]
+    shape = tuple(flats[0].shape)
+    _require(all(flat.shape == shape for flat in flats))
+    low, high, grey, colour = (flat[:, shape[1] // 2, shape[2] // 2].double() for flat in flats)
     span = high - low
-    if not (span > 0).all():  # also refuses NaN
-        return None
-    bad = (low + span * (128 / 255) - mid).abs() > 1e-3 * span
-    if len(low) == 3:
-        bad |= (low + span * torch.tensor([1.0, 0.0, 128 / 255]) - hue).abs() > 1e-3 * span
-    return None if bad.any() else (low, high)
+    _require((span > 0).all())  # refuses NaN too
+    affine = ((grey - low) / span - 128 / 255).abs() < 1e-3
+    if len(low) == 3:  # a channel must not depend on the others
+        affine &= ((colour - low) / span - torch.tensor([1.0, 0.0, 128 / 255])).abs() < 1e-3
+    _require(affine.all())
+    if flats[0].dtype == torch.uint8:
+        _require((low == 0).all() and (high == 255).all())
+        return shape, {}
+    mean, std = (tuple(round(x, 6) for x in v.tolist()) for v in (-low / span, 1 / span))
+    return shape, {"mean": mean, "std": std}
 
 
-def _crop(
-    transform: Transform, size: tuple[int, int], shape: tuple[int, ...]
-) -> dict[str, Any] | None:
-    """`crop_pct` and `crop_mode`; a picture that is not square tells the modes apart."""
+def _crop(transform: Transform, size: tuple[int, int], shape: tuple[int, ...]) -> tuple[float, str]:
+    """`crop_pct` and `crop_mode`. A picture that is not square tells the modes apart."""
     width, height = size
-    if width == height:
-        white = _run(transform, np.full((height, width * 3 // 2, 3), 255, np.uint8))
-        if white is not None and tuple(white.shape) == shape:
-            width = width * 3 // 2
-    shown = _visible(transform, (width, height), shape)
-    if shown is None:
-        return None
-    (share_x, share_y), padded = shown
-    scale_x, scale_y = shape[2] / (share_x * width), shape[1] / (share_y * height)
+    if width == height and _flat(transform, 255, (width * 3 // 2, height)).shape == shape:
+        width = width * 3 // 2
+    across, down, padded = _visible(transform, (width, height), shape)
+    stretched = shape[2] / (across * width) / (shape[1] / (down * height))
+    sides = (across, shape[2]), (down, shape[1])
     if padded:
-        mode, share, side = "border", *min((share_x, shape[2]), (share_y, shape[1]))
-    elif abs(scale_x / scale_y - 1) > 0.05:
-        if abs(share_x - share_y) > 0.02:
-            return None
-        mode, share, side = "squash", share_x, shape[2]
+        mode, (share, side) = "border", min(sides)
+    elif abs(stretched - 1) > 0.05:
+        _require(abs(across - down) < 0.02)
+        mode, (share, side) = "squash", sides[0]
     else:
-        mode, share, side = "center", *max((share_x, shape[2]), (share_y, shape[1]))
-    if share > 1.02:
-        return None
-    return {"crop_pct": _crop_pct(side, share), "crop_mode": mode}
+        mode, (share, side) = "center", max(sides)
+    _require(share < 1.02)
+    return _crop_pct(side, share), mode
 
 
 def _crop_pct(side: int, share: float) -> float:
@@ -123,60 +114,50 @@ def _crop_pct(side: int, share: float) -> float:
 
 def _visible(
     transform: Transform, size: tuple[int, int], shape: tuple[int, ...]
-) -> tuple[list[float], bool] | None:
-    """Share of the width and of the height that an output of this size stands for, and whether it is padded.
+) -> tuple[float, float, bool]:
+    """The shares of width and height that the output shows, and whether it is padded.
 
-    A ramp from black to white over the picture shows where each output pixel comes from. None if
-    the output is not a centre crop: mirrored, off centre, bent.
+    A ramp from black to white across the picture shows where each output pixel comes from.
     """
-    width, height = size
-    black, white = (
-        _run(transform, np.full((height, width, 3), value, np.uint8)) for value in (0, 255)
-    )
-    if black is None or white is None or not black.shape == white.shape == shape:
-        return None
+    black, white = (_flat(transform, value, size) for value in (0, 255))
+    _require(black.shape == white.shape == shape)
     low, span = black[0].double(), white[0].double() - black[0].double()
     inside = span > 0.5 * span[shape[1] // 2, shape[2] // 2]  # padding is the same in both
     shares = []
-    for axis, length in ((1, width), (0, height)):
-        step = max(1, 255 // length) if length <= 256 else 255 / length  # whole levels: no rounding
+    for axis, length in ((1, size[0]), (0, size[1])):
+        step = max(1, 255 // length) if length <= 256 else 255 / length  # whole levels if possible
         ramp = np.round(np.arange(length) * step).astype(np.uint8)
-        pixels = np.broadcast_to(ramp[None, :] if axis else ramp[:, None], (height, width))
-        out = _run(transform, np.repeat(pixels[..., None], 3, axis=2))
-        if out is None or out.shape != shape:
-            return None
-        line = ((out[0].double() - low) / span).nan_to_num(0.0, 0.0, 0.0)
-        line = line.select(1 - axis, shape[2 - axis] // 2)
-        line = (255 * line / step + 0.5) / length  # in shares of the picture
-        known = inside.select(1 - axis, shape[2 - axis] // 2).nonzero().flatten()
-        share = _slope(line[known].numpy(), known.numpy(), shape[1 + axis])
-        if share is None:
-            return None
-        shares.append(share)
-    return shares, not bool(inside.all())
+        out = _run(transform, ramp[None, :, None] if axis else ramp[:, None, None], size)
+        _require(out.shape == shape)
+        middle = shape[2 - axis] // 2
+        known = inside.select(1 - axis, middle).nonzero().flatten()
+        levels = ((out[0].double() - low) / span).select(1 - axis, middle)[known]
+        places = (255 * levels / step + 0.5) / length  # in shares of the picture
+        shares.append(_slope(places.numpy(), known.numpy(), shape[1 + axis]))
+    return shares[0], shares[1], not bool(inside.all())
 
 
-def _slope(places: np.ndarray, pixels: np.ndarray, side: int) -> float | None:
-    """Share of the picture over `side` output pixels, by a straight line through the middle 80%."""
+def _slope(places: np.ndarray, pixels: np.ndarray, side: int) -> float:
+    """The share that `side` output pixels show, by a straight line through the middle 80%.
+
+    Refuses outputs that are not a centre crop: mirrored, off centre or bent.
+    """
     edge = len(pixels) // 10  # the ends of the ramp are blurred
     places, pixels = places[edge : len(places) - edge], pixels[edge : len(pixels) - edge]
-    if len(pixels) < 2:
-        return None
+    _require(len(pixels) > 1)
     slope, start = np.polyfit(pixels + 0.5 - side / 2, places, 1)
     error = np.abs(start + slope * (pixels + 0.5 - side / 2) - places).max()
-    share = float(slope) * side
-    tolerance = max(0.02, 1.5 * share / side)
-    return share if share > 0 and error < tolerance and abs(start - 0.5) < tolerance else None
+    tolerance = max(0.02, 1.5 * slope)
+    _require(slope > 0 and error < tolerance and abs(start - 0.5) < tolerance)
+    return float(slope) * side
 
 
 def _interpolation(transform: Any) -> str | None:
-    """The first `interpolation` found in a transform and in the parts of a Compose or Sequential."""
+    """The first `interpolation` of a transform, or of the parts of a Compose or Sequential."""
     value = getattr(transform, "interpolation", None)
     value = getattr(value, "value", value)  # torchvision's InterpolationMode
     if isinstance(value, str):
         return value
-    parts = transform if isinstance(transform, nn.Sequential) else None
-    for part in parts or getattr(transform, "transforms", None) or ():
-        if found := _interpolation(part):
-            return found
-    return None
+    sequence = isinstance(transform, nn.Sequential)
+    parts = transform if sequence else getattr(transform, "transforms", None) or ()
+    return next(filter(None, map(_interpolation, parts)), None)

@@ -74,10 +74,9 @@ def label_column(
     """
     if not isinstance(dataset, Dataset):
         if missing := [k for k, row in enumerate(dataset) if name not in row]:
-            raise ValueError(
-                f"Row {missing[0]} has no {name!r}; it has {sorted(dataset[missing[0]])}."
-            )
-        return class_indices([row[name] for row in dataset], f"Column {name!r}")
+            has = sorted(dataset[missing[0]])
+            raise ValueError(f"row {missing[0]} has no {name!r}; it has {has}")
+        return class_indices([row[name] for row in dataset], f"column {name!r}")
     labels, own = column_array(dataset, name), class_names(dataset, name)
     if own is None or classes is None:
         return labels
@@ -121,21 +120,11 @@ def class_positions(
     if own == wanted:
         return None
     if sorted(own) != sorted(wanted):
-        extra = [k for k, name in enumerate(own) if name not in wanted]
-        missing = [name for name, key in zip(reference, wanted, strict=True) if key not in own]
-        if extra:
-            detail = (
-                f"class {extra[0]} of {what} is {names[extra[0]]!r}, which is not among {other}"
-            )
-        else:
-            detail = (
-                f"{what} lacks {missing[0]!r}, which is among {other}"
-                if missing
-                else "a name twice"
-            )
+        pairs = zip((*names, *reference), (*own, *wanted), strict=True)
+        single = [name for name, key in pairs if (key in own) != (key in wanted)]
         raise ValueError(
-            f"The classes of {what} are not {other}: {detail}. The same index would mean "
-            "different classes; rename the classes of one of them"
+            f"the classes of {what} are not {other}: {single[:3]} are in one of them only. The "
+            "same index would mean different classes; rename the classes of one of them"
         )
     return np.array([wanted.index(name) for name in own])
 
@@ -149,17 +138,16 @@ def same_classes(a: Any, b: Any, what: str, other: str = "the training data") ->
         a, b: data sets, or lists of class names.
         what, other: how an error calls them.
     """
-    names, reference = (list(x) if isinstance(x, list | tuple) else class_names(x) for x in (a, b))
+    names, reference = (x if isinstance(x, list) else class_names(x) for x in (a, b))
     if names is None or reference is None:
         return
-    if class_positions(names, reference, what, f"the classes of {other}") is not None:
-        k = next(
-            k for k, pair in enumerate(zip(names, reference, strict=True)) if pair[0] != pair[1]
-        )
+    positions = class_positions(names, reference, what, f"the classes of {other}")
+    if positions is not None:
+        k = int((positions != np.arange(len(positions))).argmax())
         raise ValueError(
-            f"{what} has the classes of {other} in another order: class {k} is {names[k]!r} in {what}, "
-            f"{reference[k]!r} in {other}. Match them by name: ImageView(..., class_names=...) with "
-            f"the names of {other}"
+            f"{what} has the classes of {other} in another order: class {k} is {names[k]!r} in "
+            f"{what}, {reference[k]!r} in {other}. Match them by name: ImageView(..., "
+            f"class_names=...) with the names of {other}"
         )
 
 

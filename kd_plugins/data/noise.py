@@ -16,6 +16,7 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import ArrayLike
 
+from ..losses.validate import count, fraction
 from .labels import check_labels, class_indices
 
 
@@ -97,7 +98,7 @@ def corrupt_in_place(
     # One generator draws the order first and then the labels of each class.
     order, row_mask = _shuffled_by_class(labels, len(matrix), rng)
     start = 0
-    for true, (count, k) in enumerate(zip(counts.tolist(), flips.tolist(), strict=True)):
+    for true, (size, k) in enumerate(zip(counts.tolist(), flips.tolist(), strict=True)):
         if k:
             rows = (order[start : start + k] & row_mask).astype(np.int64)
             weights = matrix[true].copy()
@@ -105,7 +106,7 @@ def corrupt_in_place(
             cdf = weights.cumsum()
             # u < 1 and the search from the right: a class of probability 0 is never drawn.
             labels[rows] = np.searchsorted(cdf / cdf[-1], rng.random(k), side="right")
-        start += count
+        start += size
     return labels
 
 
@@ -237,12 +238,5 @@ def as_transition(matrix: ArrayLike) -> np.ndarray:
 
 
 def _check_rate(num_classes: int, rate: float) -> None:
-    if num_classes < 2:
-        raise ValueError(
-            f"{num_classes} classes: label noise needs at least 2, there is no other label to flip "
-            "to."
-        )
-    if not 0 <= rate <= 1:
-        raise ValueError(
-            f"noise rate {rate} is outside [0, 1]: it is a share of the samples (40% is 0.4)."
-        )
+    count("num_classes", num_classes, "there is no other label to flip to", least=2)
+    fraction("rate", rate, "a share of the samples (40% is 0.4)")

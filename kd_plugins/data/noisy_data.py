@@ -39,7 +39,8 @@ def noisy_view(
     """
     if not isinstance(dataset, Dataset):
         raise TypeError(
-            f"noisy_view needs a datasets.Dataset, got {type(dataset).__name__}; streams: noisy_stream."
+            f"noisy_view needs a datasets.Dataset, got {type(dataset).__name__}; noisy_stream "
+            "takes streams"
         )
     _refuse_existing(noisy, dataset.column_names)
     given = _noisy_labels(dataset, noise, label, seed, exact)
@@ -96,7 +97,8 @@ def _add_below(dataset: Dataset, given: np.ndarray, label: str, add: dict[str, A
     column[rows] = given
     if (column[rows] != given).any():
         raise ValueError(
-            "A row is selected twice and got two labels: add the noise before selecting rows repeatedly."
+            "a row is selected twice and got two labels: add the noise before selecting rows "
+            "repeatedly"
         )
     below = below.add_column(column=column, **add)
     view = Dataset(

@@ -1,4 +1,4 @@
-"""Augmentation that repeats exactly: the three global generators are seeded for one item, then put back."""
+"""Augmentation that repeats exactly: seed the global generators for an item, then restore them."""
 
 from __future__ import annotations
 

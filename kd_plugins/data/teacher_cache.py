@@ -196,8 +196,8 @@ def _refuse_arguments(
 ) -> None:
     if not isinstance(view, ImageView):
         raise TypeError(
-            f"the view must be an ImageView, got {type(view).__name__}: choose rows in the data set "
-            "below it"
+            f"the view must be an ImageView, got {type(view).__name__}: choose rows in the data "
+            "set below it"
         )
     if not teachers:
         raise ValueError("there are no teachers: nothing to cache")
@@ -210,7 +210,8 @@ def _refuse_arguments(
 def _refuse_differing(keys: list[dict[str, Any]]) -> None:
     """Refuse processes that would write into one cache for different things."""
     if other := [part for part in PARTS[1:] if any(key[part] != keys[0][part] for key in keys)]:
+        values = [{part: key[part] for part in other} for key in keys]
         raise ValueError(
-            f"the processes differ in {', '.join(other)}: {[{p: k[p] for p in other} for k in keys]}; "
-            "they would mix their logits in one cache"
+            f"the processes differ in {', '.join(other)}: {values}; they would mix their logits in "
+            "one cache"
         )

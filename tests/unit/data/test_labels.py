@@ -1,5 +1,7 @@
 """Class names are matched by name, or refused."""
 
+import re
+
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
@@ -34,17 +36,15 @@ def test_human_labels_are_matched_by_name():
 
 
 @pytest.mark.parametrize(
-    ("names", "text"),
+    ("names", "only"),
     [
-        (
-            ["owl", "cat", "cow"],
-            "class 2 of column 'human' is 'cow', which is not among the expected classes",
-        ),
-        (["owl", "cat"], "column 'human' lacks 'dog'"),
-        ([*NAMES, "cow"], "class 3 of column 'human' is 'cow'"),
+        (["owl", "cat", "cow"], ["cow", "dog"]),
+        (["owl", "cat"], ["dog"]),
+        ([*NAMES, "cow"], ["cow"]),
     ],
 )
-def test_other_names_are_refused(names, text):
+def test_other_names_are_refused(names, only):
+    text = re.escape(f"column 'human' are not the expected classes: {only} are in one of them only")
     source = data(human=(names, [0, 1, 0, 1]))
     with pytest.raises(ValueError, match=text):
         noisy_view(source, "human")
@@ -64,7 +64,7 @@ def test_a_view_in_a_given_order_of_the_classes():
     assert view.class_names == ["owl", "cat", "dog"] and view.labels.tolist() == [1, 2, 0, 1]
     rows = [{"image": b"", "label": 1}]  # without names: the caller's
     assert ImageView(rows, to_tensor, class_names=NAMES).class_names == NAMES
-    with pytest.raises(ValueError, match="class 1 of column 'label' is 'dog'"):
+    with pytest.raises(ValueError, match=r"\['dog', 'cow'\]"):
         ImageView(data(), to_tensor, class_names=["owl", "cat", "cow"])
     with pytest.raises(ValueError, match="Label 1 in row 0"):
         ImageView(rows, to_tensor, class_names=["owl"])
@@ -88,7 +88,10 @@ def test_data_sets_are_compared():
         ValueError, match=r"the eval data has the .* another order: class 0 is 'dog' .*class_names="
     ):
         same_classes(other, view, "the eval data")
-    with pytest.raises(ValueError, match=r"class 2 of the eval data is 'cow'"):
+    with pytest.raises(
+        ValueError,
+        match=r"the eval data are not the classes of the training data: \['cow', 'owl'\]",
+    ):
         same_classes(ImageView(data(["cat", "dog", "cow"]), to_tensor), view, "the eval data")
 
 

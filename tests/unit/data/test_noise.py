@@ -223,10 +223,13 @@ def test_stream_agrees_with_the_table_for_any_order_and_shard():
 @pytest.mark.parametrize(
     ("call", "text"),
     [
-        (lambda: symmetric(10, 40), r"rate 40 is outside \[0, 1\]"),
-        (lambda: pair_flip(10, -0.1), r"rate -0.1 is outside"),
-        (lambda: circular([0, 0], float("nan")), r"rate nan is outside"),
-        (lambda: symmetric(1, 0.1), "1 classes: label noise needs at least 2"),
+        (lambda: symmetric(10, 40), r"rate=40: expected a number in \[0, 1\]"),
+        (lambda: pair_flip(10, -0.1), r"rate=-0.1: expected"),
+        (lambda: circular([0, 0], float("nan")), r"rate=nan: expected"),
+        (
+            lambda: symmetric(1, 0.1),
+            "num_classes=1: expected an integer of at least 2; there is no other label",
+        ),
         (lambda: asymmetric(3, 0.1, {0: 3}), "0 -> 3, but classes go from 0 to 2"),
         (
             lambda: corrupt([0], [[0.5, 0.5], [0.2, 0.7]]),
