@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from textwrap import indent
 from typing import Any
 
 import numpy as np
@@ -32,42 +33,30 @@ def model_card(
         **metadata: fields of ``huggingface_hub.ModelCardData`` that only the caller knows, such as
             ``license`` and ``datasets``.
     """
-    peers, data = trainer.model.peers, trainer.train_dataset
-    peer, name, library, of_text = (
-        peers[k],
+    peers, data, peer = trainer.model.peers, trainer.train_dataset, trainer.model.peers[k]
+    name, title, library, of_text = (
         peer_name(k),
-        library_of(peers[k]),
-        reads_text(peers[k]),
+        _architecture(peer),
+        library_of(peer),
+        reads_text(peer),
     )
     beside = ", ".join(_architecture(other) for other in peers if other is not peer)
-    loss = "\n".join(f"    {line}" for line in repr(trainer.model.criterion).splitlines())
-    return f"""---
-{_metadata(library, of_text, metadata)}
----
-# {_architecture(peer)}
-
-Network {name} of {len(peers)}, trained with kd-plugins{f" beside {beside}" if beside else ""}.
-
-**Method**
-
-{loss}
-
-**Data**: {_describe(data)}
-
-**Label noise**: {_noise(data)}
-
-**Training**: {_training(trainer.args, trainer.state)}
-
-**Input**: {"tokens." if of_text else _input(input_config)}
-
-**Figures** (all networks of the run; {name} is this one)
-
-{_figures(trainer.state.log_history)}
-
-**Use**
-
-{_use(library, of_text, repo, _architecture(peer))}
-"""
+    paragraphs = [
+        f"# {title}",
+        f"Network {name} of {len(peers)}, trained with kd-plugins"
+        f"{f' beside {beside}' if beside else ''}.",
+        "**Method**",
+        indent(repr(trainer.model.criterion), "    "),
+        f"**Data**: {_describe(data)}",
+        f"**Label noise**: {_noise(data)}",
+        f"**Training**: {_training(trainer.args, trainer.state)}",
+        f"**Input**: {'tokens.' if of_text else _input(input_config)}",
+        f"**Figures** (all networks of the run; {name} is this one)",
+        _figures(trainer.state.log_history),
+        "**Use**",
+        _use(library, of_text, repo, title),
+    ]
+    return f"---\n{_metadata(library, of_text, metadata)}\n---\n" + "\n\n".join(paragraphs) + "\n"
 
 
 def reads_text(model: Any) -> bool:

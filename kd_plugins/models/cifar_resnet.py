@@ -58,7 +58,7 @@ def _build(name: str, layers: tuple[int, ...], pretrained: bool, **kwargs: Any) 
 
 @register_model
 def resnet10_cifar(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """ResNet-10 for 32 px pictures at a quarter of the usual width: small enough for two CPU cores."""
+    """ResNet-10 for 32 px pictures at a quarter of the usual width, for two CPU cores."""
     kwargs = {"channels": (16, 32, 64, 128), **kwargs}
     return _build("resnet10_cifar", (1, 1, 1, 1), pretrained, **kwargs)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from PIL.Image import Resampling
 from safetensors.torch import save_model
 
 
@@ -63,19 +64,15 @@ def export(
 def _export_timm(model: Any, folder: Path, names: list[str] | None, data: dict[str, Any]) -> None:
     # safetensors does not save channels_last
     packed = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    known = {"label_names": names} if names else None
     timm.models.save_for_hf(
-        packed,
-        str(folder),
-        model_config={"label_names": names} if names else None,
-        data_config=data,
-        safe_serialization=True,
+        packed, str(folder), model_config=known, data_config=data, safe_serialization=True
     )
-
-    def without_num_classes(config: dict[str, Any]) -> None:
-        # transformers passes num_classes itself and fails on a second one in model_args
-        config.get("model_args", {}).pop("num_classes", None)
-
-    _edit(folder / "config.json", without_num_classes)
+    # transformers passes num_classes itself and fails on a second one in model_args
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.get("model_args", {}).pop("num_classes", None)
+    path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
 def _export_transformers(
@@ -97,34 +94,25 @@ def _export_transformers(
 
 
 def _save_image_processor(folder: Path, data: dict[str, Any]) -> None:
-    """Write what ``AutoImageProcessor`` reads: resize the shorter side, crop the centre, normalise."""
+    """Write what ``AutoImageProcessor`` reads: resize, crop the centre, normalise."""
+    path = folder / "preprocessor_config.json"
+    path.unlink(missing_ok=True)  # of an earlier export
     if not {"input_size", "mean", "std"} <= data.keys():
         return
-    _, height, width = data["input_size"]
+    channels, height, width = data["input_size"]
     scaled = [math.floor(side / data.get("crop_pct", 1.0)) for side in (height, width)]
-    square = scaled[0] == scaled[1] and data.get("crop_mode") != "squash"
-    interpolation = {"nearest": 0, "bilinear": 2, "bicubic": 3}
+    size = {"height": scaled[0], "width": scaled[1]}
+    if height == width and data.get("crop_mode") != "squash":
+        size = {"shortest_edge": scaled[0]}
+    name = data.get("interpolation", "bilinear").upper()
     processor = {
         "image_processor_type": "BitImageProcessor",
-        "do_convert_rgb": data["input_size"][0] == 3,
-        "do_resize": True,
-        "size": {"shortest_edge": scaled[0]}
-        if square
-        else {"height": scaled[0], "width": scaled[1]},
-        "resample": interpolation[data.get("interpolation", "bilinear")],
-        "do_center_crop": True,
+        "do_convert_rgb": channels == 3,
+        "size": size,
+        "resample": int(getattr(Resampling, name, Resampling.BILINEAR)),
         "crop_size": {"height": height, "width": width},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
         "image_mean": list(data["mean"]),
         "image_std": list(data["std"]),
+        **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
     }
-    path = folder / "preprocessor_config.json"
     path.write_text(json.dumps(processor, indent=2), encoding="utf-8")
-
-
-def _edit(path: Path, change: Any) -> None:
-    config = json.loads(path.read_text(encoding="utf-8"))
-    change(config)
-    path.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -68,7 +68,7 @@ def _create(name: str, source: str, **kwargs: Any) -> nn.Module:
             raise
         raise ValueError(
             f"the weights of {source} are not read: expected safetensors, or a pickle of tensors "
-            "(weights_only); any other may run code of whoever made it. Convert it where you trust it"
+            "(weights_only). Any other may run the code of its author: convert where you trust it"
         ) from error
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def has_features(model: nn.Module) -> bool:
-    """Whether :func:`with_features` can read this network: timm's, or transformers' wrapper of one."""
+    """Whether it is timm's network, or transformers' wrapper of one."""
     body = getattr(model, "timm_model", model)
     return hasattr(body, "forward_features") and hasattr(body, "forward_head")
 

@@ -244,4 +244,5 @@ def average_of(peer: nn.Module, decay: float) -> AveragedModel:
             return now
         return average.lerp(now, (1.0 / (n + 1.0)).clamp(min=1.0 - decay).to(now.dtype))
 
-    return AveragedModel(peer, avg_fn=step, use_buffers=True).requires_grad_(False).eval()  # type: ignore[arg-type]
+    average: Any = AveragedModel(peer, avg_fn=step, use_buffers=True)  # type: ignore[arg-type]
+    return average.requires_grad_(False).eval()

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 
 class InputAdapter(nn.Module):
-    """Convert a batch of pictures to what one network expects: its normalisation and its fixed size.
+    """Convert a batch of pictures to what one network expects: normalisation and fixed size.
 
     Floats are taken as normalised for the reference network (the first peer) and are normalised
     again for this one. Bytes (uint8) are normalised here, on the device; for a network without a
     known normalisation they become x / 255. A network tells its normalisation by ``pretrained_cfg``
-    (``mean``, ``std``), as timm's do. Where it is not known of both networks, floats pass unchanged.
+    (``mean``, ``std``), as timm's do. Floats pass unchanged where one of the two is not known.
 
     Args:
         model: the network that will see the batch.
@@ -56,8 +56,8 @@ class InputAdapter(nn.Module):
             pixels = pixels.to(affine.dtype, copy=not of_bytes).mul_(affine[0]).add_(affine[1])
         elif of_bytes:
             raise ValueError(
-                f"bytes of {pixels.shape[1]} channels, {list(pixels.shape)}, and the network's mean "
-                "and std have another number: hand over normalised floats"
+                f"bytes of {pixels.shape[1]} channels, {list(pixels.shape)}, and the network's "
+                "mean and std have another number: hand over normalised floats"
             )
         if self.size and tuple(pixels.shape[-2:]) != self.size:
             pixels = F.interpolate(
@@ -102,9 +102,6 @@ def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...
     return tuple(cfg["mean"]), tuple(cfg["std"])
 
 
-_Input, _normalization = InputAdapter, normalization  # until kd_plugins.data imports the new names
-
-
 def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """(height, width) if the network takes one size only, as a ViT or a Swin does."""
     model = getattr(model, "timm_model", model)  # as transformers wraps it
@@ -113,4 +110,6 @@ def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
     if size is None and hasattr(model, "config"):
         # not config.image_size: convolutional networks name one and take any
         size = next((m.image_size for m in model.modules() if getattr(m, "image_size", None)), None)
-    return (size, size) if isinstance(size, int) else tuple(size) if size else None  # type: ignore[return-value]
+    if isinstance(size, int):
+        return size, size
+    return (size[0], size[1]) if size else None

@@ -146,3 +146,11 @@ def test_a_rectangle_is_resized_as_a_whole(tmp_path):
     processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
     assert processor["size"] == {"height": 25, "width": 35}
     assert processor["crop_size"] == {"height": 20, "width": 28}
+
+
+def test_an_export_leaves_nothing_of_the_one_before(tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    export(vit(), tmp_path, None, GIVEN | {"interpolation": "lanczos"})
+    assert json.loads(path.read_text())["resample"] == 1  # as PIL counts them
+    export(vit(), tmp_path)
+    assert not path.exists()
