@@ -1,4 +1,4 @@
-"""Training: the Hugging Face Trainer with peers and teachers, its callbacks, and the folder of a run."""
+"""Training: the Hugging Face Trainer with peers and teachers, callbacks, the folder of a run."""
 
 from .arguments import MutualTrainingArguments
 from .callbacks import CDRCallback

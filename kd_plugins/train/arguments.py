@@ -12,17 +12,22 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.utils import logging
 
+from ..losses import validate
+
 logger = logging.get_logger(__name__)
 
 
 @dataclass
 class MutualTrainingArguments(TrainingArguments):
-    """``TrainingArguments`` with the defaults of the papers: SGD with momentum, weight decay on everything, steps in the
-    learning rate. Hyperparameters of a loss live in the loss.
+    """``TrainingArguments`` with the defaults of the papers.
+
+    SGD with momentum, weight decay on everything, a learning rate that falls in steps. The
+    hyperparameters of a loss live in the loss.
 
     Args:
-        milestones: shares of the training after which the learning rate is multiplied by ``lr_decay``, while
-            ``lr_scheduler_type`` is a constant one (the default); any other, such as ``"cosine"``, takes their place.
+        milestones: shares of the training after which the learning rate is multiplied by
+            ``lr_decay``. They act while ``lr_scheduler_type`` is a constant one, as it is by
+            default; any other, such as ``"cosine"``, takes their place.
         lr_decay: that factor.
         max_grad_norm: clips the gradient of each network by itself; 0 does not clip.
     """
@@ -34,9 +39,7 @@ class MutualTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = "constant_with_warmup"
     milestones: list[float] = field(
         default_factory=lambda: [0.3, 0.6, 0.8],
-        metadata={
-            "help": "Shares of the training after which the learning rate is multiplied by lr_decay."
-        },
+        metadata={"help": "Shares of the training after which the learning rate falls."},
     )
     lr_decay: float = field(
         default=0.2, metadata={"help": "Factor on the learning rate at each milestone."}
@@ -56,21 +59,18 @@ class MutualTrainingArguments(TrainingArguments):
             self.use_cpu = True  # else bf16 and a second process fail or run apart
         if self.use_cpu and self.fp16:
             logger.warning(
-                "fp16=True: on a CPU accelerate trains in float32 all the same; bf16=True is mixed precision there"
+                "fp16=True: on a CPU accelerate trains in float32 all the same; bf16=True is mixed "
+                "precision there"
             )
-        if any(not 0 < m < 1 for m in self.milestones) or sorted(self.milestones) != list(
-            self.milestones
-        ):
-            raise ValueError(
-                f"milestones={self.milestones}: expected rising shares of the training, each in (0, 1)"
-            )
-        if (
-            self.use_cpu
-            and int(os.environ.get("WORLD_SIZE", "1")) > 1
-            and not dist.is_initialized()
-        ):
-            # transformers does it too, but forgets ddp_timeout on CPUs: a process cut off from others would wait for half an hour
-            PartialState(
-                cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout)
-            )
+        rising = sorted(self.milestones) == list(self.milestones)
+        inside = all(0 < m < 1 for m in self.milestones)
+        validate.check(
+            rising and inside, "milestones", self.milestones, "rising shares of training, in (0, 1)"
+        )
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if self.use_cpu and several and not dist.is_initialized():
+            # transformers does it too, but forgets ddp_timeout on CPUs: a process that is cut off
+            # from the others would wait for half an hour
+            timeout = timedelta(seconds=self.ddp_timeout)
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timeout)
         super().__post_init__()

@@ -51,13 +51,13 @@ class ScheduleCallback(TrainerCallback):
 class CDRCallback(TrainerCallback):
     """CDR in a Trainer, for each network by itself.
 
-    See :func:`kd_plugins.losses.gradients.mask_noncritical_`. It acts on the complete gradient, just
-    before the step: accumulated, averaged over the processes and clipped.
+    See :func:`kd_plugins.losses.gradients.mask_noncritical_`. It acts on the complete gradient
+    just before the step: accumulated, averaged over the processes and clipped.
 
     Args:
         noise_rate: tau, the share of wrong labels, in [0, 1).
 
-    >>> Trainer(vit, args, train_dataset=train, callbacks=[CDRCallback(noise_rate=0.4)])  # doctest: +SKIP
+    >>> Trainer(vit, args, callbacks=[CDRCallback(noise_rate=0.4)])  # doctest: +SKIP
     """
 
     def __init__(self, noise_rate: float) -> None:

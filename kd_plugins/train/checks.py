@@ -63,9 +63,9 @@ def _refuse_strategies(args: TrainingArguments) -> None:
         launched = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false")
         if getattr(args, name, None) or launched.lower() in ("1", "true", "yes"):
             raise ValueError(
-                f"{name} shards the parameters, and here each network is clipped, averaged and saved "
-                "as a whole: several GPUs and hosts work by DDP, as `accelerate launch` and torchrun "
-                f"do it without {name}"
+                f"{name} shards the parameters, and here each network is clipped, averaged and "
+                "saved as a whole: several GPUs and hosts work by DDP, as `accelerate launch` and "
+                f"torchrun do it without {name}"
             )
 
 
@@ -198,9 +198,9 @@ def _refuse_teachers(teachers: Sequence[nn.Module], loss: Loss, cached: Any) -> 
         raise ValueError(f"{name} learns from its peers' averages over time, not from {given}")
     if cached is not None and teachers:
         raise ValueError(
-            f"the training data bring logits of {cached.shape[1]} teachers, and the {len(teachers)} "
-            "teachers given would not be asked: pass teachers=[...] or the data of cache_teachers, "
-            "not both"
+            f"the training data bring logits of {cached.shape[1]} teachers, and {len(teachers)} "
+            "teachers are given that would not be asked: pass teachers=[...] or the data of "
+            "cache_teachers, not both"
         )
     if cached is not None and "teacher_features" in taught:
         raise ValueError(

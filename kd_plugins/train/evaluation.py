@@ -1,4 +1,4 @@
-"""Evaluation of several networks at once: accuracy of each and of their ensemble, in little memory."""
+"""Evaluation of several networks at once: accuracy of each and of their ensemble."""
 
 from __future__ import annotations
 
@@ -34,16 +34,15 @@ class RankingTrainer(Trainer):
         return loss, (logits, clean) if own and clean is not None else logits, labels
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
-        """As the Trainer's; ``predictions`` are logits [N, C] of one network, [N, K, C] of peers."""
+        """As the Trainer's; ``predictions`` are logits [N, C] of a network, [N, K, C] of peers."""
         self._predicts = True
         try:
             output = super().predict(*args, **kwargs)
         finally:
             self._predicts = False
-        predictions: Any = output.predictions
-        return output._replace(
-            predictions=predictions[0] if isinstance(predictions, tuple) else predictions
-        )
+        if isinstance(output.predictions, tuple):  # with the clean labels
+            output = output._replace(predictions=output.predictions[0])
+        return output
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         from ..audit.metrics import peer_metrics

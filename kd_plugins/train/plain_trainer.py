@@ -36,8 +36,8 @@ def as_compute_loss_func(loss: Loss) -> Callable[..., Tensor]:
         loss: for one network, without teachers, features or index. Add ``ProgressCallback(loss)``
             for its schedule, its state and its sizes.
 
-    >>> callback = ProgressCallback(loss)  # doctest: +SKIP
-    >>> Trainer(vit, args, compute_loss_func=as_compute_loss_func(loss), callbacks=[callback])  # doctest: +SKIP
+    >>> ours = {"compute_loss_func": as_compute_loss_func(loss)}  # doctest: +SKIP
+    >>> Trainer(vit, args, callbacks=[ProgressCallback(loss)], **ours)  # doctest: +SKIP
     """
     refuse_plain(loss)
 
@@ -46,8 +46,8 @@ def as_compute_loss_func(loss: Loss) -> Callable[..., Tensor]:
     ) -> Tensor:
         if labels is None:
             raise ValueError(
-                "the batch has no labels: rows need 'labels' (or 'label'), and remove_unused_columns "
-                "must not drop them"
+                "the batch has no labels: rows need 'labels' (or 'label'), and "
+                "remove_unused_columns must not drop them"
             )
         logits = logits_of(outputs)
         loss.bind(num_classes=logits.shape[-1])

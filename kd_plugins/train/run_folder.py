@@ -72,7 +72,7 @@ def describe_arguments(args: TrainingArguments) -> dict[str, Any]:
 
 
 def _describe_loss(module: nn.Module, name: str) -> dict[str, Any]:
-    """Every part of a loss with its constructor arguments; state that training moves is left out."""
+    """Every part of a loss with its constructor arguments, without the state of training."""
     description: dict[str, Any] = {name: f"{type(module).__name__}({module.extra_repr()})"}
     own = vars(module) | module._buffers | module._modules
     for argument in ["class_weights", *inspect.signature(type(module).__init__).parameters]:
@@ -165,9 +165,9 @@ def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
         return
     if other := differences(json.loads(path.read_text(encoding="utf-8"))["run"], run):
         raise ValueError(
-            f"{folder} belongs to another run: {'; '.join(other)}. Its weights, schedule and tables "
-            f"would not fit this one. Train into another output_dir, or use the settings of that "
-            f"run. To go on from it all the same, delete {path}"
+            f"{folder} belongs to another run: {'; '.join(other)}. Its weights, schedule and "
+            f"tables would not fit this one. Train into another output_dir, or use the settings of "
+            f"that run. To go on from it all the same, delete {path}"
         )
 
 
@@ -247,8 +247,8 @@ def last_checkpoint(output_dir: str | Path | None) -> str | None:
         passed.append(f"{path} cannot be resumed: {', '.join(found)}")
     if damaged:
         raise ValueError(
-            f"{'; '.join(passed)}. No older checkpoint is complete. To train from the start, choose "
-            "another output_dir or delete these folders"
+            f"{'; '.join(passed)}. No older checkpoint is complete. To train from the start, "
+            "choose another output_dir or delete these folders"
         )
     if passed:
         logger.warning(f"{'; '.join(passed)}. There is no older checkpoint: training starts anew")

@@ -48,11 +48,11 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
     normalised on the device, for each network as it expects. Other inputs (``input_ids``) go to
     each network that names them.
 
-    Logged are the terms and diagnostics of the loss (``own_a``, ``selected_a``, ``threshold`` ...).
-    With clean labels ``right_a`` is the share of the taught labels that is true. Evaluated are top-1
-    and top-5 accuracy of each network and of their ensemble (mean probability), with clean labels
-    also the memorisation of wrong ones. ``eval_loss`` is plain cross-entropy, mean over networks: it
-    compares across losses.
+    The log has the terms and diagnostics of the loss (``own_a``, ``selected_a``, ``threshold``
+    ...); with clean labels ``right_a`` is the share of the taught labels that is true. Evaluation
+    gives top-1 and top-5 accuracy of each network and of their ensemble (mean probability); with
+    clean labels also how many wrong labels were memorised. ``eval_loss`` is plain cross-entropy,
+    mean over networks: it compares across losses.
 
     Args:
         models: a network or a sequence of them: timm names, timm modules, Hugging Face classifiers
@@ -76,8 +76,8 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         ValueError, TypeError: what these networks, this loss and these data cannot do together.
 
     Notes:
-        Several GPUs and hosts work by DDP (``accelerate launch``, ``torchrun``). FSDP, DeepSpeed and
-        ``nn.DataParallel`` are refused.
+        Several GPUs and hosts work by DDP (``accelerate launch``, ``torchrun``). FSDP, DeepSpeed
+        and ``nn.DataParallel`` are refused.
     """
 
     model: PeerModule
@@ -123,7 +123,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
             self.add_callback(ShortBar)
 
     def _host(self, trial: Any = None) -> PeerModule:
-        """The networks and their loss in one module; of a hyperparameter search, those of a trial."""
+        """The networks and their loss in one module; of a search, those of a trial."""
         sources: tuple[Any, Any] = self._models, self._loss
         models, loss = (f(trial) if _is_function(f) else f for f in sources)
         models = [models] if isinstance(models, str | nn.Module) else models
@@ -152,7 +152,8 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's. Each trial has networks and a loss of its own.
 
-        >>> run = MutualDistillationTrainer(lambda trial: ["resnet50"] * 2, lambda trial: SMKD(), args)  # doctest: +SKIP
+        >>> losses = lambda trial: SMKD(eta=trial["eta"] if trial else 2)  # doctest: +SKIP
+        >>> run = MutualDistillationTrainer(["resnet50"] * 2, losses, args)  # doctest: +SKIP
         """
         if self.model_init is None:
             raise RuntimeError(

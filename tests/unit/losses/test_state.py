@@ -277,5 +277,5 @@ def test_two_processes_write_one_table(tmp_path):
         )
         for rank in range(2)
     ]
-    first, second = (json.loads(p.communicate(timeout=100)[0].splitlines()[-1]) for p in running)
+    first, second = (json.loads(p.communicate()[0].splitlines()[-1]) for p in running)
     assert first == second == [[0, 10], [0, 0], [2, 22], [0, 0], [4, 24], [5, 25]]
