@@ -32,7 +32,7 @@ def markdown(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
 
 
 def methods() -> str:
-    """The registered losses as a Markdown table, from their docstrings. The documentation has it."""
+    """The registered losses as a Markdown table, from their docstrings. The docs contain it."""
     summaries = map(summarise_loss, list_losses())
     rows = [(f"`{s.name}`", s.formula, ", ".join(s.inputs), s.source) for s in summaries]
     return markdown(["name", "what it computes", "reads", "source"], rows)

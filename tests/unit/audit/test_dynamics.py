@@ -35,7 +35,7 @@ from kd_plugins import CE, SMKD, Everything, LabelSmoothing, Mutual, MyLC, Nothi
 from kd_plugins.audit.dynamics import read_dynamics, summarise
 from kd_plugins.models import PeerModule
 from kd_plugins.train import DynamicsCallback
-from kd_plugins.train.dynamics_callback import _figures
+from kd_plugins.train.dynamics_callback import batch_figures
 
 COLUMNS = ["epoch", "step", "index", "label"]
 
@@ -188,15 +188,15 @@ def test_soft_targets_count_as_their_largest_class(tmp_path):
 
 def figures(logits, labels, selection=None):
     """What the callback keeps of these logits."""
-    last = {"logits": logits, "labels": labels, "index": torch.arange(len(labels))}
-    return _figures(last, selection)
+    return batch_figures(logits, labels, torch.arange(len(labels)), selection)
 
 
 def test_extreme_logits():
-    """A probability stays within [0, 1] in float16; NaN stays NaN; more classes than int16 has."""
+    """Probabilities stay in [0, 1] in float16, NaN stays NaN, and many classes need int32."""
     z = torch.tensor([[1e4, -1e4, 0.0], [0.0, 0.0, 0.0], [9.0, 0.0, 0.0], [math.nan, 0.0, 0.0]])
     seen = figures([z], torch.tensor([0, 1, 1, 2]))
-    conf, p_label = seen["conf"][:, 0].half(), seen["p_label"][:, 0].half()
+    conf, p_label = seen["conf"][:, 0], seen["p_label"][:, 0]
+    assert conf.dtype == p_label.dtype == torch.float16
     assert conf[0] == p_label[0] == 1
     assert conf[1].item() == pytest.approx(1 / 3, rel=1e-3)
     assert 0 < p_label[2] < 2e-4 < 0.999 < conf[2] <= 1
@@ -226,7 +226,7 @@ def test_training_is_the_same_to_the_last_bit(tmp_path):
 
 
 def test_nothing_waits_for_the_device_in_a_step(tmp_path):
-    """A meta tensor has no values: whoever asked for one would fail. Every hundredth batch is brought over."""
+    """Reading a meta tensor fails. Only every hundredth batch is brought to the host."""
     hosted = PeerModule([Net(1), Net(2)], Mutual(CE(), Everything()))
     callback, meta = DynamicsCallback(tmp_path), torch.device("meta")
     labels, logits = (
@@ -654,7 +654,7 @@ def test_batches_without_index(tmp_path):
 
 
 def test_another_trainer(tmp_path):
-    with pytest.raises(TypeError, match=r"MutualDistillationTrainer, not ViT"):
+    with pytest.raises(TypeError, match=r"MutualDistillationTrainer, got ViT"):
         plain(tmp_path, CE(), callbacks=[kd_plugins.DynamicsCallback()]).train()
 
 
