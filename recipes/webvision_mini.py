@@ -8,8 +8,8 @@ Without `--data_dir`, scikit-learn's handwritten digits are written in WebVision
 symmetric label noise, and two small timm networks train on them for a few minutes on two CPU cores.
 With it, the setting is the paper's: Google part, 50 classes, two ResNet-50, 299 px crops of 320 px,
 batch 32, 100 epochs; the paper publishes no learning rate. Expected on the digits, three seeds:
-ensemble 92.6 ± 1.7 against 88.2 ± 0.3 per cent, see docs/results.md. Run a killed command again: it
-continues where it stopped, and finished parts are not trained again.
+ensemble 92.6 ± 1.7 against 88.2 ± 0.3 per cent, see docs/results.md. Run a killed command again:
+it continues where it stopped, and finished parts are not trained again.
 """
 
 import copy

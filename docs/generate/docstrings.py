@@ -48,7 +48,7 @@ def set_formula_apart(text: str) -> str:
 
 
 def typeset(formula: str) -> str:
-    """Plain text such as Σ_k w_k log p_k^q -> HTML with subscripts, superscripts and Greek letters."""
+    """Plain text such as Σ_k w_k log p_k^q -> HTML with subscripts and Greek letters."""
     text = escape(formula, quote=False)
     text = re.sub(r"_\{([^}]*)\}|_([^\W_]+(?:[≠=,]\w)?)", r"<sub>\1\2</sub>", text)
     text = re.sub(r"\^\{([^}]*)\}|\^(\w+)", r"<sup>\1\2</sup>", text)
@@ -87,7 +87,7 @@ def link_roles(text: str, path: str) -> str:
 
 @cache
 def entries() -> dict[str, str]:
-    """Public name -> anchor of its entry. A registered loss has the anchor of its registered name."""
+    """Public name -> anchor of its entry. The anchor of a registered loss is that name."""
     from kd_plugins import losses
 
     known = {}

@@ -144,11 +144,17 @@ def call_of(cls: type) -> str:
     shown = []
     for p in inspect.signature(cls).parameters.values():
         if p.kind != p.VAR_KEYWORD and p.name not in LossArguments.__annotations__:
-            shown.append(p.name if p.default is p.empty else f"{p.name}={p.default!r}")
+            shown.append(p.name if p.default is p.empty else f"{p.name}={short(p.default)}")
     line = f"{cls.__name__}({', '.join(shown)})"
     if len(line) <= 80:
         return line
     return "\n".join([f"{cls.__name__}(", *(f"    {argument}," for argument in shown), ")"])
+
+
+def short(default: Any) -> str:
+    """The default as Python writes it; of long fractions four digits."""
+    text = repr(default)
+    return f"{default:.4g}" if isinstance(default, float) and len(text) > 8 else text
 
 
 def base_page() -> str:

@@ -1,4 +1,4 @@
-"""The documentation: its code runs, its site builds, its links lead somewhere, it has every loss."""
+"""The documentation: its code runs, its site builds, its links work, it has every loss."""
 
 import inspect
 import os
