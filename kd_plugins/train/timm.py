@@ -28,16 +28,18 @@ try:
 except ImportError as error:
     raise ImportError(
         f"{__name__} needs timm.task with get_task_state, which keeps the state of a loss in the "
-        f"checkpoint: timm >= 1.0.31. timm {timm.__version__} is installed ({timm.__file__}): {error}"
+        f"checkpoint: timm >= 1.0.31. timm {timm.__version__} is installed ({timm.__file__}): "
+        f"{error}"
     ) from error
 
 
 class StatefulClassificationTask(ClassificationTask):
     """timm's ``ClassificationTask`` for a kd_plugins loss, whose state is in timm's checkpoints.
 
-    The checkpoint holds the network as timm's own does, and the loss as ``task_state``; ``--resume``
-    restores both. Parameters of the loss (T-revision's dT) are in :meth:`get_trainable_module`, from
-    which timm's script makes its optimizer. EMA averages the network, not the loss.
+    The checkpoint holds the network as timm's own does, and the loss as ``task_state``;
+    ``--resume`` restores both. Parameters of the loss (T-revision's dT) are in
+    :meth:`get_trainable_module`, from which timm's script makes its optimizer. EMA averages the
+    network, not the loss.
 
     Args:
         model: the network.
@@ -81,8 +83,8 @@ class StatefulClassificationTask(ClassificationTask):
         refuse_pairing(peers, networks, criterion)
         if "index" in criterion.required_inputs:
             raise ValueError(
-                f"{type(criterion).__name__} reads index, the position of a sample in the data, and "
-                "timm's loaders do not pass it on: train it with MutualDistillationTrainer"
+                f"{type(criterion).__name__} reads index, the position of a sample in the data, "
+                "and timm's loaders do not pass it on: train it with MutualDistillationTrainer"
             )
         bind_sizes(criterion, peers, networks, num_samples)
         for network in (*peers, *networks):
