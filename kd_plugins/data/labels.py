@@ -138,7 +138,7 @@ def same_classes(a: Any, b: Any, what: str, other: str = "the training data") ->
         a, b: data sets, or lists of class names.
         what, other: how an error calls them.
     """
-    names, reference = (x if isinstance(x, list) else class_names(x) for x in (a, b))
+    names, reference = (x if _are_names(x) else class_names(x) for x in (a, b))
     if names is None or reference is None:
         return
     positions = class_positions(names, reference, what, f"the classes of {other}")
@@ -154,6 +154,11 @@ def same_classes(a: Any, b: Any, what: str, other: str = "the training data") ->
 def _key(name: str) -> str:
     number = WNID.match(str(name))
     return number.group() if number else str(name)
+
+
+def _are_names(data: Any) -> bool:
+    """Whether these are class names; a list may also be one of rows."""
+    return isinstance(data, list) and all(isinstance(name, str) for name in data)
 
 
 def _are_numbers(names: Sequence[str]) -> bool:

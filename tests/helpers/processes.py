@@ -1,4 +1,5 @@
-"""Tests that need more than one process. No clock decides over a result, however busy the machine."""
+"""Tests that need more than one process. No clock decides over a result, however busy the
+machine."""
 
 import json
 import os
@@ -28,7 +29,8 @@ def mine(parts):
 
 
 def outputs(commands, folder, env=None):
-    """What commands print that run side by side. If one fails, the others are ended, and it says why."""
+    """What commands print that run side by side. If one fails, the others are ended, and it says
+    why."""
     running, files = [], []
     try:
         for k, command in enumerate(commands):

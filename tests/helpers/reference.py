@@ -45,7 +45,8 @@ def refined(kind, q, p, p_const, eps=0.3, g=0.5):
 
 
 def slope(f, zs, h=1e-5):
-    """Central differences of f(zs) for nested lists zs [K][B][C]: the gradient in the same nesting."""
+    """Central differences of f(zs) for nested lists zs [K][B][C]: the gradient in the same
+    nesting."""
 
     def at(k, i, c, step):
         return f(

@@ -1,4 +1,5 @@
-"""Tiny networks, pictures and Trainers for the tests of the hosting; as a script, a run that is killed half way."""
+"""Tiny networks, pictures and Trainers for the tests of the hosting; as a script, a run that is
+killed half way."""
 
 import itertools
 import os
@@ -31,7 +32,8 @@ CLASSES, SIZE, ROWS = 3, 8, 48
 
 
 class Net(nn.Module):
-    """Pixels [B, 3, H, W] -> logits [B, C]; a few hundred parameters. ``bn`` and ``dropout`` make resuming hard."""
+    """Pixels [B, 3, H, W] -> logits [B, C]; a few hundred parameters. ``bn`` and ``dropout`` make
+    resuming hard."""
 
     def __init__(self, seed=0, classes=CLASSES, bn=False, dropout=0.0, scale=1.0):
         super().__init__()
@@ -111,7 +113,8 @@ def arguments(folder, cls=MutualTrainingArguments, **kwargs):
 
 
 def trainer(folder, models=None, loss=None, train=None, evaluate=None, *, hf=None, **kwargs):
-    """A Trainer of two small networks with SMKD-P + MyLC; ``kwargs`` are training arguments, ``hf`` the Trainer's."""
+    """A Trainer of two small networks with SMKD-P + MyLC; ``kwargs`` are training arguments,
+    ``hf`` the Trainer's."""
     models = [Net(1), Net(2)] if models is None else models
     loss = SMKD(MyLC(window=ROWS), eta=1.5, b2=-4, normalize="batch") if loss is None else loss
     data = {"train_dataset": view() if train is None else train, "eval_dataset": evaluate}
@@ -121,7 +124,8 @@ def trainer(folder, models=None, loss=None, train=None, evaluate=None, *, hf=Non
 
 
 def hard(folder, callbacks=(), **kwargs):
-    """A run that is hard to resume: BatchNorm, dropout, random pictures, r and momentum. 12 steps, a checkpoint every two."""
+    """A run that is hard to resume: BatchNorm, dropout, random pictures, r and momentum. 12 steps,
+    a checkpoint every two."""
     models = [Net(1, bn=True, dropout=0.2), Net(2, dropout=0.3)]
     saving = {"save_strategy": "steps", "save_steps": 2, "logging_steps": 3}
     return trainer(
@@ -133,8 +137,36 @@ def hard(folder, callbacks=(), **kwargs):
     )
 
 
+class Recorder(TrainerCallback):
+    """What the networks were given, batch by batch, and the state after each step."""
+
+    def __init__(self):
+        self.batches, self.states = [], []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.register_forward_pre_hook(self.keep, with_kwargs=True)
+
+    def keep(self, module, args, inputs):
+        if module.training:
+            self.batches.append(inputs)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.states.append({name: p.detach().clone() for name, p in model.named_parameters()})
+
+
+class Epochs(ImageView):
+    """A view that writes down which epochs it was told."""
+
+    def set_epoch(self, epoch):
+        told = self.__dict__.setdefault("told", [])
+        if epoch not in told[-1:]:  # accelerate may tell it as well
+            told.append(epoch)
+        super().set_epoch(epoch)
+
+
 class StopAt(TrainerCallback):
-    """Training ends after this step, as if it had been interrupted; the schedule is that of the whole."""
+    """Training ends after this step, as if it had been interrupted; the schedule is that of the
+    whole."""
 
     def __init__(self, step):
         self.step = step
@@ -187,7 +219,8 @@ def vit(classes=CLASSES, seed=0, **config):
 
 
 def resnet(classes=CLASSES, seed=0):
-    """A Hugging Face classifier whose checkpoints its Trainer reads back exactly (a ViT's it does not)."""
+    """A Hugging Face classifier whose checkpoints its Trainer reads back exactly (a ViT's it does
+    not)."""
     torch.manual_seed(seed)
     sizes = {"embedding_size": 4, "hidden_sizes": [4, 4], "depths": [1, 1], "num_labels": classes}
     return ResNetForImageClassification(ResNetConfig(**sizes))

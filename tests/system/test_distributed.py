@@ -1,4 +1,5 @@
-"""Two gloo processes against one, in one launch: each rank trains, and writes what it holds for this file to compare."""
+"""Two gloo processes against one, in one launch: each rank trains, and writes what it holds for
+this file to compare."""
 
 import copy
 import json
@@ -49,7 +50,8 @@ BROKEN = range(1, ROWS, 6)
 
 
 def mutual(folder, world, refine=None, **kwargs):
-    """SMKD-P normalised by the batch, no BatchNorm: 16 rows a step however many processes share them."""
+    """SMKD-P normalised by the batch, no BatchNorm: 16 rows a step however many processes share
+    them."""
     loss = SMKD(refine or MyLC(window=ROWS), eta=1.5, b2=-4, normalize="batch")
     settings = {
         "per_device_train_batch_size": 16 // world,
@@ -66,7 +68,8 @@ def mutual(folder, world, refine=None, **kwargs):
 
 
 def saving(folder, world, **kwargs):
-    """BatchNorm and dropout on each rank: what makes resuming hard. Three steps an epoch, a checkpoint after each."""
+    """BatchNorm and dropout on each rank: what makes resuming hard. Three steps an epoch, a
+    checkpoint after each."""
     models = [Net(1, bn=True, dropout=0.2), Net(2, dropout=0.3)]
     settings = {"per_device_train_batch_size": 16 // world, "num_train_epochs": 3}
     return trainer(folder, models, train=view(transform=jitter), **settings | kwargs)
@@ -96,7 +99,8 @@ def stock_soft(folder, world):
     return stock(folder, world, soft(view(clean=False)))
 
 
-STATEFUL = {  # what each keeps: soft labels, weights over the data, a percentile, a learned correction, a selection
+# what each keeps: soft labels, weights over the data, a percentile, a correction, a selection
+STATEFUL = {
     "joint": lambda: Joint(
         ROWS, 3, alpha=0.0, begin=0.2, epochs=2
     ),  # alpha: the prior term is over a process's batch
@@ -133,12 +137,14 @@ def broken(folder, world):
     return trainer(folder, train=train, num_train_epochs=1, per_device_train_batch_size=16 // world)
 
 
-# how one step is taken where only rank 0 finds something to teach; of "taught", rank 1 has a loss of exactly 0
+# how one step is taken where only rank 0 finds something to teach; of "taught", rank 1 has a loss
+# of exactly 0
 LONELY = {"batch": {"normalize": "batch"}, "selected": {}, "taught": {"own": 0.0}}
 
 
 def lonely():
-    """Two linear networks, and for each rank pixels and labels: the networks are sure of some rows of rank 0, of none of rank 1."""
+    """Two linear networks, and for each rank pixels and labels: the networks are sure of some rows
+    of rank 0, of none of rank 1."""
     torch.manual_seed(3)
     nets = [torch.nn.Linear(5, 3, bias=False).double() for _ in "ab"]
     pixels = [scale * torch.randn(4, 5, dtype=torch.float64) for scale in (4.0, 0.01)]
@@ -260,7 +266,8 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_are_one(ranks, alone):
-    """On the same global batch: weights within 1e-5, r within 1e-6, and the ranks bit-equal to each other."""
+    """On the same global batch: weights within 1e-5, r within 1e-6, and the ranks bit-equal to
+    each other."""
     first, second = (rank["mutual"]["state"] for rank in ranks)
     assert difference(first, second) == 0
     assert ranks[0]["mutual"]["steps"] == alone.state.global_step == 12
@@ -348,7 +355,8 @@ def test_a_checkpoint_consists_of_the_files_of_both_processes(ranks):
 
 @pytest.mark.parametrize("name", STATEFUL)
 def test_state_of_losses_on_two_processes(name, ranks, tmp_path):
-    """Equal to the last bit on both and after a resume; as one process has it on the same global batches; and it moved."""
+    """Equal to the last bit on both and after a resume; as one process has it on the same global
+    batches; and it moved."""
     (first, again), (second, _) = (rank[name] for rank in ranks)
     assert difference(first["state"], second["state"]) == 0
     assert difference(first["state"], again["state"]) == 0
@@ -374,7 +382,8 @@ def test_broken_pictures_of_all_ranks_are_named_once(ranks):
 
 
 def slopes(nets, pixels, labels, own, normalize):
-    """Gradients of both networks on these rows by numpy, given r over all rows: dL/dz = p - q~ for each lesson, q~ a constant."""
+    """Gradients of both networks on these rows by numpy, given r over all rows: dL/dz = p - q~ for
+    each lesson, q~ a constant."""
     weights = [net.weight.detach().numpy() for net in nets]
 
     def known(x):  # p, 1 - H / ln C
@@ -397,7 +406,8 @@ def slopes(nets, pixels, labels, own, normalize):
 
 @pytest.mark.parametrize("name", LONELY)
 def test_empty_selection_on_one_rank(name, ranks):
-    """The mean of the two ranks' gradients, by hand: each with its own n_j, where it is not the batch; a rank with nothing to learn
+    """The mean of the two ranks' gradients, by hand: each with its own n_j, where it is not the
+    batch; a rank with nothing to learn
     gives zeros and keeps nobody waiting."""
     first, second = (rank[name] for rank in ranks)
     assert all(0 < share < 1 for share in first["selected"]) and second["selected"] == [0, 0]
@@ -423,7 +433,8 @@ def test_empty_selection_on_one_rank(name, ranks):
 
 
 def test_priming_from_loaders_of_unequal_length(ranks):
-    """Three batches on one rank and one on the other, also none: r is over all rows, as one process has it on all batches."""
+    """Three batches on one rank and one on the other, also none: r is over all rows, as one
+    process has it on all batches."""
     for n, (mine, others) in enumerate(PRIMING):
         first, second = (rank["primed"][n] for rank in ranks)
         assert first == second
@@ -433,7 +444,8 @@ def test_priming_from_loaders_of_unequal_length(ranks):
 
 
 def test_rows_that_do_not_divide_by_two_processes(ranks, tmp_path):
-    """33 rows, three steps of 16 on both: every row is seen, what fills up counts as often as it comes, and the ranks are equal;
+    """33 rows, three steps of 16 on both: every row is seen, what fills up counts as often as it
+    comes, and the ranks are equal;
     one process that is given the same 48 rows in the same order has the same weights and r."""
     first, second = (rank["uneven"] for rank in ranks)
     assert first["steps"] == second["steps"] == 3

@@ -1,4 +1,5 @@
-"""What goes wrong on real machines: kills at any moment, full disks, folders that cannot be written, data that change."""
+"""What goes wrong on real machines: kills at any moment, full disks, folders that cannot be
+written, data that change."""
 
 import ast
 import io
@@ -132,7 +133,8 @@ def test_twenty_kills_and_nothing_lost(tmp_path, train):
 
 
 def test_a_full_disk_loses_nothing(tmp_path):
-    """The run ends with the system's own words; when there is room again it goes on to the same weights."""
+    """The run ends with the system's own words; when there is room again it goes on to the same
+    weights."""
     whole, short = tmp_path / "whole", tmp_path / "short"
 
     def cramped(folder, errors):
@@ -198,7 +200,7 @@ def test_data_that_changed_under_a_resumed_run(tmp_path, change):
     assert {"data.rows", "data.labels", "data.class_names"} <= set(saved)
 
 
-# --------------------------------------------------------------------------------------------------------------- pickles
+# ---------------------------------------------------------------------------------------- pickles
 
 
 class Evil:
@@ -333,7 +335,8 @@ def test_damaged_checkpoints_are_named(tmp_path, name):
 
 
 def test_arguments_in_a_checkpoint_are_not_read(tmp_path, poison):
-    """training_args.bin is a pickle that the Trainer writes for its user; a run that goes on asks its own."""
+    """training_args.bin is a pickle that the Trainer writes for its user; a run that goes on asks
+    its own."""
     hard(tmp_path, [StopAt(2)]).train()
     poison("pickle", tmp_path / "checkpoint-2" / "training_args.bin")
     run = hard(tmp_path, [StopAt(4)])
@@ -412,7 +415,8 @@ def test_data_that_would_run(tmp_path, poison):
 
 
 def test_nothing_of_ours_unpickles():
-    """Neither by a module for it nor by a switch of torch, numpy and datasets; the recipes neither."""
+    """Neither by a module for it nor by a switch of torch, numpy and datasets; the recipes
+    neither."""
     root = Path(__file__).parents[2]
     sources = [*root.glob("kd_plugins/**/*.py"), *root.glob("recipes/*.py")]
     assert len(sources) > 30
@@ -440,7 +444,7 @@ def test_nothing_of_ours_unpickles():
             assert not bad, f"{path.name}:{node.lineno}: {bad}"
 
 
-# ---------------------------------------------------------------------------------------------------------------- pages
+# ------------------------------------------------------------------------------------------ pages
 
 
 def test_file_names_do_not_reach_the_page(tmp_path):

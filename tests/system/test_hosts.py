@@ -1,7 +1,10 @@
-"""Two hosts, each a network namespace of its own, in one run through torchrun's rendezvous; and one that is cut off.
+"""Two hosts, each a network namespace of its own, in one run through torchrun's rendezvous; and
+one that is cut off.
 
-The rendezvous is torchrun's default, by the first host's address. With ``--rdzv_backend c10d`` the survivor ends as soon, but the
-agent of the host that is cut off waits for the store on the other one for minutes after its own process has ended.
+The rendezvous is torchrun's default, by the first host's address. With ``--rdzv_backend c10d``
+the survivor ends as soon, but the
+agent of the host that is cut off waits for the store on the other one for minutes after its own
+process has ended.
 """
 
 import os

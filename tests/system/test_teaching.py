@@ -1,4 +1,5 @@
-"""Teachers in the Trainer: beside a student and beside peers, on logits and features; frozen, not saved, resumed exactly."""
+"""Teachers in the Trainer: beside a student and beside peers, on logits and features; frozen, not
+saved, resumed exactly."""
 
 import copy
 
@@ -59,7 +60,8 @@ NAMES = ("camkd", "hints", "crd", "lr_ds")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trained_saved_and_resumed(name, tmp_path):
-    """Half way and on is bit-equal; what the loss learns moves; teachers stay what they were and outside the checkpoint."""
+    """Half way and on is bit-equal; what the loss learns moves; teachers stay what they were and
+    outside the checkpoint."""
     settings = {
         "save_strategy": "steps",
         "save_steps": 3,

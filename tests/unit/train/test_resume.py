@@ -1,4 +1,5 @@
-"""What a checkpoint belongs to, and what it has to hold: a run goes on from its own, whole or not at all."""
+"""What a checkpoint belongs to, and what it has to hold: a run goes on from its own, whole or not
+at all."""
 
 import json
 import logging
@@ -52,7 +53,7 @@ def copied(whole, folder, *steps):
     return folder
 
 
-# ---------------------------------------------------------------------- the checkpoint of another run
+# ------------------------------------------------------------------ the checkpoint of another run
 
 
 def masked(first):
