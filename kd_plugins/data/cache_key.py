@@ -40,9 +40,10 @@ def transform_key(view: ImageView) -> str:
         pixels = repeated(_transformed(view, row), view.seed, row)
         if pixels is None:
             raise ValueError(
-                f"the transform draws at random (row {row} of the data): "
-                f"{transform_text(view)}. It makes other pixels in each epoch, and cached logits would belong to another "
-                "crop. Use a transform without randomness, or pass the teachers to the Trainer"
+                f"the transform draws at random (row {row} of the data): {transform_text(view)}. "
+                "It makes other pixels in each epoch, and the cached logits would belong to "
+                "another crop. Use a transform without randomness, or pass the teachers to the "
+                "Trainer"
             )
         digest.update(_bytes(pixels))
     return digest.hexdigest()
