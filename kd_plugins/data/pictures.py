@@ -10,7 +10,8 @@ import timm
 from torch import nn
 from torchvision import transforms as T
 
-from .noise import asymmetric, circular, pair_flip, symmetric
+from .labels import column_array, same_classes
+from .noise import circular, pair_flip, symmetric
 
 NOISE = ("symmetric", "pair_flip", "asymmetric", "circular", "none")
 
@@ -52,15 +53,17 @@ def load_pictures(
     label = find_column(data["train"], "label", label)
     parts = [data["train"], data[test]]
     names = parts[0].features[label].names
+    same_classes(list(parts[1].features[label].names), list(names), "the test data")
     if classes:
         if not 1 < classes <= len(names):
             raise ValueError(f"classes={classes}: expected 2 to {len(names)}, as many as there are")
         kind = datasets.ClassLabel(names=names[:classes])
-        parts = [_rows(part, np.asarray(part[label]) < classes) for part in parts]
+        parts = [_rows(part, column_array(part, label) < classes) for part in parts]
         parts = [part.cast_column(label, kind) for part in parts]
     if where:
         parts[0] = _rows(parts[0], parts[0][where])
-        parts[1] = _rows(parts[1], np.isin(parts[1][label], parts[0][label]))
+        labels, known = (column_array(part, label) for part in reversed(parts))
+        parts[1] = _rows(parts[1], np.isin(labels, known))
     return Pictures(parts[0], parts[1], image, label)
 
 
@@ -98,11 +101,9 @@ def noise_by_name(
     if name == "circular":
         above = dict(zip(data[label], data["coarse_label"], strict=True))
         return circular([above[k] for k in range(classes)], rate)
-    if name == "asymmetric":
-        return asymmetric(classes, rate, {k: (k + 1) % classes for k in range(classes)})
     if name in ("symmetric", "none"):
         return symmetric(classes, rate if name == "symmetric" else 0.0)
-    if name == "pair_flip":
+    if name in ("pair_flip", "asymmetric"):
         return pair_flip(classes, rate)
     if name not in data.column_names:
         raise ValueError(

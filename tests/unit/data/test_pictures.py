@@ -107,3 +107,15 @@ def test_transform_is_that_of_the_network():
     assert len({crops(grey).mean().item() for _ in range(9)}) > 1  # black edges of the padding
     large = picture_transform(timm.create_model("test_resnet"), 224)(grey)
     assert large.shape == (3, 160, 160)
+
+
+def test_classes_of_the_splits_are_compared(monkeypatch):
+    def split(names):
+        features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+        picture = Image.new("RGB", (4, 4))
+        return datasets.Dataset.from_dict({"image": [picture], "label": [0]}, features=features)
+
+    data = datasets.DatasetDict(train=split(["cat", "dog"]), test=split(["dog", "cat"]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: data)
+    with pytest.raises(ValueError, match=r"the test data has .* another order: class 0 is 'dog'"):
+        load_pictures("any", classes=2)
