@@ -170,7 +170,7 @@ def test_pages_and_sheets_of_other_rows_are_refused(odd, tmp_path, draw):
     with pytest.raises(ValueError, match="in column 'noisy'"):
         draw(suspects, renamed, tmp_path / "x", label="noisy")
     bare = [{"image": None}] * 10
-    with pytest.raises(ValueError, match="Row 0 has no 'label'"):
+    with pytest.raises(ValueError, match="row 0 has no 'label'"):
         draw(suspects, bare, tmp_path / "x")
     assert not (tmp_path / "x").exists()
     for rows_, label in ((renamed, "given"), (bare, None)):
