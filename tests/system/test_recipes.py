@@ -1,4 +1,4 @@
-"""Each recipe as a user starts it, with tiny networks on tiny data: to its end, again, and after it was stopped."""
+"""Each recipe as a user starts it, with tiny networks on tiny data."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def start(monkeypatch, recipe, *argv):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A data set of four classes as parquet, in a folder that load_dataset reads like a hub id."""
+    """A data set of four classes in a folder of parquet files."""
     rng = np.random.default_rng(0)
     features = datasets.Features(
         {
@@ -64,7 +64,7 @@ def open_picture(path):
 
 
 def test_webvision_mini(tmp_path, monkeypatch, capsys):
-    """The demo: table, pictures and networks come out; a second start trains nothing; other settings are refused."""
+    """The demo writes a table, pictures and networks. A second start trains nothing."""
     argv = [
         "webvision_mini.py",
         "--models",
@@ -126,7 +126,7 @@ METHODS = [
 
 @pytest.mark.parametrize("more", METHODS, ids=[m[1] for m in METHODS])
 def test_cifar100_noise(more, tmp_path, pictures, monkeypatch):
-    """Any method by name, any noise, one network or several."""
+    """Methods by name, with every kind of noise, with one network and with several."""
     out = tmp_path / "out"
     models = [] if "--models" in more else ["--models", "test_resnet", "test_efficientnet"]
     fixed = [
@@ -168,7 +168,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_method_by_name(name, tmp_path, pictures, monkeypatch):
-    """Also those of several stages, each of which leaves its folder, and those that want features or a table."""
+    """Every method trains by name. Methods of several stages leave a folder per stage."""
     networks = ["test_resnet"] * (2 if name != "cdr" and loss_class(name).peers else 1)
     argv = [
         "--data",
@@ -197,7 +197,7 @@ def test_every_method_by_name(name, tmp_path, pictures, monkeypatch):
 
 
 def test_what_the_recipe_fills_in_fits_the_method(tmp_path, pictures, monkeypatch):
-    """Joint keeps ten epochs of each sample, not as many as there are samples; a known matrix needs no stage before."""
+    """Joint keeps ten epochs of each sample. A known matrix needs no first stage."""
     argv = [
         "--data",
         pictures,
@@ -244,7 +244,7 @@ def test_what_the_recipe_fills_in_fits_the_method(tmp_path, pictures, monkeypatc
 
 
 def test_stages_continue_where_they_should(tmp_path, pictures, monkeypatch):
-    """T-revision goes on with the network of the stage before; a stage that was done is not trained again."""
+    """T-revision continues with the network of stage 2. Finished stages are not repeated."""
     argv = [
         "--data",
         pictures,
@@ -322,7 +322,7 @@ def test_stages_that_do_not_fit_are_refused(more, match, tmp_path, pictures, mon
 
 
 def test_cifar100_noise_on_part_of_the_data(tmp_path, pictures, monkeypatch):
-    """The first classes; rows that a column names, with the test pictures of their classes; labels of a column; a size."""
+    """The options --classes, --where, --size, --augment, and --noise with the name of a column."""
     rows = datasets.load_dataset(str(pictures))
     given = [(k + i % 2) % 3 for i, k in enumerate(rows["train"]["label"])]
     train = (
@@ -460,7 +460,7 @@ def test_cifar100_noise_refuses_unknown_noise(tmp_path, pictures, monkeypatch):
 def test_a_mistyped_command_does_not_take_the_folder(
     more, error, match, tmp_path, pictures, monkeypatch
 ):
-    """It is refused before the folder is claimed for it: the corrected one would be refused there."""
+    """It is refused before it claims the folder, so the corrected command can use the folder."""
     models = [] if "--models" in more else ["--models", "test_resnet", "test_resnet"]
     with pytest.raises(error, match=match):
         start(
@@ -486,7 +486,7 @@ def test_a_mistyped_command_does_not_take_the_folder(
     ],
 )
 def test_what_co_teaching_forgets(more, rate, monkeypatch):
-    """The share of wrong labels, where there are none nothing; a figure that is given is taken."""
+    """The default is the noise rate, and 0 without noise. An explicit --rate wins."""
     recipe = recipe_of(monkeypatch, "cifar100_noise.py", "--method", "co_teaching", *more)
     s, *_ = recipe["options"]()
     assert recipe["make_loss"](s, "co_teaching", [None, None]).select.forget == s.rate == rate
@@ -502,7 +502,7 @@ RECIPES_ON_DATA = {
 
 @pytest.mark.parametrize("recipe", RECIPES_ON_DATA)
 def test_columns_of_the_hub(recipe, tmp_path, monkeypatch, two_teachers):
-    """img is found; of fine_label and coarse_label one has to be named, and that is all."""
+    """The picture column is found. Of two label columns one has to be named."""
     more = [
         "--data",
         hub(tmp_path / "data"),
@@ -528,7 +528,7 @@ def test_columns_of_the_hub(recipe, tmp_path, monkeypatch, two_teachers):
 
 
 def test_suspects_of_other_rows_are_refused(tmp_path, pictures, monkeypatch):
-    """The dynamics of a run are those of its rows and labels: another column, part or order is named."""
+    """The dynamics belong to the rows and labels of the run. Other rows or labels are refused."""
     run = tmp_path / "run"
     argv = ["--data", pictures, "--models", "test_resnet", "--method", "ce", "--dynamics", "True"]
     argv += ["--num_train_epochs", 1, "--per_device_train_batch_size", 8, "--noise", "pair_flip"]
@@ -571,7 +571,7 @@ def test_suspects_of_other_rows_are_refused(tmp_path, pictures, monkeypatch):
 def test_suspects_among_labels_that_are_all_right(
     tmp_path, pictures, two_teachers, monkeypatch, capsys
 ):
-    """Nothing can be measured, the rest is there; a folder that is missing is named."""
+    """Without wrong labels nothing is measured, but the files are written."""
     argv = ["--data", pictures, "--clean", "label", "--output_dir", tmp_path / "out", "--networks"]
     start(monkeypatch, "find_wrong_labels.py", *argv, two_teachers[0])
     out = capsys.readouterr().out
@@ -621,7 +621,7 @@ def test_webvision_mini_takes_the_papers_schedule_with_data(given, tmp_path, mon
 
 
 def test_webvision_mini_that_cannot_start_does_not_take_the_folder(tmp_path, monkeypatch):
-    """One network cannot teach itself: the corrected command can have the folder."""
+    """One network cannot teach itself. The folder stays free for the corrected command."""
     argv = [
         "webvision_mini.py",
         "--output_dir",
@@ -664,7 +664,7 @@ SHOWN = {  # all of stderr, or how the report of the launcher ends
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_users_error_is_one_line_however_the_recipe_is_started(launcher, tmp_path):
-    """Python ends with code 2. accelerate and torchrun always with 1; torchrun shows the line last."""
+    """The recipe exits with code 2; the launchers exit with 1. torchrun shows the line last."""
     recipe = RECIPES / "cifar100_noise.py"
     command = [sys.executable, *LAUNCHERS[launcher], recipe, "--method", "cee"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -691,7 +691,7 @@ def test_options_that_do_not_exist(argv, line, monkeypatch, capsys):
 
 
 def test_commands_with_accelerate_are_quiet():
-    """Without -q it adds a traceback of its own to the one line of a recipe."""
+    """Without -q accelerate adds a traceback of its own to the line of the recipe."""
     root = RECIPES.parent
     for path in [*root.glob("*.md"), root / "Makefile", *RECIPES.rglob("*.*")]:
         if path.suffix in ("", ".md", ".py"):
@@ -700,7 +700,7 @@ def test_commands_with_accelerate_are_quiet():
 
 
 def test_bugs_keep_their_traceback(capsys):
-    """Only SystemExit with a message and errors that kd_plugins raises become one line."""
+    """Only SystemExit with a message and errors raised by kd_plugins become one line."""
     for bug in (lambda: int("x"), lambda: torch.ones(2) @ torch.ones(3), lambda: sys.exit(3)):
         with pytest.raises((ValueError, RuntimeError, SystemExit)) as raised:
             run_main(bug)
@@ -712,7 +712,7 @@ def test_bugs_keep_their_traceback(capsys):
 
 @pytest.mark.parametrize("source", ["folder", "file"])
 def test_finetune_mylc(source, tmp_path, pictures, monkeypatch, capsys):
-    """From a local folder (same classes: head kept, r primed) and from a file (other classes: new head)."""
+    """A folder with the same classes keeps its head. A file with other classes gets a new head."""
     model = timm.create_model("test_resnet", num_classes=4 if source == "folder" else 7)
     folder = export(model, tmp_path / "pretrained", list("wxyz") if source == "folder" else None)
     given = ["--model", folder, "--prime", "True"]
@@ -766,7 +766,7 @@ def test_weights_that_are_not_there(model, match, tmp_path, pictures, monkeypatc
 
 
 def test_another_experiment_does_not_go_on_from_these_checkpoints(tmp_path, pictures, monkeypatch):
-    """The default folder is the same for every method: smkd after ce would start, and end, with ce's weights."""
+    """All methods share a default folder. smkd after ce would continue from ce's checkpoints."""
     argv = [
         "--data",
         pictures,
@@ -804,7 +804,7 @@ def distil(monkeypatch, folder, pictures, *more):
 
 @pytest.fixture(scope="module")
 def two_teachers(tmp_path_factory):
-    """As export() writes them, of different kind."""
+    """Two exported networks of different kinds."""
     folder = tmp_path_factory.mktemp("teachers")
     return [
         export(timm.create_model(name, num_classes=4), folder / name)
@@ -833,7 +833,7 @@ def test_distill_teachers(more, tmp_path, pictures, two_teachers, monkeypatch):
 
 
 def test_distill_teachers_that_are_trained_first(tmp_path, pictures, monkeypatch, capsys):
-    """Each on its own labels; a second start trains none of them again."""
+    """Each teacher has its own noise rate. A second start trains none of them again."""
     more = [
         "--teachers",
         "test_resnet",
@@ -923,21 +923,21 @@ def test_distill_teachers_that_are_trained_first(tmp_path, pictures, monkeypatch
     ],
 )
 def test_distill_teachers_refuses(more, match, tmp_path, pictures, monkeypatch):
-    """In one line, and before the folder is taken: the corrected command can have it."""
+    """It is refused before it claims the folder, so the corrected command can use the folder."""
     with pytest.raises((SystemExit, ValueError), match=match):
         distil(monkeypatch, tmp_path / "out", pictures, *more)
     assert not (tmp_path / "out").exists()
 
 
 def recipe_of(monkeypatch, recipe, *argv):
-    """Its names, not started; the command line is there for it to read."""
+    """The names of a recipe that is not started. It reads this command line."""
     monkeypatch.setattr(sys, "argv", [recipe, *map(str, argv)])
     return runpy.run_path(str(RECIPES / recipe))
 
 
 @pytest.mark.parametrize("preset", [["--preset", "kd"], ["--preset=kd"], ["--pres", "kd"]], ids=str)
 def test_a_preset_is_read_however_it_is_written(preset, monkeypatch):
-    """Schedule and terms; what is given beside it wins."""
+    """A preset sets schedule and terms; explicit options win."""
     recipe = recipe_of(
         monkeypatch, "distill_teachers.py", "--teachers", "x", "--weight_decay", 0.1, *preset
     )
@@ -956,7 +956,7 @@ def test_a_preset_without_a_name(monkeypatch):
 
 
 def test_teachers_without_a_student(tmp_path, pictures, monkeypatch, capsys):
-    """They are trained, the folder says that it is done, and no student is made."""
+    """The teachers are trained, results.json is written, and no student is made."""
     monkeypatch.setattr("kd_plugins.MutualDistillationTrainer", Watched)
     Watched.seen.clear()
     more = [
@@ -987,7 +987,7 @@ class Watched(MutualDistillationTrainer):
 
 
 def test_benchmark(tmp_path, monkeypatch, capsys):
-    """Rows by part of their name; figure, goal, hardware and versions as JSON."""
+    """Rows are chosen by part of their name. The JSON has figures, goals, hardware and versions."""
     rows = ["loss alone [128, 100], eager", "AEKD", "noisy view"]
     start(
         monkeypatch,
@@ -1010,7 +1010,7 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
 
 
 def test_rows_of_the_benchmark_that_want_a_gpu():
-    """What runs here of them: two networks cost more than one, and every loss has its call."""
+    """The parts that run without a GPU: two networks cost more than one, every loss has a call."""
     benchmark = runpy.run_path(str(RECIPES / "experiments" / "benchmark.py"))
     assert benchmark["two_peers_on_one"]("eager", True)[0] > 1
     assert 1 <= benchmark["peak_memory"](64, 2000, torch.float32)[0] < 1.25

@@ -1,4 +1,4 @@
-"""The matrix of recipes/experiments/tables.py: what it runs, that nothing is run twice, and what it makes of the figures."""
+"""recipes/experiments/tables.py: which cells run, none of them twice, and the tables."""
 
 import os
 import runpy
@@ -16,8 +16,8 @@ from kd_plugins import MutualTrainingArguments, create_loss, list_losses
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
-# Stands in for a recipe: counts its starts, fails where it is told to or if its GPU is busy, else writes figures that depend
-# on cell and seed.
+# A stand-in for a recipe. It counts its starts, fails where it is told to or if its GPU is busy,
+# and else writes figures that depend on cell and seed.
 FAKE = """
 import json, os, sys, time
 from pathlib import Path
@@ -39,7 +39,8 @@ if os.environ["FAIL"] == "stop":
     (out / "pid").write_text(str(os.getpid()))
     time.sleep(30)
 score = {"mylc": 0.6, "ce": 0.4}.get(value("--refine"), 0.5) + 0.01 * int(value("--seed"))
-(out / "results.json").write_text(json.dumps({"eval_accuracy": score, "eval_accuracy_a": score, "method": "x", "seed": 0}))
+figures = {"eval_accuracy": score, "eval_accuracy_a": score, "method": "x", "seed": 0}
+(out / "results.json").write_text(json.dumps(figures))
 """
 
 
@@ -52,7 +53,7 @@ def tables():
 
 @pytest.fixture
 def start(tables, tmp_path, monkeypatch):
-    """Run the matrix with the stand-in; its exit code and the table's folder."""
+    """Run the matrix with the stand-in. Returns the exit code and the folder of the table."""
     (tmp_path / "cifar100_noise.py").write_text(FAKE)
     monkeypatch.setitem(tables["main"].__globals__, "RECIPES", tmp_path)
 
@@ -75,7 +76,7 @@ def starts(root):
 
 
 def test_matrix_is_run_once_and_published(start, capsys):
-    """Sixteen cells and the reference, two seeds; means, deviations and differences to the paper in every format."""
+    """Sixteen cells and the reference, two seeds: the figures are right in every format."""
     code, root = start("--seeds", 2, "--jobs", 3)
     assert code == 0 and len(starts(root)) == 34 and set(starts(root).values()) == {1}
     text = (root / "table.md").read_text()
@@ -114,7 +115,7 @@ def test_matrix_is_run_once_and_published(start, capsys):
 
 
 def test_a_cell_that_fails(start, capsys):
-    """It is tried once more by itself, reported with its last line, and run again by the next command; others go on."""
+    """A failed cell is tried once more alone and reported. The others run on."""
     code, root = start("--seeds", 1, "--jobs", 2, fail="mylc--all", times=1)
     assert code == 0 and starts(root)["mylc--all/0"] == 2
     code, root = start("--seeds", 2, "--jobs", 2, fail="mylc--zero")
@@ -129,7 +130,7 @@ def test_a_cell_that_fails(start, capsys):
     "second", [["--num_train_epochs", "16"], ["--num-train-epochs=16"], ["--bf16"]], ids=str
 )
 def test_figures_of_another_command_are_not_published(second, start, capsys):
-    """A finished cell keeps the options that it had; without its record, as from a copy, it is taken as it is."""
+    """A finished cell with other options is refused. Without a record of them it is accepted."""
     asked = ["--seeds", 1, "--rows", "MyLC", "--columns", "zero"]
     _, root = start(*asked, "--num_train_epochs", "12")
     start(*asked, "--num_train_epochs=12")  # the same
@@ -146,9 +147,12 @@ def test_figures_of_another_command_are_not_published(second, start, capsys):
 
 
 def test_what_a_changed_command_is_told(start, tables, tmp_path, capsys):
-    """What differs, and no more; where the folder lies makes no difference."""
+    """The error names what differs. The path of the folder does not count."""
     start("--seeds", 1, "--rows", "MyLC", "--columns", "zero", "--num_train_epochs", "12")
-    wanted = r"{'num_train_epochs': \['12'\]}, asked for is {'num_train_epochs': \['16'\]}; its figures would be published"
+    wanted = (
+        r"{'num_train_epochs': \['12'\]}, asked for is {'num_train_epochs': \['16'\]}; "
+        "its figures would be published"
+    )
     with pytest.raises(SystemExit, match=wanted):
         start(
             "--seeds",
@@ -190,7 +194,7 @@ def test_what_a_changed_command_is_told(start, tables, tmp_path, capsys):
     ids=str,
 )
 def test_options_that_cells_have_of_their_own_are_refused(more, start, tmp_path):
-    """For all of them they would make every row, or every seed, the same; --seed is no short form of --seeds."""
+    """They would make all rows or all seeds the same. --seed is no short form of --seeds."""
     with pytest.raises(SystemExit, match=r"has its own|it would be dropped"):
         start(*more, "--rows", "MyLC")
     assert not (tmp_path / "out").exists()
@@ -198,7 +202,7 @@ def test_options_that_cells_have_of_their_own_are_refused(more, start, tmp_path)
 
 @pytest.mark.parametrize("budget", ["full", "small"])
 def test_what_is_passed_on_reaches_whom_it_concerns(tables, budget, monkeypatch):
-    """The teachers' epochs go to the teachers, who make no student, whatever students are; the rest goes to all."""
+    """Options of the teachers go to the teachers only, all other options to every cell."""
     recipe = runpy.run_path(str(RECIPES / "distill_teachers.py"))
     more = ["--teacher_epochs", "7", "--student", "resnet18_cifar", "--learning_rate=0.01"]
     cells, _ = tables["make_cells"](
@@ -219,7 +223,7 @@ def test_what_is_passed_on_reaches_whom_it_concerns(tables, budget, monkeypatch)
 
 
 def test_cells_are_dealt_out_over_the_gpus(start, monkeypatch, capsys):
-    """One at a time on each of two; the record says on which."""
+    """One cell at a time on each of two GPUs. The record names the GPU."""
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda k: f"NVIDIA {k}")
     code, root = start("--seeds", 1, "--jobs", 2, "--rows", "MyLC")
@@ -236,7 +240,7 @@ def test_cells_are_dealt_out_over_the_gpus(start, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_matrix_that_is_stopped(name, start, tmp_path):
-    """Ctrl-C and kill end the cells that run and start no other: the next start would run them beside themselves."""
+    """Ctrl-C and kill end the running cells too, or the next start would run them twice."""
     before, number = signal.getsignal(signal.SIGTERM), getattr(signal, name)
     root = tmp_path / "out" / "smkd-1" / "full"
 
@@ -294,7 +298,7 @@ def test_first_cells(tables):
 
 @pytest.mark.parametrize("budget", ["full", "small"])
 def test_every_cell_is_a_command_that_its_recipe_takes(tables, budget):
-    """Options are parsed by the recipe's own parser; the losses that they name can be made."""
+    """The recipe's own parser takes the options, and the named losses can be made."""
     settings = {
         name: runpy.run_path(str(RECIPES / name))
         for name in ("cifar100_noise.py", "distill_teachers.py")
@@ -322,7 +326,7 @@ def test_every_cell_is_a_command_that_its_recipe_takes(tables, budget):
 
 
 def parse(recipe, command, monkeypatch):
-    """Settings and arguments, as the recipe itself reads and checks them."""
+    """Settings and arguments as the recipe reads and checks them."""
     monkeypatch.setattr(sys, "argv", command[1:])
     s, args = recipe["options"]()
     return vars(s), args
@@ -346,7 +350,7 @@ SCHEDULE = [
 
 
 def test_cells_of_a_distillation_table_share_one_schedule(tables, monkeypatch):
-    """The published one, for the teachers too and where a row names only its terms, which stay its own."""
+    """Teachers and rows have the published schedule, also rows that name only their terms."""
     recipe = runpy.run_path(str(RECIPES / "distill_teachers.py"))
     there = {
         name: table
@@ -381,7 +385,7 @@ def test_cells_of_a_distillation_table_share_one_schedule(tables, monkeypatch):
 
 
 def test_rows_have_the_teachers_that_they_name(tables):
-    """In the table of methods for one teacher that is the first; CA-MKD beside them has all, the student alone none."""
+    """Methods for one teacher have the first one, CA-MKD has all, the student alone has none."""
     table = tables["TABLES"]["camkd-2"]
     cells, root = tables["make_cells"](tables["Settings"](table="camkd-2", seeds=1), [])
     folders = [str(root / "teachers" / "teachers" / str(k) / "peer_a") for k in range(3)]
@@ -393,7 +397,7 @@ def test_rows_have_the_teachers_that_they_name(tables):
 
 
 def test_knowledge_columns_are_the_limits(tables):
-    """Zero knowledge selects nothing, all knowledge everything, S and P what their names say."""
+    """Zero knowledge selects nothing, all knowledge everything; S is static, P progressive."""
     made = {
         name: create_loss("smkd", **{k: float(v) for k, v in options["loss_args"].items()})
         for name, options in tables["TABLES"]["smkd-1"].columns.items()
@@ -411,7 +415,7 @@ def test_knowledge_columns_are_the_limits(tables):
 
 
 def test_teachers_come_first_and_are_shared(tables, tmp_path):
-    """One cell trains them; all students of the table read their folders, the student alone reads none."""
+    """One cell trains the teachers. All students but the student alone read their folders."""
     cells, root = tables["make_cells"](
         tables["Settings"](table="camkd-3", budget="small", output_dir=str(tmp_path)), []
     )

@@ -1,4 +1,4 @@
-"""timm's training loop with our tasks: what it saves, resumes, averages, evaluates and hands to its optimizer."""
+"""timm's training loop with our tasks: checkpoints, resume, EMA, evaluation, optimizer."""
 
 import importlib
 import re
@@ -37,7 +37,7 @@ T = [[0.8, 0.1, 0.1], [0.2, 0.7, 0.1], [0.0, 0.3, 0.7]]
 
 
 def batches(epoch, n=3, size=6):
-    """The same for the same epoch."""
+    """Random batches, the same in every run of an epoch."""
     g = torch.Generator().manual_seed(epoch)
     return [
         (torch.randn(size, 3, 8, 8, generator=g), torch.randint(CLASSES, (size,), generator=g))
@@ -70,7 +70,7 @@ def train(
     batch=lambda x: x,
     amp=None,
 ):
-    """What timm's train.py does, in its order."""
+    """The steps of timm's train.py, in its order."""
     optimizer = create_optimizer_v2(
         task.get_trainable_module(), opt="sgd", lr=lr, momentum=0.9, weight_decay=1e-2
     )
@@ -129,7 +129,7 @@ def train(
 
 
 class Watching(Loss):
-    """Cross-entropy that notes the progress it is told."""
+    """Cross-entropy that records the progress it is told."""
 
     def __init__(self):
         super().__init__()
@@ -150,7 +150,7 @@ def pair(loss, a=lambda: Net(1, bn=True), b=lambda: Net(2)):
     return lambda: MutualDistillationTask([a(), b()], loss(), total_updates=12, verbose=False)
 
 
-# ------------------------------------------------------------------------------------------------ saved and resumed
+# -------------------------------------------------------------------------------- saved and resumed
 
 RUNS = {
     "MyLC": one(lambda: MyLC(window=30)),
@@ -168,7 +168,7 @@ RUNS = {
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_resumed_run_is_the_uninterrupted_one(kind, tmp_path):
-    """Weights, state and parameters of the loss, momentum and EMA, bit for bit, through timm's saver."""
+    """Weights, state of the loss, momentum and EMA are equal to the last bit after timm's saver."""
 
     def make():
         torch.manual_seed(3)
@@ -200,7 +200,7 @@ def test_resumed_run_is_the_uninterrupted_one(kind, tmp_path):
 
 
 def test_checkpoint_is_timms_with_the_loss_beside_it(tmp_path):
-    """One network: a checkpoint that timm loads as it loads its own. Several: each under peers.k. Only tensors and numbers."""
+    """timm loads the checkpoint of one network. Several networks are saved under peers.k."""
     single = one(lambda: MyLC(window=30), timm_net)()
     train(single, tmp_path, epochs=1)
     plain = timm_net(checkpoint_path=str(tmp_path / "last.pth.tar"))
@@ -238,11 +238,11 @@ def test_checkpoint_without_the_loss_is_refused(tmp_path):
     one(CE)().load_checkpoint_state(saved["state_dict"], None)  # has no state to miss
 
 
-# --------------------------------------------------------------------------------------------------------- progress
+# ----------------------------------------------------------------------------------------- progress
 
 
 def test_the_loss_hears_how_far_training_is(tmp_path):
-    """step / total before each step; after a resume too; and no more than 1 when timm adds epochs to cool down."""
+    """Progress is step / total, also after a resume, and stays 1 in timm's cool-down epochs."""
     whole = StatefulClassificationTask(Net(1), Watching(), total_updates=9, verbose=False)
     train(whole, tmp_path, epochs=1)
     again = StatefulClassificationTask(Net(1), Watching(), total_updates=9, verbose=False)
@@ -256,7 +256,7 @@ def test_the_loss_hears_how_far_training_is(tmp_path):
 
 
 def test_progress_by_hand():
-    """Without total_updates; and a loop that does not count its steps."""
+    """Without total_updates the caller sets it; update_ema() without a step counts by itself."""
     task = MutualDistillationTask([Net(1), Net(2)], smkd(), verbose=False)
     (x, y), *_ = batches(0)
     with pytest.raises(RuntimeError, match="set_progress"):
@@ -270,11 +270,11 @@ def test_progress_by_hand():
     assert own.criterion.told == [0, 0.5]
 
 
-# ---------------------------------------------------------------------------------------------- one step, by itself
+# ------------------------------------------------------------------------------ one step, by itself
 
 
 def test_step_of_a_pair_is_that_of_the_loss():
-    """Loss and gradient as by hand; the output is the log of the mean probability, in training and in eval mode."""
+    """Loss and gradient equal a step by hand; the output is the log of the mean probability."""
     (x, y), *_ = batches(0)
     task = pair(smkd, a=lambda: Net(1))()
     result = task(x, y)
@@ -316,7 +316,7 @@ def test_accuracy_is_the_ensembles():
 
 
 def test_peers_with_other_normalisation_and_size():
-    """The second gets its pixels re-normalised and resized, in training and in the ensemble."""
+    """The second network gets pixels in its own normalisation and size, in both modes."""
     a, b = Net(1), timm.create_model("test_vit", num_classes=CLASSES, img_size=16, patch_size=8)
     a.pretrained_cfg = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
     task = pair(CEpair, lambda: a, lambda: b)()
@@ -362,7 +362,7 @@ def test_mixup_accumulation_clipping_and_bf16():
 
 
 def test_dividing_the_loss_in_place_is_harmless():
-    """timm's loop does when it accumulates: neither the gradient nor the diagnostics may change with it."""
+    """timm's loop divides when it accumulates. Gradient and diagnostics must not change with it."""
 
     class Root(Loss):
         def per_sample(self, logits, target):
@@ -389,7 +389,7 @@ def test_clipping_leaves_out_the_heads_for_agc():
     assert {id(p) for p in task.criterion.parameters()} <= clipped
 
 
-# -------------------------------------------------------------------------------------------------------- optimizer
+# ---------------------------------------------------------------------------------------- optimizer
 
 
 def test_optimizer_holds_every_peer_and_the_loss():
@@ -412,7 +412,7 @@ def test_optimizer_holds_every_peer_and_the_loss():
 
 
 def test_layer_decay_goes_through_each_peer_by_itself():
-    """Peers of other depth: the head of each, and the loss, have the full learning rate; each falls from there."""
+    """With peers of different depth, all heads and the loss have the full learning rate."""
     make = pair(lambda: FFL([96, 64], CLASSES), timm_net, lambda: timm_net("test_vit", img_size=16))
     hosted = make().get_trainable_module()
     scale = {}
@@ -428,12 +428,12 @@ def test_layer_decay_goes_through_each_peer_by_itself():
     assert {scale[id(p)] for p in hosted.criterion.parameters()} == {1.0}
 
 
-# ---------------------------------------------------------------------------------------- EMA, compile, processes
+# -------------------------------------------------------------------------- EMA, compile, processes
 
 
 @pytest.mark.parametrize("make", [one(lambda: MyLC(window=30)), pair(smkd)], ids=["one", "pair"])
 def test_ema_averages_the_networks(make):
-    """By hand: avg <- 0.5 avg + 0.5 now after each update (timm's first two are copies); evaluated as the network is."""
+    """The average is 0.5 avg + 0.5 now after each update; timm's first two are copies."""
     task = make()
     task.setup_ema(decay=0.5)
     optimizer = create_optimizer_v2(task.get_trainable_module(), opt="sgd", lr=0.1)
@@ -458,7 +458,7 @@ def test_ema_averages_the_networks(make):
 
 
 def test_compiled_run_is_the_same(tmp_path):
-    """No graph break; one graph over the schedule; the checkpoint has no trace of the compiler, and resumes either way."""
+    """One graph over the whole schedule. The checkpoint is the same with and without compiler."""
     plain, compiled = pair(smkd, lambda: Net(1))(), pair(smkd, lambda: Net(1))()
     train(plain, epochs=2)
     torch._dynamo.reset()
@@ -489,7 +489,8 @@ from helpers.tiny import Net
 from kd_plugins import SMKD, MyLC, MutualDistillationTask
 torch.manual_seed(0)
 loss = SMKD(MyLC(window=30), eta=1.2, b2=-4, normalize="batch")
-task = MutualDistillationTask([Net(1 + rank), Net(2 + rank)], loss, total_updates=3, verbose=False)  # ranks start apart
+nets = [Net(1 + rank), Net(2 + rank)]  # the ranks start with different weights
+task = MutualDistillationTask(nets, loss, total_updates=3, verbose=False)
 task.setup_ema(decay=0.5)
 if world > 1:
     task.prepare_distributed()
@@ -514,7 +515,7 @@ seen += [v.item() for v in task.get_task_state()["loss"].values()]
 
 
 def test_two_processes_are_one(tmp_path):
-    """DDP, with accumulation under no_sync: weights and state on both ranks, as one process has them."""
+    """DDP with accumulation under no_sync: both ranks have the weights and state of one process."""
     g = torch.Generator().manual_seed(1)
     steps = [
         (torch.randn(8, 3, 8, 8, generator=g), torch.randint(CLASSES, (8,), generator=g))
@@ -526,7 +527,7 @@ def test_two_processes_are_one(tmp_path):
     assert first == pytest.approx(alone, abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------- what timm's script does before
+# ------------------------------------------------------------------- what timm's script does before
 
 
 def test_a_name_is_made_like_the_first():
@@ -588,7 +589,7 @@ def test_state_and_teachers_follow_the_task():
 
 
 def test_the_loss_gets_its_sizes():
-    """Nothing of data and networks stands in the constructor."""
+    """Sizes of data and networks are not in the constructor of the loss."""
     options = {"total_updates": 3, "num_samples": 77, "verbose": False}
     fused = MutualDistillationTask([timm_net(), timm_net()], FFL(), **options).criterion
     assert (fused.num_classes, fused.feature_dims) == (CLASSES, (96, 96))
@@ -597,7 +598,7 @@ def test_the_loss_gets_its_sizes():
 
 
 def test_the_loss_is_left_alone():
-    """No hook and no attribute of a task on it: it can be saved and compiled by itself."""
+    """The task leaves no hook and no attribute on the loss."""
     loss = smkd()
     before = set(vars(loss))
     task = MutualDistillationTask([Net(1), Net(2)], loss, total_updates=2, verbose=False)
@@ -607,7 +608,7 @@ def test_the_loss_is_left_alone():
     assert len(task.hosted.last["logits"]) == 2
 
 
-# ---------------------------------------------------------------------------------------------------------- refused
+# ------------------------------------------------------------------------------------------ refused
 
 BAD = {
     "index": (
@@ -667,7 +668,7 @@ def test_old_timm_is_told_apart(monkeypatch):
 
 
 def test_a_newer_timm_without_the_function_is_named(monkeypatch):
-    """The version alone would not tell what is missing."""
+    """The version alone does not say what is missing."""
     monkeypatch.delattr("timm.task.resume_task_checkpoint")
     monkeypatch.setattr("timm.__version__", "9.9")
     monkeypatch.delitem(sys.modules, "kd_plugins.train.timm")
