@@ -1,4 +1,5 @@
-# make demo | make test | make docs | make build, each after make setup. ARGS="--seeds 3" reaches the recipe, ARGS="-k smkd" pytest.
+# make setup | demo | test | docs | build | clean. All but clean run setup first. ARGS goes to the
+# recipe or to pytest: make demo ARGS="--seeds 3", make test ARGS="-k smkd".
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
@@ -10,10 +11,10 @@ CHECK := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
 setup: $(READY)
 
-# The stamp is removed first and written last: a setup that was interrupted starts over, in an empty environment.
+# The stamp is written last: after an interrupted setup, make starts over in an empty environment.
 $(READY): pyproject.toml setup.cfg
 	@$(PYTHON) -c "$(CHECK)" 2>/dev/null || { echo "setup needs Python 3.11 or newer with its venv module (on Debian and Ubuntu:" \
-	  "apt install python3-venv), got: $$($(PYTHON) --version 2>&1). Another one: make PYTHON=/path/to/python3.12"; exit 1; }
+	  "apt install python3-venv), got: $$($(PYTHON) --version 2>&1). To use another one: make PYTHON=/path/to/python3.12"; exit 1; }
 	@echo "setup: installing the package and its tools into .venv, a few GB and some minutes the first time"
 	@test -e $@ || $(PYTHON) -m venv --clear .venv
 	@rm -f $@
@@ -29,7 +30,7 @@ test: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q $(ARGS)
 
-# It asks the package index only where the tools are not installed.
+# The package index is asked only if the tools are not installed.
 docs: $(READY)
 	@$(BIN)/python -c "import mkdocs, material, mkdocstrings_handlers.python" 2>/dev/null || \
 	  $(BIN)/python -m pip install --disable-pip-version-check -e ".[docs]"
@@ -37,7 +38,7 @@ docs: $(READY)
 	@echo "docs: serve it with $(BIN)/python -m http.server --directory site"
 
 build: $(READY)
-	rm -rf build # what an earlier build left there would be packed again
+	rm -rf build # files of an earlier build would be packed again
 	$(BIN)/python -m build --wheel
 
 clean:
