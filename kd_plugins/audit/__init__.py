@@ -1,4 +1,4 @@
-"""What a run says about the data: wrong labels, dynamics, influence, metrics and pictures."""
+"""Audit data and runs: wrong labels, training dynamics, influence, metrics and pictures."""
 
 from .dynamics import read_dynamics, summarise
 from .estimate_transition import estimate_transition

@@ -174,13 +174,11 @@ def _logs(runs: Run | Mapping[str, Run]) -> dict[str, Log]:
 def _prefix(log: Log, key: str) -> str:
     """`eval_` or `eval_<name>_`, under which a figure was logged; "" if it was not.
 
-    Of several evaluation sets, one that is not the training set is preferred.
+    Of several evaluation sets, the first that is not the training set is preferred.
     """
     matches = [re.fullmatch(rf"(eval_(?:.+_)?){key}", name) for entry in log for name in entry]
-    found = {match[1] for match in matches if match}
-    return min(
-        found, key=lambda name: (name != "eval_", name.startswith("eval_train"), name), default=""
-    )
+    found = dict.fromkeys(match[1] for match in matches if match)  # in the order of the log
+    return min(found, key=lambda p: (p != "eval_", p.startswith("eval_train")), default="")
 
 
 def _accuracy_key(log: Log) -> str:

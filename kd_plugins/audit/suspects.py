@@ -70,7 +70,8 @@ def find_suspects(
     >>> [(row["index"], row["proposed"], round(row["score"], 2)) for row in suspects]
     [(1, 2, 0.9), (2, 0, 0.7)]
     """
-    if [labels is None, probs is None] != [dynamics is not None] * 2:
+    given = (labels is not None, probs is not None, dynamics is not None)
+    if given not in ((True, True, False), (False, False, True)):
         raise ValueError("expected labels and probs, or dynamics alone: a score has one source")
     columns = _from_probs(labels, probs) if dynamics is None else _from_dynamics(dynamics)
     columns["score"] = np.clip(1 - columns["p_label"], 0, 1)
