@@ -54,15 +54,17 @@ def transform_text(view: ImageView) -> str:
     return " ".join(repr(view.transform).split())[:500]
 
 
-def teacher_key(teacher: nn.Module, student: nn.Module | None) -> str:
-    """Hash of the weights, buffers and printed modules of a teacher, and its normalisation."""
+def teacher_key(teacher: nn.Module, pixels: Any) -> str:
+    """Hash of the weights, buffers and printed modules of a teacher, and its normalisation.
+
+    ``pixels`` is (mean, std) of what it was shown, None if it saw them as they came.
+    """
     digest = blake2b(digest_size=16)
     text = re.sub(r" at 0x[0-9a-f]+", "", repr(teacher))  # activations are not among the weights
     digest.update(text.encode())
     for name, value in [*teacher.state_dict().items(), *teacher.named_buffers()]:
         digest.update(name.encode())
         digest.update(_bytes(value) if isinstance(value, Tensor) else repr(value).encode())
-    pixels = None if student is None else normalization(student)
     return (
         f"{type(teacher).__name__} {digest.hexdigest()}, mean and std {normalization(teacher)}, "
         f"of the pixels {pixels}"

@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 
 from ..losses.state import in_eval
 from ..models.factory import class_count, logits_of
-from ..models.inputs import InputAdapter
+from ..models.input_config import normalization_of
+from ..models.inputs import InputAdapter, Normalization
 from .cache_files import PARTS, CacheFiles
 from .cache_key import data_key, teacher_key, transform_key, transform_text
 from .image_view import ImageView
@@ -108,7 +109,9 @@ def cache_teachers(
     rank, world = rank_and_world()
     transform = transform_key(view)  # first, since it is cheap beside reading all pictures
     with in_eval(*teachers):
-        networks = [_Teacher(teacher, student, dtype) for teacher in teachers]
+        first = [] if student is None else [student]
+        given = normalization_of([view], [*first, *teachers]) if first else None
+        networks = [_Teacher(teacher, student, given, dtype) for teacher in teachers]
         counts = [network.count_classes(view) for network in networks]
         if len(set(counts)) > 1:
             raise ValueError(
@@ -117,7 +120,10 @@ def cache_teachers(
             )
         key = {
             "transform": transform,
-            "teachers": [teacher_key(teacher, student) for teacher in teachers],
+            "teachers": [
+                teacher_key(n.network, None if student is None else n.adapter.reference)
+                for n in networks
+            ],
             "dtype": str(dtype),
             "classes": counts[0],
             "hint": transform_text(view),
@@ -136,12 +142,17 @@ class _Teacher:
     """A frozen network with its input adapter and its autocast."""
 
     def __init__(
-        self, network: nn.Module, student: nn.Module | None, dtype: torch.dtype | None
+        self,
+        network: nn.Module,
+        student: nn.Module | None,
+        given: Normalization | None,
+        dtype: torch.dtype | None,
     ) -> None:
         self.network, self.dtype = network, dtype
         self.parameter = next(network.parameters(), None)
         device = torch.device("cpu") if self.parameter is None else self.parameter.device
-        self.adapter = InputAdapter(network, network if student is None else student).to(device)
+        self.adapter = InputAdapter(network, network if student is None else student, given)
+        self.adapter = self.adapter.to(device)
         self.device = device
 
     def logits(self, pixels: Tensor) -> Tensor:

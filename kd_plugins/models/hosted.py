@@ -14,7 +14,7 @@ from ..losses.base import Loss, peer_name
 from ..losses.state import SampleTable
 from .factory import input_names, logits_of
 from .features import with_features
-from .inputs import InputAdapter
+from .inputs import InputAdapter, Normalization
 
 
 class PeerModule(nn.Module):
@@ -33,6 +33,7 @@ class PeerModule(nn.Module):
         peers: the networks that learn.
         criterion: their loss.
         teachers: trained networks, for a loss that reads ``teacher`` or ``teacher_features``.
+        normalization: (mean, std) by which the data normalises floats, where they say it.
 
     Attributes:
         stats: diagnostics of the last training forward.
@@ -44,14 +45,20 @@ class PeerModule(nn.Module):
     accepts_loss_kwargs = False
 
     def __init__(
-        self, peers: Sequence[nn.Module], criterion: Loss, teachers: Sequence[nn.Module] = ()
+        self,
+        peers: Sequence[nn.Module],
+        criterion: Loss,
+        teachers: Sequence[nn.Module] = (),
+        normalization: Normalization | None = None,
     ) -> None:
         super().__init__()
         self.peers: Any = nn.ModuleList(peers)
         self.criterion = criterion
         self.teachers = Teachers(teachers)
         networks = [*peers, *teachers]
-        self.inputs = nn.ModuleList(InputAdapter(network, peers[0]) for network in networks)
+        self.inputs = nn.ModuleList(
+            InputAdapter(network, peers[0], normalization) for network in networks
+        )
         self.names = [input_names(network) for network in networks]
         self.main_input_name = getattr(peers[0], "main_input_name", "pixel_values")
         self.deep = any(layer != -1 for layer in criterion.layers)

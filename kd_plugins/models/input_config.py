@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .inputs import InputAdapter
+from .inputs import InputAdapter, Normalization, normalization
 
 logger = logging.getLogger(__name__)
 
 InputConfig = dict[str, Any]  # input_size (C, H, W), mean, std, crop_pct, interpolation
+
+
+def normalization_of(views: Iterable[Any], networks: Sequence[nn.Module]) -> Normalization | None:
+    """(mean, std) by which data sets normalise floats; None if none of them says it.
+
+    ``networks`` are those that will see them. Where they expect different normalisations, a warning
+    says by which one the floats are then read.
+    """
+    for view in views:
+        config = view.input_config() if hasattr(view, "input_config") else None
+        if config is not None and "mean" in config:
+            return tuple(config["mean"]), tuple(config["std"])
+    expected = [normalization(network) for network in networks]
+    if len({own for own in expected if own}) > 1 and expected[0]:
+        logger.warning(
+            "the networks expect different normalisations, and the data do not say theirs: floats "
+            f"are taken as normalised for the first network, mean and std {expected[0]}"
+        )
+    return None
 
 
 def batch_range(pixels: Tensor) -> dict[str, Any]:

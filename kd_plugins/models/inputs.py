@@ -9,29 +9,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]  # mean, std
+
 
 class InputAdapter(nn.Module):
     """Convert a batch of pictures to what one network expects: normalisation and fixed size.
 
-    Floats are taken as normalised for the reference network (the first peer) and are normalised
-    again for this one. Bytes (uint8) are normalised here, on the device; for a network without a
+    Floats are normalised again for a network that expects another normalisation than the first
+    peer. Bytes (uint8) are normalised here, on the device; for a network without a
     known normalisation they become x / 255. A network tells its normalisation by ``pretrained_cfg``
     (``mean``, ``std``), as timm's do. Floats pass unchanged where one of the two is not known.
 
     Args:
         model: the network that will see the batch.
-        reference: the network for which the data normalises floats.
+        first: the first peer, which sees floats as they come.
+        given: (mean, std) by which the data normalises floats, where they say it; else it is taken
+            to be that of the first peer.
     """
 
     of_floats: Tensor | None
     of_bytes: Tensor | None
 
-    def __init__(self, model: nn.Module, reference: nn.Module) -> None:
+    def __init__(
+        self, model: nn.Module, first: nn.Module, given: Normalization | None = None
+    ) -> None:
         super().__init__()
-        self.own, self.reference = normalization(model), normalization(reference)
+        self.own, of_first = normalization(model), normalization(first)
+        self.reference = given or of_first
         self.size = _fixed_size(model)
-        changed = self.own if self.own != self.reference else None
-        self._keep("of_floats", changed, self.reference)
+        self._keep("of_floats", self.own if self.own != of_first else None, self.reference)
         self._keep("of_bytes", self.own or ((0.0,), (1.0,)), ((0.0,), (1.0,)), 255.0)
 
     def _keep(self, name: str, own: Any, reference: Any, unit: float = 1.0) -> None:
@@ -93,7 +99,7 @@ def _rounded(values: Tensor) -> tuple[float, ...]:
     return tuple(round(value, 6) for value in values.tolist())
 
 
-def normalization(model: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+def normalization(model: nn.Module) -> Normalization | None:
     """(mean, std) that a network expects, from its ``pretrained_cfg``; None if it does not say."""
     config = getattr(model, "config", None)
     cfg = getattr(model, "pretrained_cfg", None) or getattr(config, "pretrained_cfg", None) or {}

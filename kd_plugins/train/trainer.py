@@ -19,7 +19,7 @@ from ..data import as_view, same_classes
 from ..losses.base import Loss
 from ..models.factory import make_model, make_teacher
 from ..models.hosted import PeerModule
-from ..models.input_config import batch_range
+from ..models.input_config import batch_range, normalization_of
 from .arguments import MutualTrainingArguments
 from .callbacks import ScheduleCallback, ShortBar
 from .checks import (
@@ -142,7 +142,8 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         for module in loss.modules():  # until Mutual always leaves its selection
             if hasattr(module, "watch"):
                 module.watch = getattr(data, "clean_labels", None) is not None
-        return PeerModule(peers, loss, self._teachers)
+        known = normalization_of(self._views.values(), [*peers, *self._teachers])
+        return PeerModule(peers, loss, self._teachers, known)
 
     @property
     def peers(self) -> list[nn.Module]:

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from kd_plugins import CE, KD, PCL, Loss
 from kd_plugins.data import ImageView, TeacherCache, cache_teachers
 from kd_plugins.models import PeerModule
+from kd_plugins.models.input_config import normalization_of
 
 STUDENT, TEACHER = ((0.5, 0.5, 0.5), (0.25, 0.3, 0.25)), ((0.1, 0.2, 0.3), (0.5, 0.5, 0.4))
 
@@ -106,7 +107,7 @@ def test_all_else_is_the_views(tmp_path):
 def test_teachers_see_the_pixels_as_in_the_trainer(tmp_path):
     student, teacher = with_cfg(Net(1), *STUDENT), with_cfg(Net(2), *TEACHER)
     data = view(8)
-    hosted = PeerModule([student], KD(), [teacher])
+    hosted = PeerModule([student], KD(), [teacher], normalization_of([data], []))
     expected, _ = hosted._run(teacher, 1, {"pixel_values": pixels_of(data, range(8))})
     cached = cache_teachers(data, [teacher], tmp_path / "a", student=student)
     torch.testing.assert_close(

@@ -10,8 +10,9 @@ import torch
 from helpers.tiny import CLASSES, Net, vit
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
-from kd_plugins.models import export
-from kd_plugins.models.input_config import batch_range, input_configs
+from kd_plugins import CE
+from kd_plugins.models import PeerModule, export
+from kd_plugins.models.input_config import batch_range, input_configs, normalization_of
 from kd_plugins.models.inputs import InputAdapter
 
 HALF, OTHER = ((0.5,) * 3, (0.25,) * 3), ((0.1, 0.2, 0.3), (0.5, 0.4, 0.3))
@@ -154,3 +155,28 @@ def test_an_export_leaves_nothing_of_the_one_before(tmp_path):
     assert json.loads(path.read_text())["resample"] == 1  # as PIL counts them
     export(vit(), tmp_path)
     assert not path.exists()
+
+
+def test_a_teacher_sees_what_it_was_exported_with(tmp_path):
+    """The config of a fresh student says nothing about the data; what the view says counts."""
+    teacher = timm.create_model("test_resnet", num_classes=CLASSES)
+    folder = export(teacher, tmp_path, None, GIVEN)
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    student, other = timm.create_model("test_resnet", num_classes=CLASSES), with_cfg(Net(), OTHER)
+    assert normalization_of([View(None), View(VIEW)], []) == (VIEW["mean"], VIEW["std"])
+    hosted = PeerModule([student], CE(), [again, other], (VIEW["mean"], VIEW["std"]))
+    raw = torch.rand(4, 3, 20, 20)
+    seen = normalised(raw, VIEW)
+    for adapter, network in zip(hosted.inputs, (None, VIEW, other.pretrained_cfg), strict=True):
+        expected = seen if network is None else normalised(raw, network)
+        torch.testing.assert_close(adapter(seen), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_networks_that_expect_other_pixels_than_the_data_say(caplog):
+    networks = [with_cfg(Net(), HALF), with_cfg(Net(), OTHER)]
+    assert normalization_of([View(None), [1]], networks) is None
+    assert "floats are taken as normalised for the first network, mean and std" in caplog.text
+    caplog.clear()
+    assert normalization_of([View(None)], [networks[0], Net()]) is None
+    assert normalization_of([View({"input_size": (3, 8, 8)})], [networks[0]] * 2) is None
+    assert not caplog.text
