@@ -20,8 +20,10 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from ..data import as_view
+from ..data.labels import class_names
 from ..losses.base import peer_name
 from ..losses.state import SampleTable
+from .sizes import labels_of
 
 logger = logging.get_logger(__name__)
 
@@ -106,9 +108,9 @@ def _describe_data(data: Any) -> dict[str, Any]:
     """The rows of a data set, and a digest of labels, class names and cached logits it shows."""
     data = as_view(data)
     parts: dict[str, Any] = {"data.rows": len(data) if hasattr(data, "__len__") else None}
-    if (labels := getattr(data, "labels", None)) is not None:
-        parts["data.labels"] = _digest([torch.tensor(np.asarray(labels, np.int64))])
-    if (names := getattr(data, "class_names", None)) is not None:
+    if (labels := labels_of(data)) is not None:
+        parts["data.labels"] = _digest([torch.tensor(labels)])
+    if (names := class_names(data)) is not None:
         text = json.dumps(list(names)).encode()
         parts["data.class_names"] = blake2b(text, digest_size=16).hexdigest()
     if (logits := getattr(data, "teacher_logits", None)) is not None:

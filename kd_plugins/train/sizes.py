@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from datasets import ClassLabel, Dataset
 from torch import nn
 
 from ..data import num_samples
+from ..data.labels import column_array
 from ..losses.base import Loss
 from ..models.factory import class_count
 from ..models.features import feature_dims
@@ -41,6 +44,18 @@ def num_classes_of(data: Any) -> int | None:
     """The classes that a view says it has, or the ClassLabel of a ``datasets.Dataset``."""
     if (count := getattr(data, "num_classes", None)) is not None:
         return count
+    features, name = getattr(data, "features", None), _label_column(data)
+    return features[name].num_classes if features and name else None
+
+
+def labels_of(data: Any) -> np.ndarray | None:
+    """Class indices [N] of a view, or of the ClassLabel column of a ``datasets.Dataset``."""
+    if (labels := getattr(data, "labels", None)) is not None:
+        return np.asarray(labels, np.int64)
+    name = _label_column(data)
+    return column_array(data, name) if name and isinstance(data, Dataset) else None
+
+
+def _label_column(data: Any) -> str | None:
     features = getattr(data, "features", None) or {}
-    labels = [features[name] for name in ("labels", "label") if name in features]
-    return next((n for f in labels if (n := getattr(f, "num_classes", None))), None)
+    return next((n for n in ("labels", "label") if isinstance(features.get(n), ClassLabel)), None)

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset
 from helpers.tiny import (
     CLASSES,
     ROWS,
@@ -18,6 +19,7 @@ from helpers.tiny import (
     plain,
     rows,
     state,
+    to_tensor,
     trainer,
     view,
     vit,
@@ -68,6 +70,19 @@ def corrected(share):
     rest = (1 - share) / (CLASSES - 1)
     matrix = torch.full((CLASSES, CLASSES), rest).fill_diagonal_(share)
     return {"models": Net(1), "loss": ForwardCorrection(matrix)}
+
+
+def hf_dataset(seed):
+    """Of datasets, with a transform that makes pixels and labels."""
+    data = rows(ROWS, seed=seed)
+    columns = {"n": list(range(ROWS)), "label": [row["label"] for row in data]}
+    made = Dataset.from_dict(columns).cast_column("label", ClassLabel(CLASSES))
+
+    def transform(batch):
+        pixels = [to_tensor(data[n]["image"]) for n in batch["n"]]
+        return {"pixel_values": pixels, "labels": batch["label"]}
+
+    return made.with_transform(transform)
 
 
 def refined(loss, eta=1.5):
@@ -128,6 +143,11 @@ OTHER = {  # how the run was made, how it is made now, and what the message name
         lambda: {"hf": {"optim_per_peer": [{"lr": 0.1}, {}]}},
         r"optim_per_peer was \[\{\}, \{\}\]",
     ),
+    "labels of a plain data set": (
+        lambda: {"train": hf_dataset(0)},
+        lambda: {"train": hf_dataset(1)},
+        r"run: data\.labels was",
+    ),
     "fewer rows": (dict, lambda: {"train": view(40)}, r"data\.rows was 48 and is now 40"),
     "other labels": (dict, lambda: {"train": view(wrong=0.6)}, r"data\.labels was"),
 }
@@ -143,9 +163,10 @@ def test_the_checkpoint_of_another_run_is_refused_by_name(case, tmp_path):
         with pytest.raises(ValueError, match=named) as raised:
             trainer(tmp_path, **now()).train(resume_from_checkpoint=resume)
         assert str(tmp_path / "checkpoint-1") in str(raised.value)
-    again = trainer(tmp_path, **made())  # what it began with goes on
+    hf["callbacks"] = [StopAt(2)]
+    again = trainer(tmp_path, **made() | {"hf": hf})  # what it began with goes on
     again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == 12
+    assert again.state.global_step == 2
 
 
 def test_what_may_differ(tmp_path):
