@@ -1,4 +1,4 @@
-"""ImageView: repeatable randomness, every kind of picture and of broken picture, workers."""
+"""ImageView: repeatable randomness, all kinds of pictures, broken ones, workers."""
 
 import copy
 import hashlib
@@ -165,7 +165,7 @@ def test_global_generators_are_left_alone():
         seeded()
         try:
             ImageView(pictures(1), transform)[0]
-        except KeyError:  # a bug in the transform is no broken picture
+        except KeyError:  # an error of the transform is not a broken picture
             assert transform is fail
         assert draw() == expected
 
@@ -215,7 +215,7 @@ def test_a_batch_is_its_rows():
         0,
         9,
         10,
-    ]  # twice the same, and more than are read at once
+    ]  # repeats, and more rows than one chunk
     for source in (data, data.shuffle(seed=1), data.select([*range(5), *range(5, 20)]), rows):
         one, other = (
             ImageView(source, jitter, seed=3, clean="true", max_broken=0.5) for _ in range(2)

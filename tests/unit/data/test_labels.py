@@ -62,7 +62,7 @@ def test_clean_labels_are_matched_by_name():
 def test_a_view_in_a_given_order_of_the_classes():
     view = ImageView(data(), to_tensor, class_names=["owl", "cat", "dog"])
     assert view.class_names == ["owl", "cat", "dog"] and view.labels.tolist() == [1, 2, 0, 1]
-    rows = [{"image": b"", "label": 1}]  # without names: the caller's
+    rows = [{"image": b"", "label": 1}]  # without names of its own
     assert ImageView(rows, to_tensor, class_names=NAMES).class_names == NAMES
     with pytest.raises(ValueError, match=r"\['dog', 'cow'\]"):
         ImageView(data(), to_tensor, class_names=["owl", "cat", "cow"])

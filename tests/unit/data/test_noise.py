@@ -281,11 +281,9 @@ def test_two_million_rows_take_less_than_a_second_and_50_mb():
         )
     )
     matrix = symmetric(1000, 0.4)
-    start = time.perf_counter()
+    start = time.process_time()
     noisy_view(clean, matrix)
-    assert (
-        time.perf_counter() - start < 2.5
-    )  # 0.2 to 0.3 s on an idle core; the claim is 1 s, CI machines are slow
+    assert time.process_time() - start < 2.5  # 0.2 to 0.3 s on an idle core; the claim is 1 s
     arrow = pa.total_allocated_bytes()
     tracemalloc.start()
     try:

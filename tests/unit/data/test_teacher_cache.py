@@ -1,4 +1,4 @@
-"""The teacher cache: equal figures, no forward after the first pass, refusal of anything else, kills, processes, workers."""
+"""The teacher cache: figures, keys, kills, full disks, processes, workers."""
 
 import errno
 import io
@@ -16,7 +16,7 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as HFImage
-from helpers.processes import TESTS
+from helpers.processes import TESTS, outputs
 from helpers.tiny import CLASSES, ROWS, Net, difference, rows, state, to_tensor, trainer, view
 from PIL import Image
 from torch import nn
@@ -36,7 +36,7 @@ def with_cfg(net, mean, std):
 
 
 def counted(net):
-    """The network, and a list that grows by each of its forwards."""
+    """The network, and a list with the batch size of each of its forwards."""
     calls = []
     net.register_forward_hook(lambda *args: calls.append(args[1][0].shape[0]))
     return net, calls
@@ -48,9 +48,6 @@ def pixels_of(data, indices):
 
 def read(folder):
     return (Path(folder) / "logits.npy").read_bytes()
-
-
-# ------------------------------------------------------------------------------------------------------------ what it is
 
 
 def test_items_hold_what_each_teacher_says(tmp_path):
@@ -136,9 +133,6 @@ def test_autocast_is_as_asked_whatever_is_on_around(tmp_path):
     assert np.abs(full - cached.teacher_logits[:, 0]).max() > 1e-4
 
 
-# ------------------------------------------------------------------------------------------------------------- in a run
-
-
 @pytest.mark.parametrize("bf16", [False, True])
 def test_figures_equal_those_without_and_no_teacher_runs(tmp_path, bf16):
     (first, calls), second = counted(with_cfg(Net(5), *TEACHER)), Net(6)
@@ -175,11 +169,11 @@ def test_figures_equal_those_without_and_no_teacher_runs(tmp_path, bf16):
         assert difference(weights, expected) <= 1e-6 and told == [
             pytest.approx(log, abs=1e-5) for log in logs
         ]
-    assert not calls  # neither where all is there, nor in training
+    assert not calls  # neither for a complete cache nor in training
 
 
 def test_a_cached_teacher_is_handed_over_by_teacher():
-    """Items are collated to [B, T, C], a loss reads [T, B, C]; B = T here, so that no shape tells."""
+    """Batches hold [B, T, C], a loss reads [T, B, C]; here B = T, so that no shape check helps."""
     seen = []
 
     class Seen(Loss):
@@ -230,9 +224,6 @@ def test_the_trainer_refuses(tmp_path):
     make(KD()), make(CE())  # a baseline on the same data
 
 
-# ------------------------------------------------------------------------------------------------------------ the key
-
-
 def embedded(n=12):
     """An HF Dataset with the encoded pictures in it."""
 
@@ -260,7 +251,7 @@ class Scaled:
 
 
 def rebuilt():
-    """Other modules, the same weights."""
+    """The same weights in other modules."""
     net = Net(1)
     net.drop = nn.Tanh()
     return net
@@ -276,7 +267,7 @@ def of(data, transform=to_tensor, **kwargs):
     return ImageView(data, transform, **kwargs)
 
 
-OTHER = {  # what is asked for after of(rows(12)), [Net(1)]: the parts that differ
+OTHER = {  # what differs from of(rows(12)), [Net(1)], and the parts that the error names
     "another picture": ({"view": lambda: of([*rows(11), rows(12, seed=1)[11]])}, "data"),
     "another order": ({"view": lambda: of(rows(12)[::-1])}, "data"),
     "fewer": ({"view": lambda: of(rows(11))}, "data"),
@@ -374,7 +365,9 @@ def test_files_count_by_path_size_and_time(tmp_path):
 def test_pictures_in_memory_count_by_their_pixels(tmp_path, kind):
     def made(by):
         data = [{"image": r["image"], "label": r["label"]} for r in rows(20)]
-        data[7]["image"][3, 3, 0] += by  # row 7 is none of those that tell of the transform
+        data[7]["image"][3, 3, 0] += (
+            by  # row 7 is not among those that the hash of the transform reads
+        )
         return of([r | {"image": kind(r["image"])} for r in data])
 
     cache_teachers(made(0), [Net(1)], tmp_path)
@@ -491,9 +484,6 @@ def test_a_network_that_does_not_say_its_classes_is_asked(tmp_path):
     ) and calls == [1, 8]
 
 
-# ------------------------------------------------------------------------------------------------- disks and processes
-
-
 def test_a_disk_that_is_full_from_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
     with pytest.raises(
@@ -528,7 +518,7 @@ def test_a_disk_that_fills_up_is_an_error_that_resumes(tmp_path, monkeypatch):
     )
     other = cache_teachers(
         view(12), [net], tmp_path / "d", batch_size=6
-    )  # a block that is done in part is done again
+    )  # a block that is done in part is computed again
     assert sum(calls) == 20 and other.teacher_logits.any(-1).all()
 
 
@@ -546,7 +536,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 def test_files_that_are_lost_or_cut_short(tmp_path):
-    """Without logits no mark counts; a stranger's logits.npy is left alone."""
+    """Marks without logits do not count; a logits.npy of unknown origin is left alone."""
     whole = read_of(cache_teachers(view(12), [Net(1)], tmp_path, batch_size=4))
     for spoil in (
         lambda: (tmp_path / "logits.npy").unlink(),
@@ -597,7 +587,7 @@ for n in range(40):
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(tmp_path):
-    """SIGKILL at 40 lines, from the first of the key to the last of the mask; what is marked is right and not done again."""
+    """SIGKILL at 40 lines, from the key to the last mark: marked rows are right and are kept."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
     subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, env=env)
     whole, marked = np.load(tmp_path / "whole" / "logits.npy"), []
@@ -643,28 +633,12 @@ dist.destroy_process_group()
 
 
 def test_two_processes_share_the_work(tmp_path):
-    """Blocks 0, 2, 4 and 1, 3 of 18 rows; the bytes of one process; errors of the first process reach both."""
+    """They write the bytes of one process, and raise the same errors."""
     (tmp_path / "file").write_text("")
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path)],
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    results = []
-    try:
-        for process in running:
-            out, err = process.communicate()
-            assert process.returncode == 0, err
-            results.append(json.loads(out.splitlines()[-1]))
-    finally:
-        for process in running:
-            process.kill()
+    commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path)] for rank in range(2)]
+    texts = outputs(commands, tmp_path, env)
+    results = [json.loads(text.splitlines()[-1]) for text in texts]
     assert [r[0] for r in results] == [[4, 4, 2], [4, 4]] and [r[1] for r in results] == [
         r[0] for r in results
     ]
