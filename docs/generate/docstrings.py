@@ -13,6 +13,7 @@ import griffe
 END = r"(?:\.(?: ([A-Z].*))?)?$"  # the full stop, and a sentence after it
 FORMULA = re.compile(r"[,:]?\s((?:L(?:_\w+)?|q~) = .*?)" + END, re.DOTALL)
 IN_WORDS = re.compile(r"[,:] (.* = .*?)" + END, re.DOTALL)
+BEGINS = re.compile(r"([^.\n]* = .*?)\.(?:\s|$)", re.DOTALL)
 SEVERAL = re.compile(r"^ {4}(\w+(?:, \w+)+): (.*\n(?: {5,}.*\n)*)", re.MULTILINE)
 GREEK = dict(alpha="α", beta="β", gamma="γ", eps="ε", rho="ρ", chi="χ", eta="η", tau="τ")
 
@@ -39,12 +40,17 @@ def one_argument_each(text: str) -> str:
 
 
 def set_formula_apart(text: str) -> str:
-    """The formula in the first paragraph of a docstring, in a block of its own."""
+    """The formula of the first paragraph, or the first of the second, in a block of its own."""
     first, gap, rest = text.partition("\n\n")
     if match := FORMULA.search(first) or IN_WORDS.search(first):
-        formula = typeset(" ".join(match[1].split()))
-        first = f'{first[: match.start()]}.\n\n<p class="formula">{formula}</p>\n\n{match[2] or ""}'
-    return first + gap + rest
+        return f"{first[: match.start()]}.\n\n{block(match[1])}\n\n{match[2] or ''}{gap}{rest}"
+    if match := BEGINS.match(rest):
+        return f"{first}{gap}{block(match[1])}\n\n{rest[match.end() :]}"
+    return text
+
+
+def block(formula: str) -> str:
+    return f'<p class="formula">{typeset(" ".join(formula.split()))}</p>'
 
 
 def typeset(formula: str) -> str:
