@@ -31,16 +31,13 @@ def refuse_arguments(args: TrainingArguments) -> None:
         )
     if (args.bf16_full_eval or args.fp16_full_eval) and args.eval_strategy != "no":
         raise ValueError(
-            "bf16_full_eval and fp16_full_eval leave the weights in half precision after the first "
-            f"evaluation, and eval_strategy={args.eval_strategy!r} evaluates while training: use "
-            "bf16 or fp16 alone"
+            f"bf16_full_eval and fp16_full_eval leave the weights in half precision, and "
+            f"eval_strategy={args.eval_strategy!r} evaluates while training: use bf16 or fp16 alone"
         )
     if args.push_to_hub:
         raise ValueError(
-            "push_to_hub=True would upload the pair as one file that nothing loads: leave it out "
-            "and call trainer.push_to_hub() after training, which gives each network its "
-            "repository (and takes hub_model_id, hub_token, hub_revision and hub_private_repo from "
-            "these arguments)"
+            "push_to_hub=True would upload the pair as one file that nothing loads: call "
+            "trainer.push_to_hub() after training, which gives each network its repository"
         )
 
 
@@ -50,22 +47,19 @@ def _refuse_strategies(args: TrainingArguments) -> None:
     if int(world) > 1 and args.world_size == 1:
         raise RuntimeError(
             f"WORLD_SIZE={world}, but this process sees itself alone: the processes would train "
-            "apart and write over each other's files. Without a GPU pass use_cpu=True "
-            "(MutualTrainingArguments does)"
+            "apart, into the same files. Without a GPU pass use_cpu=True"
         )
     if args.n_gpu > 1:
         raise RuntimeError(
-            f"{args.n_gpu} GPUs are visible to one process, which would run nn.DataParallel and "
-            "lose the state of the loss: start with `accelerate launch`, or set "
-            "CUDA_VISIBLE_DEVICES=0"
+            f"{args.n_gpu} GPUs are visible to one process: nn.DataParallel would lose the state "
+            "of the loss. Start with `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0"
         )
     for name in ("fsdp", "deepspeed", "parallelism_config"):
         launched = os.environ.get(f"ACCELERATE_USE_{name.upper()}", "false")
         if getattr(args, name, None) or launched.lower() in ("1", "true", "yes"):
             raise ValueError(
                 f"{name} shards the parameters, and here each network is clipped, averaged and "
-                "saved as a whole: several GPUs and hosts work by DDP, as `accelerate launch` and "
-                f"torchrun do it without {name}"
+                "saved as a whole: several GPUs and hosts work by DDP (accelerate launch, torchrun)"
             )
 
 
@@ -81,8 +75,8 @@ def refuse_hf_arguments(args: TrainingArguments, hf: Mapping[str, Any]) -> None:
     if hf.get("compute_metrics") is None:
         if args.batch_eval_metrics:
             raise ValueError(
-                "batch_eval_metrics=True: the metrics of this Trainer are computed at the end, "
-                "from a few class ids a sample. Leave it out, or pass compute_metrics"
+                "batch_eval_metrics=True: the metrics of this Trainer are computed at the end. "
+                "Leave it out, or pass compute_metrics"
             )
         if hf.get("preprocess_logits_for_metrics") is not None:
             raise ValueError(
@@ -98,8 +92,7 @@ def refuse_shared(models: Any, loss: Any) -> None:
     if not anew or isinstance(loss, nn.Module) or isinstance(models, nn.Module):
         raise ValueError(
             "one trial of a hyperparameter search would go on with what the last one has trained: "
-            "pass functions of the trial for both, networks and loss (names will do for the "
-            "networks)"
+            "pass functions of the trial for networks (or their names) and loss"
         )
 
 
@@ -175,8 +168,7 @@ def _refuse_peers(peers: Sequence[nn.Module], teachers: Sequence[nn.Module], los
         )
     if len({id(p) for p in [*peers, *teachers]}) < count + len(teachers):
         raise ValueError(
-            "the same module stands twice among the networks: they would share their weights; make "
-            "a second one"
+            "the same module stands twice among the networks: they would share their weights"
         )
     for k, peer in enumerate(peers):
         if not any(p.requires_grad for p in peer.parameters()):
@@ -199,13 +191,12 @@ def _refuse_teachers(teachers: Sequence[nn.Module], loss: Loss, cached: Any) -> 
     if cached is not None and teachers:
         raise ValueError(
             f"the training data bring logits of {cached.shape[1]} teachers, and {len(teachers)} "
-            "teachers are given that would not be asked: pass teachers=[...] or the data of "
-            "cache_teachers, not both"
+            "teachers are given: pass teachers=[...] or the data of cache_teachers, not both"
         )
     if cached is not None and "teacher_features" in taught:
         raise ValueError(
             f"{name} reads teacher_features, and the training data bring logits only: pass "
-            "teachers=[...], and the view without the cache"
+            "teachers=[...] and the view without the cache"
         )
     if taught and not teachers and not averaged and cached is None:
         raise ValueError(
@@ -227,9 +218,8 @@ def _refuse_classes(
     counts |= {} if cached is None else {"cached teachers": cached.shape[2]}
     if headless := [key for key, count in counts.items() if count == 0]:
         raise ValueError(
-            f"{', '.join(headless)}: num_classes=0, a network without a classifier gives features "
-            f"and no logits, which {name} reads. Give it a head, or choose a loss that reads "
-            "teacher_features only"
+            f"{', '.join(headless)}: num_classes=0, so it gives no logits, which {name} reads. "
+            "Give it a head, or choose a loss that reads teacher_features only"
         )
     if len({count for count in counts.values() if count is not None}) > 1:
         raise ValueError(

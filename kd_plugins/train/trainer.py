@@ -158,9 +158,8 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         """
         if self.model_init is None:
             raise RuntimeError(
-                "hyperparameter_search needs networks and a loss for each trial, else one trial "
-                "would go on from the last one: MutualDistillationTrainer(lambda trial: [...], "
-                "lambda trial: SMKD(...), args, ...)"
+                "hyperparameter_search needs networks and a loss for each trial: "
+                "MutualDistillationTrainer(lambda trial: [...], lambda trial: SMKD(...), args)"
             )
         return super().hyperparameter_search(*args, **kwargs)
 
