@@ -44,7 +44,7 @@ def run_of(folder, models, loss, **kwargs):
 
 
 def test_two_berts_learn_from_each_other(tmp_path):
-    loss = SMKD(MyLC(window=192), eta=1.5, b2=-4, normalize="batch")
+    loss = SMKD(eta=1.5, b2=-4, normalize="batch")
     run = run_of(tmp_path, [bert(1), bert(2)], loss)
     run.train()
     assert all(np.isfinite(logged(run, "loss", "own_a", "taught_b", "selected_a")).ravel())
