@@ -110,7 +110,7 @@ def options() -> tuple[Settings, kd.MutualTrainingArguments, list]:
         raise SystemExit(f"--estimator {s.estimator}: expected anchor, dual_t or known")
     if s.estimator == "known" and s.noise not in kd.data.NOISE[:-1]:
         raise SystemExit(f"--estimator known: --noise {s.noise} has no known matrix; use anchor")
-    stages = STAGES.get(s.method, [(s.method, "new", {})])
+    stages = copy.deepcopy(STAGES.get(s.method, [(s.method, "new", {})]))
     if s.estimator == "known" and s.method.endswith("_correction"):
         stages = stages[-1:]
     if len(stages) > 1 and len(s.models) > 1:
@@ -124,15 +124,13 @@ def options() -> tuple[Settings, kd.MutualTrainingArguments, list]:
     # a mistyped option of a late stage ends the run here, not after the first stage
     example = {"transition": torch.eye(2), "labels": torch.full((1, 2), 0.5)}
     make_loss(s, "ce" if s.method == "cdr" else s.method, example)
-    return (
-        s,
-        args,
-        [(*x, {**y, "num_train_epochs": e}) for (*x, y), e in zip(stages, epochs, strict=True)],
-    )
+    for (_, _, settings), length in zip(stages, epochs, strict=True):
+        settings["num_train_epochs"] = length
+    return s, args, stages
 
 
-def main() -> dict:
-    s, args, stages = options()
+def load(s: Settings, args) -> tuple:
+    """Training data, test data, the training data without augmentation, and the noise."""
     train, test, s.image, s.label = kd.data.load_pictures(
         s.data, s.image, s.label, classes=s.classes, where=s.where
     )
@@ -151,11 +149,14 @@ def main() -> dict:
     crops = kd.data.picture_transform(example, size, s.augment)
     columns = {"image": s.image, "label": "given_label", "clean": s.label}
     train_view = kd.data.ImageView(train, crops, seed=args.seed, **columns)
-    fit = kd.data.ImageView(train, plain, **columns)  # the training data without augmentation
-    test_view = kd.data.ImageView(
-        test, plain, image=s.image, label="given_label" if s.holdout else s.label
-    )
+    fit = kd.data.ImageView(train, plain, **columns)
+    label = "given_label" if s.holdout else s.label
+    return train_view, kd.data.ImageView(test, plain, image=s.image, label=label), fit, noise
 
+
+def main() -> dict:
+    s, args, stages = options()
+    train, test, fit, noise = load(s, args)
     known = {"transition": noise} if s.estimator == "known" else {}
     teachers: list = []
     for number, (name, network, settings) in enumerate(stages):
@@ -166,12 +167,12 @@ def main() -> dict:
             stage.output_dir = str(Path(args.output_dir, f"{number + 1}-{name}"))
         if network == "new":
             set_seed(args.seed + number)
-            models = [kd.models.make_model(name, classes) for name in s.models]
+            models = [kd.models.make_model(name, train.num_classes) for name in s.models]
             models = [model.to(memory_format=torch.channels_last) for model in models]
         loss = make_loss(s, name, known)
         callbacks: list = [kd.train.CDRCallback(s.rate)] if s.method == "cdr" else []
         callbacks += [kd.DynamicsCallback()] if s.dynamics else []
-        data = {"train_dataset": train_view, "eval_dataset": test_view}
+        data = {"train_dataset": train, "eval_dataset": test}
         trainer = kd.MutualDistillationTrainer(
             models, loss, stage, teachers=teachers, callbacks=callbacks, **data
         )
@@ -187,7 +188,7 @@ def main() -> dict:
             loader = DataLoader(fit, args.eval_batch_size, num_workers=args.dataloader_num_workers)
             known["transition"] = kd.estimate_transition(models[0], loader, method=s.estimator)
 
-    figures = trainer.evaluate(test_view) | trainer.evaluate(fit, metric_key_prefix="train")
+    figures = trainer.evaluate(test) | trainer.evaluate(fit, metric_key_prefix="train")
     trainer.save_state()
     trainer.export(args.output_dir)
     if trainer.is_world_process_zero():

@@ -76,25 +76,8 @@ def measure_cleanlab(labels: np.ndarray, probs: np.ndarray, wrong: np.ndarray) -
     return measured(wrong, -get_label_quality_scores(labels, probs), named)
 
 
-def main() -> dict:
-    (s,) = kd.train.parse_settings(Settings, defaults={})
-    if not s.networks and s.dynamics is None:
-        raise SystemExit("expected --networks (folders that export() wrote) or --dynamics, or both")
-    data = datasets.load_dataset(s.data, split=s.split)
-    s.image = kd.data.find_column(data, "image", s.image)
-    s.label = s.label or kd.data.find_column(data, "label")
-    data = data.select(np.flatnonzero(data[s.where])) if s.where else data
-    networks = [kd.models.make_teacher(folder, None) for folder in s.networks]
-    size, plain = min(data[0][s.image].size), T.ToTensor()
-    plain = kd.data.picture_transform(networks[0], size) if networks else plain
-    view = kd.ImageView(data, plain, image=s.image, label=s.label, clean=s.clean)
-    wrong = None if s.clean is None else view.labels != view.clean_labels
-    if wrong is not None and len(np.unique(wrong)) < 2:
-        print(
-            f"--clean {s.clean}: {wrong.sum()} of {len(wrong)} labels are wrong; nothing to measure"
-        )
-        wrong = None
-
+def rank(s: Settings, networks: list, view: kd.ImageView, wrong: np.ndarray | None) -> tuple:
+    """All rows, most suspicious first, and how well each way of finding them works."""
     results, known = {}, {"class_names": view.class_names, "all_rows": True}
     if s.dynamics:
         suspects = kd.find_suspects(dynamics=s.dynamics, **known)
@@ -111,26 +94,50 @@ def main() -> dict:
         suspects = suspects if s.dynamics else by_networks
     if s.dynamics and wrong is not None:
         results["training dynamics"] = measure_suspects(suspects, wrong)
-    table = suspects.with_format("numpy")[:]
-    suspects = suspects.select(np.flatnonzero(table["proposed"] != table["label"]))
+    return suspects, results
 
-    out = Path(s.output_dir)
+
+def table(results: dict, errors: int) -> str:
+    header = ["by", "AUROC", f"precision at {errors}", "named wrong", "of these wrong"]
+    rows = []
+    for by, r in results.items():
+        found = [f"{r[key]:.1%}" for key in ("precision_at_errors", "precision", "recall")]
+        rows.append([by, f"{r['auroc']:.3f}", found[0], r["named"], *found[1:]])
+    return plots.markdown([*header, "of all wrong found"], rows)
+
+
+def main() -> dict:
+    (s,) = kd.train.parse_settings(Settings, defaults={})
+    if not s.networks and s.dynamics is None:
+        raise SystemExit("give --networks (folders that export() wrote), --dynamics, or both")
+    data = datasets.load_dataset(s.data, split=s.split)
+    s.image = kd.data.find_column(data, "image", s.image)
+    s.label = s.label or kd.data.find_column(data, "label")
+    data = data.select(np.flatnonzero(data[s.where])) if s.where else data
+    networks = [kd.models.make_teacher(folder, None) for folder in s.networks]
+    size, plain = min(data[0][s.image].size), T.ToTensor()
+    plain = kd.data.picture_transform(networks[0], size) if networks else plain
+    view = kd.ImageView(data, plain, image=s.image, label=s.label, clean=s.clean)
+    wrong = None if s.clean is None else view.labels != view.clean_labels
+    if wrong is not None and len(np.unique(wrong)) < 2:
+        print(
+            f"--clean {s.clean}: {wrong.sum()} of {len(wrong)} labels are wrong; nothing to measure"
+        )
+        wrong = None
+
+    suspects, results = rank(s, networks, view, wrong)
+    rows = suspects.with_format("numpy")[:]
+    suspects = suspects.select(np.flatnonzero(rows["proposed"] != rows["label"]))
+    out, columns = Path(s.output_dir), {"image": s.image, "label": s.label}
     out.mkdir(parents=True, exist_ok=True)
     suspects.to_parquet(out / "suspects.parquet")
     suspects.to_csv(out / "suspects.csv")
-    columns = {"image": s.image, "label": s.label}
     kd.contact_sheet(suspects, data, out / "suspects.png", **columns)
     kd.html_page(suspects, data, out / "suspects.html", count=s.count, **columns)
-    if wrong is not None:
-        header = ["by", "AUROC", f"precision at {wrong.sum()}", "named wrong"]
-        rows = [
-            [by, f"{r['auroc']:.3f}", f"{r['precision_at_errors']:.1%}", r["named"]]
-            + [f"{r[key]:.1%}" for key in ("precision", "recall")]
-            for by, r in results.items()
-        ]
-        print(plots.markdown([*header, "of these wrong", "of all wrong found"], rows))
     summary = vars(s) | {"rows": len(data), "suspects": len(suspects)} | results
     (out / "results.json").write_text(json.dumps(summary, indent=1))
+    if wrong is not None:
+        print(table(results, wrong.sum()))
     print(f"{len(suspects)} of {len(data)} labels are suspected:")
     print(*(out / f"suspects.{kind}" for kind in ("html", "png", "csv", "parquet")), sep="\n")
     return results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def make_model(model: str | nn.Module, num_classes: int | None) -> nn.Module:
             f"the model is given by name ({model!r}), but the number of classes is not known: the "
             "training data has no ClassLabel; pass a module with its head instead"
         )
+    _refuse_unknown(model, "a timm name")
     return _create(model, model, pretrained=":" in model, num_classes=num_classes)
 
 
@@ -45,6 +47,7 @@ def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn
     if weights:
         if not Path(weights).is_file():
             raise FileNotFoundError(f"teacher {str(teacher)!r}: there is no file {weights}")
+        _refuse_unknown(name, "a timm name before the =")
         return _create(name, weights, num_classes=num_classes, checkpoint_path=weights)
     if Path(name, "config.json").is_file():
         name = f"local-dir:{name}"
@@ -53,7 +56,16 @@ def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn
             f"teacher {name!r}: expected a folder with config.json, as export() writes; for a file "
             f"of weights name its architecture: 'resnet18={name}'"
         )
+    _refuse_unknown(name, "a timm name, NAME=FILE or a folder that export() wrote")
     return _create(name, name, pretrained=True)
+
+
+def _refuse_unknown(name: str, expected: str) -> None:
+    """timm's own error for an unknown name comes from within timm and suggests none."""
+    if ":" not in name and not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ValueError(f"{name}: expected {expected}; there is no such network{hint}")
 
 
 def _create(name: str, source: str, **kwargs: Any) -> nn.Module:

@@ -608,3 +608,11 @@ def test_small_picture_resnets_are_known_to_timm_after_any_import(module):
     subprocess.run(
         [sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": PYTHONPATH}
     )
+
+
+def test_names_that_are_no_networks():
+    """The error names what was expected, and the nearest name."""
+    with pytest.raises(ValueError, match=r"resnet99: expected a timm name; .*did you mean resnet"):
+        make_model("resnet99", 3)
+    with pytest.raises(ValueError, match=r"gone/a: expected a timm name, NAME=FILE or a folder"):
+        make_teacher("gone/a", 3)
