@@ -4,7 +4,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from . import _moved  # noqa: F401  old names still import
+from ._moved import moved_names
 from .losses import *  # noqa: F403
 from .losses import __all__ as _losses
 
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
         return import_module(f".{name}", __name__)
     if name in _LAZY:
         return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return moved_names(__name__)(name, stacklevel=4)
 
 
 def __dir__() -> list[str]:

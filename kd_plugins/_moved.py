@@ -20,8 +20,15 @@ MODULES = {
     "timm_tasks": "train.timm",
     "trainer": "train",
 }
+_LOSSES = {
+    "Confident": ("losses", "LowEntropy"),
+    "Everything": ("losses", "SelectAll"),
+    "Nothing": ("losses", "SelectNone"),
+    "Selected": ("losses", "MaskedLoss"),
+}
 NAMES = {  # by package: old name -> module and new name
-    "kd_plugins.losses": {"estimate_transition": ("audit", "estimate_transition")},
+    "kd_plugins": _LOSSES,
+    "kd_plugins.losses": _LOSSES | {"estimate_transition": ("audit", "estimate_transition")},
     "kd_plugins.models": {"Hosted": ("models", "PeerModule")},
     "kd_plugins.data": {
         "CachedTeachers": ("data", "TeacherCache"),
@@ -31,14 +38,14 @@ NAMES = {  # by package: old name -> module and new name
 }
 
 
-def moved_names(package: str) -> Callable[[str], Any]:
+def moved_names(package: str) -> Callable[..., Any]:
     """The ``__getattr__`` of a package from which names have moved."""
 
-    def get(name: str) -> Any:
+    def get(name: str, stacklevel: int = 3) -> Any:
         if name not in NAMES[package]:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, new = NAMES[package][name]
-        _warn(f"{package}.{name}", f"kd_plugins.{module}.{new}")
+        _warn(f"{package}.{name}", f"kd_plugins.{module}.{new}", stacklevel)
         return getattr(import_module(f"kd_plugins.{module}"), new)
 
     return get
@@ -66,8 +73,8 @@ class _MovedModules(MetaPathFinder, Loader):
         return compile(program, name, "exec")
 
 
-def _warn(old: str, new: str) -> None:
-    warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=3)
+def _warn(old: str, new: str, stacklevel: int = 3) -> None:
+    warnings.warn(f"{old} is now {new}", DeprecationWarning, stacklevel=stacklevel)
 
 
 sys.meta_path.append(_MovedModules())

@@ -96,7 +96,7 @@ def make_loss(s: Settings, name: str, known: dict):
         own["num_peers"] = len(s.models)
     loss = kd.create_loss(name, **own)
     alone = loss.num_peers > 1 or len(s.models) == 1
-    return loss if alone else kd.Mutual(loss, kd.Nothing(), num_peers=len(s.models))
+    return loss if alone else kd.Mutual(loss, kd.SelectNone(), num_peers=len(s.models))
 
 
 def options() -> tuple[Settings, kd.MutualTrainingArguments, list]:

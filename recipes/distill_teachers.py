@@ -92,7 +92,7 @@ def make_loss(s: Settings, teachers: list, mask):
         if s.revise and isinstance(term, kd.KD):
             term = kd.LabelRevision(term, eta=s.revise)
         if mask is not None and name != "ce":
-            term = kd.Selected(mask, term)
+            term = kd.MaskedLoss(mask, term)
         terms.append(weight * term)
     return reduce(add, terms)
 

@@ -104,7 +104,7 @@ def run(s: Settings, args: kd.MutualTrainingArguments, root: Path, method: str) 
     train, evals = views(s, root, networks[0], args.seed)
     # normalize: the paper's, with which the figures of the README were made
     smkd = kd.SMKD(kd.MyLC(b1=B1), eta=ETA, b2=B2, normalize="selected")
-    loss = smkd if method == "smkd" else kd.Mutual(kd.CE(), kd.Nothing())
+    loss = smkd if method == "smkd" else kd.Mutual(kd.CE(), kd.SelectNone())
     print(f"\n{method}, seed {args.seed}: {len(train)} pictures, {' and '.join(s.models)}")
     callbacks = [kd.DynamicsCallback()] if method == "smkd" else []  # for suspects()
     data = {"train_dataset": train, "eval_dataset": evals}

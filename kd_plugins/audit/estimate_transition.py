@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..losses import validate
-from ..losses.state import in_eval
+from ..losses.state import eval_mode
 from ..losses.transition import TOLERANCE
 
 
@@ -29,7 +29,7 @@ def predict(model: nn.Module, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     probs, labels = [], []
-    with in_eval(model):
+    with eval_mode(model):
         # disable=None: a progress bar on terminals only
         for batch in tqdm(loader, desc="predict", leave=False, disable=None):
             if isinstance(batch, dict):

@@ -1,7 +1,7 @@
 """Data Selection: choose training samples to distil on, by their influence on held-out ones.
 
 >>> scores = influence_scores(teacher, train_loader, held_out_loader)  # doctest: +SKIP
->>> loss = CE() + Selected(select_lowest(scores, 0.8), LabelRevision())  # doctest: +SKIP
+>>> loss = CE() + MaskedLoss(select_lowest(scores, 0.8), LabelRevision())  # doctest: +SKIP
 
 Other scores work as well: :func:`select_lowest` accepts any numbers [N].
 """
@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from ..losses import validate
 from ..losses.functional import as_probs
-from ..losses.state import in_eval
+from ..losses.state import eval_mode
 
 LARGEST = 4096  # parameters of the last layer; their Hessian in float64 takes 134 MB
 
@@ -75,7 +75,7 @@ def influence_scores(
     head = _classifier(model)
     if exact:
         _refuse_exact(head, damping)
-    with in_eval(model):
+    with eval_mode(model):
         direction = _mean_gradient(_batches(model, head, val_loader, "val_loader"))
         if exact:
             hessian = _hessian(_batches(model, head, train_loader, "train_loader"))

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..data.image_view import ImageView
 from ..data.labels import class_positions
 from ..losses.refined import CE
-from ..losses.state import in_eval
+from ..losses.state import eval_mode
 from ..models.factory import class_count, make_teacher
 from ..models.hosted import PeerModule
 
@@ -69,7 +69,7 @@ def predict_probs(
     probs = np.full((len(view), view.num_classes), np.nan, np.float32)
     # A generator of its own: the loader would otherwise draw from the global one.
     loader: Any = DataLoader(view, batch_size, num_workers=num_workers, generator=torch.Generator())
-    with in_eval(*networks, hosted):
+    with eval_mode(*networks, hosted):
         for batch in tqdm(loader, "predictions", leave=False, disable=None):
             logits = hosted(batch["pixel_values"].to(device))["logits"]  # [B, K, C]
             mean = logits.softmax(-1).gather(-1, order.expand_as(logits)).mean(1)  # [B, C]

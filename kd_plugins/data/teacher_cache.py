@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..losses.state import in_eval
+from ..losses.state import eval_mode
 from ..models.factory import class_count, logits_of
 from ..models.input_config import normalization_of
 from ..models.inputs import InputAdapter, Normalization
@@ -108,7 +108,7 @@ def cache_teachers(
     _refuse_arguments(view, teachers, dtype)
     rank, world = rank_and_world()
     transform = transform_key(view)  # first, since it is cheap beside reading all pictures
-    with in_eval(*teachers):
+    with eval_mode(*teachers):
         first = [] if student is None else [student]
         given = normalization_of([view], [*first, *teachers]) if first else None
         networks = [_Teacher(teacher, student, given, dtype) for teacher in teachers]

@@ -10,8 +10,8 @@ from .distill_contrast import CRD
 from .distill_features import AT, VID, FitNet
 from .dmi import DMI
 from .gradients import mask_noncritical_
-from .masked import Selected
-from .mutual import SMKD, Confident, Everything, Mutual, Nothing, Selector
+from .masked import MaskedLoss
+from .mutual import SMKD, LowEntropy, Mutual, SelectAll, SelectNone, Selector
 from .online import DML, KDCL, MKD
 from .online_features import AFD, FFL, PCL
 from .refined import (
@@ -63,22 +63,22 @@ __all__ = [
     "CoTeaching",
     "CoTeachingPlus",
     "ConfidencePenalty",
-    "Confident",
-    "Everything",
     "FitNet",
     "ForwardCorrection",
     "Joint",
     "LabelRevision",
     "LabelSmoothing",
     "Loss",
+    "LowEntropy",
+    "MaskedLoss",
     "MentorNet",
     "Mutual",
     "MyLC",
-    "Nothing",
     "ProSelfLC",
     "Refined",
     "S2ESchedule",
-    "Selected",
+    "SelectAll",
+    "SelectNone",
     "Selector",
     "SmallLoss",
     "SoftLabels",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Self, TypedDict
 
@@ -38,16 +39,6 @@ class Sizes:
     teacher_feature_dims: Sequence[Sequence[int]] | None = None
 
 
-class _Alias:
-    """An earlier name of an attribute of losses, on the class and on its instances."""
-
-    def __init__(self, read: Any) -> None:
-        self.read = read
-
-    def __get__(self, loss: Any, cls: Any = None) -> Any:
-        return self.read(cls if loss is None else loss)
-
-
 class Loss(KeepsPrecision):
     """A drop-in for ``nn.CrossEntropyLoss``: ``loss(logits [B, C], target [B] or [B, C])``.
 
@@ -76,15 +67,11 @@ class Loss(KeepsPrecision):
     layers: tuple[int, ...] = (-1,)
     ema_decay: float | None = None
     needs: Mapping[str, str] = {}
-    indices = False
     any_precision = False  # per_sample takes logits of 16 bits as they are
     weighs_labels = False  # per_sample applies the class weights itself
     stats: dict[str, Tensor]
     selection: Selection | None
     class_weights: Tensor | None
-
-    reads: Any = _Alias(lambda loss: loss.required_inputs)
-    peers: Any = _Alias(lambda loss: loss.num_peers > 1)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -137,8 +124,9 @@ class Loss(KeepsPrecision):
         peers = validate.logits(name, logits, self.num_peers, self.num_classes)
         target = validate.target(name, target, peers[0])
         validate.inputs(name, inputs, self.required_inputs, peers[0])
-        # autocast on the CPU would leave log_softmax in bfloat16
-        with torch.autocast(peers[0].device.type, enabled=False):
+        device = peers[0].device.type
+        autocast = torch.is_autocast_enabled(device)  # it leaves log_softmax in bfloat16 on the CPU
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
             target = as_probs(target, peers[0].shape[1], full_dtype(peers[0]))
             if not self.any_precision:
                 peers = [_full(z) for z in peers]
@@ -191,10 +179,9 @@ class Loss(KeepsPrecision):
     def log(self, name: str, values: Tensor | Sequence[Tensor]) -> None:
         """Leave a diagnostic in ``stats``: the mean of a tensor, or of one tensor per peer."""
         if isinstance(values, Tensor):
-            values = values.detach()
-            if not values.is_floating_point():
-                values = values.float()
-            self.stats[name] = values.mean() if values.dim() else values.clone()
+            values = values.detach() if values.requires_grad else values
+            values = values if values.is_floating_point() else values.float()
+            self.stats[name] = values.mean() if values.dim() else values
             return
         for k, value in enumerate(values):
             self.log(f"{name}_{peer_name(k)}", value)
@@ -333,6 +320,7 @@ class Sum(Loss):
             )
         self.num_peers = losses[0].num_peers
         self.required_inputs = frozenset().union(*(term.required_inputs for term in losses))
+        self.any_precision = all(term.any_precision for term in losses)
         self.layers = tuple(sorted({layer for term in losses for layer in term.layers}))
         self.ema_decay = next((t.ema_decay for t in losses if t.ema_decay is not None), None)
 

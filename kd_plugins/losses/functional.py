@@ -7,7 +7,6 @@ D feature dimension · z logits · p = softmax(z) · q the label as a distributi
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,8 +37,11 @@ def full_dtype(z: Tensor) -> torch.dtype:
 
 
 def cross_entropy(log_p: Tensor, target: Tensor) -> Tensor:
-    """H(q, p) = -Σ_c q_c log p_c per sample: ([B, C], [B, C]) -> [B]. A class without mass costs nothing, even at p = 0."""
-    return -torch.where(target == 0, 0.0, target * log_p).sum(-1)
+    """H(q, p) = -Σ_c q_c log p_c per sample: ([..., C], [..., C]) -> [...].
+
+    A class without mass costs nothing, even at p = 0; mass on a class of p = 0 costs infinity.
+    """
+    return Prediction(log_p).cost(target)
 
 
 def entropy(log_p: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ def entropy(log_p: Tensor) -> Tensor:
     >>> entropy(torch.log(torch.tensor([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])))
     tensor([0.6931, 0.0000])
     """
-    return torch.special.entr(log_p.exp()).sum(-1).clamp_min(0.0)
+    return Prediction(log_p).entropy
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -124,198 +126,55 @@ def simplex_qp(gram: Tensor, cap: float = 1.0) -> Tensor:
 
 
 class Prediction:
-    """A batch of predictions p = softmax(z) of which every quantity is computed at most once.
+    """Predictions p [..., C], by their logarithms. What follows is computed when it is first read."""
 
-    Mutual learning asks for the entropy of the same prediction up to three times (trust, r, selection): refine and
-    selectors therefore take logits [B, C] or a ``Prediction`` of them, through :meth:`of`.
-    """
-
-    def __init__(self, log_p: Tensor) -> None:
-        self.log_p = log_p  # [B, C]
+    def __init__(self, log_p: Tensor, positive: bool | None = None) -> None:
+        self.log_p = log_p
+        # No p is 0: to look is cheaper than a mask. An accelerator would make the host wait.
+        look = log_p.device.type == "cpu" and not torch.compiler.is_compiling()
+        self._positive = look and bool(log_p.amin() > -math.inf) if positive is None else positive
         self._p: Tensor | None = None
         self._entropy: Tensor | None = None
         self._certainty: Tensor | None = None
 
     @staticmethod
-    def of(logits: Tensor | Prediction) -> Prediction:
-        return logits if isinstance(logits, Prediction) else Prediction(log_softmax(logits))
+    def of(logits: Tensor) -> Prediction:
+        """p = softmax(z) of logits z [B, C]."""
+        return Prediction(log_softmax(logits))
 
-    def detach(self) -> Prediction:
-        return Prediction(self.log_p.detach()) if self.log_p.requires_grad else self
+    def constant(self) -> Prediction:
+        """The same predictions without gradient."""
+        return Prediction(self.log_p.detach(), self._positive)
+
+    def cost(self, label: Tensor) -> Tensor:
+        """H(q, p) [...] of labels q [..., C]: see :func:`cross_entropy`."""
+        product = label * self.log_p
+        if not self._positive:
+            product = torch.where(label == 0, 0.0, product)  # 0 · log 0 is 0
+        return 0.0 - product.sum(-1)  # not -0.0
 
     @property
     def num_classes(self) -> int:
+        """C."""
         return self.log_p.shape[-1]
 
     @property
-    def p(self) -> Tensor:  # [B, C]
+    def p(self) -> Tensor:
+        """[..., C]."""
         if self._p is None:
             self._p = self.log_p.exp()
         return self._p
 
     @property
-    def entropy(self) -> Tensor:  # [B], nats
+    def entropy(self) -> Tensor:
+        """H(p) [...], in nats."""
         if self._entropy is None:
-            # entr takes a logarithm again, but its gradient is finite at p = 0; nansum would hide a NaN, which softmax
-            # spreads over its row
-            constant = not self.log_p.requires_grad
-            h = (
-                0.0 * self.p[:, 0] - (self.p * self.log_p).nansum(-1)
-                if constant
-                else entropy(self.log_p)
-            )
-            self._entropy = h.clamp_min(0.0)
+            self._entropy = self.cost(self.p)
         return self._entropy
 
     @property
-    def certainty(self) -> Tensor:  # [B], in [0, 1]
+    def certainty(self) -> Tensor:
+        """l(p) = 1 - H(p) / ln C [...], in [0, 1]."""
         if self._certainty is None:
             self._certainty = certainty(self.entropy, self.num_classes)
         return self._certainty
-
-
-class Predictions:
-    """Predictions of K networks on one batch, as constants: what is known of a sample stands in [K, B].
-
-    One operation for all networks, since at 100 classes a loss is as slow as it has operations.
-
-    Args:
-        logits: [B, C] of each network.
-    """
-
-    def __init__(self, logits: Sequence[Tensor]) -> None:
-        with torch.no_grad():
-            self.log_p = [log_softmax(z) for z in logits]  # [B, C] each
-            self.p = [log_p.exp() for log_p in self.log_p]
-        self._entropy: Tensor | None = None
-        self._certainty: Tensor | None = None
-
-    @property
-    def num_classes(self) -> int:
-        return self.p[0].shape[-1]
-
-    @property
-    def entropy(self) -> Tensor:  # [K, B], nats
-        if self._entropy is None:
-            h = torch.stack(
-                [(p * log_p).nansum(-1) for p, log_p in zip(self.p, self.log_p, strict=True)]
-            )
-            self._entropy = (self.nan - h).clamp_(min=0.0)
-        return self._entropy
-
-    @property
-    def certainty(self) -> Tensor:  # [K, B], in [0, 1]
-        if self._certainty is None:
-            self._certainty = certainty(self.entropy, self.num_classes)
-        return self._certainty
-
-    @property
-    def nan(self) -> Tensor:  # [K, B]
-        """0, or NaN where the logits have one: softmax spreads it over its row, and a nansum would hide it."""
-        return 0.0 * torch.stack([p[:, 0] for p in self.p])
-
-
-class _MixedGradient(torch.autograd.Function):
-    """Σ_k costs_k [B], with the gradient mass_k p_k - named_k q - Σ_{j≠k} mixed_j p_j at z_k.
-
-    Takes costs [K, B], (mass, named, mixed) [3, K, B] (two where nothing is mixed in), q (classes [B, 1] or [B, C]), every p_k and
-    every z_k. The gradient is written in the backward pass, where its weight in the batch is known.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, costs: Tensor, factors: Tensor, q: Tensor, *peers: Tensor) -> Tensor:
-        ctx.save_for_backward(factors, q, *peers[: len(peers) // 2])
-        ctx.dtypes = [z.dtype for z in peers[len(peers) // 2 :]]
-        return costs.sum(0)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        factors, q, *ps = ctx.saved_tensors
-        mass, named, *mixed = (factors * upstream).unsqueeze(-1)
-        gradients = []
-        for k, p in enumerate(ps):
-            gradient = p * mass[k]
-            for j, other in enumerate(ps):
-                if mixed and j != k:
-                    gradient.addcmul_(other, mixed[0][j], value=-1.0)
-            if q.shape == p.shape:
-                gradient.addcmul_(q, named[k], value=-1.0)
-            else:
-                gradient.scatter_add_(1, q, -named[k])
-            gradients.append(gradient.to(ctx.dtypes[k]))
-        return None, None, None, *[None] * len(ps), *gradients
-
-
-def mixed_cross_entropy(
-    logits: Sequence[Tensor],
-    preds: Predictions,
-    target: Tensor,
-    a: Tensor,
-    b: Tensor | None = None,
-    weights: Tensor | None = None,
-    own: float = 1.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ_k [ own · H(q~_k, p_k) + Σ_{j≠k} w_j H(q~_j, p_k) ] per sample, for constant labels q~_j = a_j q + b_j p_j.
-
-    The same as cross-entropies with the q~_j, without writing any of them down: H(q~_j, p_k) = a_j H(q, p_k) + b_j H(p_j, p_k), and
-    the gradient at z_k is Σ_j w_jk [ a_j (p_k - q) + b_j (p_k - p_j) ] with w_kk = own; p_k Σ_c q_c - q
-    where q is of another mass.
-
-    Args:
-        logits: [B, C] of each peer.
-        preds: their predictions.
-        target: class indices [B] or distributions [B, C].
-        a, b: [K, B]; b is None where it is 0.
-        weights: w, [K, B]; None for one network.
-        own: weight of a peer's own label.
-
-    Returns:
-        The sum [B], and H(q~_k, p_k) and Σ_{j≠k} w_j H(q~_j, p_k), constants [K, B].
-    """
-    with torch.no_grad():
-        if target.dim() == 1:
-            target = target.unsqueeze(1)
-            label = -torch.cat(
-                [log_p.gather(1, target) for log_p in preds.log_p], 1
-            ).t()  # H(q, p_k), [K, B]
-            size = None
-        else:
-            size = target.sum(-1)  # of q, which need not be 1
-            label = (
-                0.0 * size
-                + preds.nan
-                - torch.stack([(target * log_p).nansum(-1) for log_p in preds.log_p])
-            )
-        owns = a * label if b is None else torch.addcmul(a * label, b, preds.entropy)
-        lessons = taught = torch.zeros_like(a)
-        mixed = None
-        if weights is not None:
-            taught = _others(weights * a)
-            lessons = taught * label
-            if b is not None:
-                mixed = weights * b
-                lessons = lessons + torch.stack(
-                    [_crossed(preds, mixed, k) for k in range(len(logits))]
-                )
-        costs, named = torch.add(lessons, owns, alpha=own), torch.add(taught, a, alpha=own)
-        mass = named if size is None else named * size
-        if mixed is not None:
-            mass = mass + _others(mixed)
-        factors = torch.stack([mass, named] if mixed is None else [mass, named, mixed])
-    return _MixedGradient.apply(costs, factors, target, *preds.p, *logits), owns, lessons
-
-
-def _others(x: Tensor) -> Tensor:
-    """Σ_{j≠k} x_j: [K, B] -> [K, B]."""
-    if len(x) == 2:
-        return x.flip(0)
-    return torch.stack(
-        [torch.cat([x[:k], x[k + 1 :]]).sum(0) for k in range(len(x))]
-    )  # x.sum(0) - x would round
-
-
-def _crossed(preds: Predictions, weights: Tensor, k: int) -> Tensor:
-    """Σ_{j≠k} w_j H(p_j, p_k), [B]."""
-    terms = [weights[j] * (p * preds.log_p[k]).nansum(-1) for j, p in enumerate(preds.p) if j != k]
-    return -sum(terms[1:], terms[0])

@@ -8,34 +8,40 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from . import validate
 from .base import Loss, LossArguments
 from .mutual import NORMALIZE
 from .state import SampleTable
 
 
-class Selected(Loss):
-    """L = mean_i m_i L_i: a term on the samples that a mask m [N] over the training data keeps; the rest of it costs nothing.
+class MaskedLoss(Loss):
+    """L = mean_i m_i L_i: a term on the samples that a mask m [N] over the training data keeps.
 
-    The objective of Data Selection supervises all samples and distils on the kept ones: with ``mask`` from
-    :func:`kd_plugins.data.select_lowest`, ``l1 * CE() + l2 * Selected(mask, LabelRevision())``. The term sees the whole batch
-    (its state, and what it computes over the batch, do not depend on the mask). The mask is in the checkpoint, whose mask wins.
+    The objective of Data Selection supervises all samples and distils on the kept ones: with
+    ``mask`` from :func:`kd_plugins.audit.select_lowest`,
+    ``l1 * CE() + l2 * MaskedLoss(mask, LabelRevision())``. The term sees the whole batch, so its
+    state does not depend on the mask. The mask is in the checkpoint, whose mask wins.
 
-    Source: Lan et al., "Improve knowledge distillation via label revision and data selection", IEEE TCDS 2025
-    (arXiv 2404.03693), its split of the data; the text could be read in part only.
-    Unsaid there: whether the distillation is a mean over the batch or over the kept part; here over the batch, so that a mask
-    that keeps everything is the term alone.
+    Source: Lan et al., "Improve knowledge distillation via label revision and data selection", IEEE
+    TCDS 2025 (arXiv 2404.03693), its split of the data; the text could be read in part only.
+    Unsaid there: whether the distillation is a mean over the batch or over the kept part. Here it
+    is over the batch, so that a mask that keeps everything is the term alone.
 
     Args:
-        mask: [N] booleans, one for each row of the training data; the same on all processes. ``index`` counts in them.
+        mask: [N] booleans, one per row of the training data, the same on all processes. ``index``
+            counts in them.
         term: the loss for the kept samples, one number per sample, whatever it reads.
-        normalize: ``"batch"``, or ``"selected"`` for a mean over the kept samples of the batch (which depends on how a batch
-            is cut over processes and accumulation steps; a batch without any is 0).
+        normalize: ``"batch"``, or ``"selected"`` for a mean over the kept samples of the batch. That
+            depends on how a batch is cut over processes and accumulation steps; without a kept
+            sample it is 0.
         **base: see :class:`Loss`; as in the term if not given.
 
     >>> from kd_plugins import CE
-    >>> loss = Selected([True, False, False], CE())
-    >>> loss(torch.zeros(2, 2), torch.tensor([0, 1]), index=torch.tensor([2, 0])), loss.stats["kept"]
-    (tensor(0.3466), tensor(0.5000))
+    >>> loss = MaskedLoss([True, False, False], CE())
+    >>> loss(torch.zeros(2, 2), torch.tensor([0, 1]), index=torch.tensor([2, 0]))
+    tensor(0.3466)
+    >>> loss.stats["kept"]
+    tensor(0.5000)
     """
 
     def __init__(
@@ -53,28 +59,30 @@ class Selected(Loss):
         mask = torch.as_tensor(mask)
         if mask.dim() != 1 or mask.dtype != torch.bool:
             raise ValueError(
-                f"mask: expected a boolean for each training sample, [N], got {mask.dtype} {list(mask.shape)}; "
-                "numbers would be taken for weights, or for positions"
+                f"mask: expected a boolean per training sample, [N], got {mask.dtype} "
+                f"{list(mask.shape)}; numbers would be taken for weights, or for positions"
             )
-        if normalize not in NORMALIZE:
-            raise ValueError(f"normalize={normalize!r}: expected one of {NORMALIZE}")
-        super().__init__(**{"num_classes": term.num_classes, "reduction": term.reduction} | base)
-        self.normalize, self.term = normalize, term
+        base.setdefault("num_classes", term.num_classes)
+        base.setdefault("reduction", term.reduction)
+        super().__init__(**base)
+        self.normalize = validate.one_of("normalize", normalize, NORMALIZE)
+        self.term, self.num_samples = term, len(mask)
         self.mask = SampleTable(len(mask), fill=False, dtype=torch.bool)
         self.mask.rows.copy_(mask)
-        self.num_peers, self.layers = term.num_peers, term.layers
-        self.ema_decay = term.ema_decay
         self.required_inputs = term.required_inputs | {"index"}
+        self.num_peers, self.layers = term.num_peers, term.layers
+        self.ema_decay, self.any_precision = term.ema_decay, term.any_precision
 
-    def per_sample(self, logits: Any, target: Tensor, **extra: Any) -> Tensor:
-        losses = self.term.run(logits, target, **extra)
+    def per_sample(self, logits: Any, target: Tensor, **inputs: Any) -> Tensor:
+        losses = self.term.run(logits, target, **inputs)
         if losses.dim() == 0:
             raise TypeError(
-                f"{type(self.term).__name__} is a loss on the whole batch: it has no value for the kept samples alone"
+                f"{type(self.term).__name__} is one number for the whole batch: it has no value "
+                "for the kept samples alone"
             )
-        kept = self.mask.read(extra["index"]).to(losses.dtype)
         self.collect(self.term)
+        kept = self.mask.read(inputs["index"]).to(losses.dtype)
         self.log("kept", kept)
-        if self.normalize == "selected":  # times B, since the batch mean will divide by it
+        if self.normalize == "selected":  # the batch mean will divide by B
             kept = kept * (len(kept) / kept.sum().clamp_min(1.0))
         return kept * losses

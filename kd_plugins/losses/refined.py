@@ -1,86 +1,89 @@
 """Label modification: losses H(q~, p) whose target q~ mixes the given label q with something smoother.
 
-Every class writes :meth:`Refined.refine`; in a ``Mutual`` loss the same q~ is the knowledge that is handed over.
+Every class writes :meth:`Refined.refine`. In a ``Mutual`` loss, q~ is also what a peer teaches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from .base import Loss
-from .functional import (
-    Prediction,
-    Predictions,
-    as_probs,
-    cross_entropy,
-    logistic,
-    mixed_cross_entropy,
-)
+from . import validate
+from .base import Loss, LossArguments, Sizes
+from .functional import Prediction, as_probs, logistic
 from .registry import register_loss
-from .state import Progress, RunningMean, in_eval, sum_over_ranks
+from .state import Progress, RunningMean, eval_mode, sum_over_ranks
+
+WINDOW = 10_000  # samples, for MyLC without a window in a loop that does not bind
 
 
 class Refined(Loss):
-    """L = mean H(q~, p) with q~ = refine(logits, target). A subclass writes :meth:`refine`.
+    """L = mean H(q~, p) with q~ = refine(prediction, target). A subclass writes :meth:`refine`.
 
-    Args:
-        detach: take q~ as a constant (no gradient through the model's own prediction in the target).
+    Attributes:
+        detach: q~ is a constant; no gradient runs through the prediction inside it.
     """
 
     detach = True
+    any_precision = True
+    weighs_labels = True
 
-    def refine(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
-        """The refined label q~ [B, C] of logits [B, C] and distributions [B, C]; rows sum to 1 (CP: to 1 - 2 eps)."""
+    def refine(self, pred: Prediction, target: Tensor) -> Tensor:
+        """The refined label q~ [B, C] of a prediction and distributions [B, C]; its rows sum to 1."""
         raise NotImplementedError
 
-    @staticmethod
-    def shares(peers: Sequence[Any], preds: Predictions) -> tuple[Tensor, Tensor | None]:
-        """(a, b), constants [K, B], of each peer's label q~ = a q + b p, for a class with ``indices``; b is None where it is 0."""
-        raise NotImplementedError
+    def label(self, pred: Prediction, constant: Prediction, target: Tensor) -> Tensor:
+        """q~ of a prediction, or of the same prediction without gradient if ``detach``."""
+        pred, self.stats = constant if self.detach else pred, {}
+        return self.refine(pred, target.to(pred.log_p.dtype))
 
-    def per_sample(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
-        if self.indices and self.detach and isinstance(logits, Tensor):
-            preds = Predictions([logits])
-            return mixed_cross_entropy([logits], preds, target, *self.shares([self], preds))[0]
+    def cost(self, pred: Prediction, label: Tensor) -> Tensor:
+        """H(q~, p) per sample [B]; with class weights w, -Σ_c w_c q~_c log p_c."""
+        if self.class_weights is not None:
+            label = label * self.class_weights.to(label.dtype)
+        return pred.cost(label)
+
+    def per_sample(self, logits: Tensor, target: Tensor) -> Tensor:
         pred = Prediction.of(logits)
-        target = as_probs(target, pred.num_classes, pred.log_p.dtype)
-        return cross_entropy(
-            pred.log_p, self.refine(pred.detach() if self.detach else pred, target)
-        )
+        return self.cost(pred, self.label(pred, pred.constant(), target))
 
 
-def _mix(target: Tensor, other: Tensor | float, eps: Tensor | float) -> Tensor:
-    return (1.0 - eps) * target + eps * other
-
-
-def _share(name: str, value: float) -> float:
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{name}={value}: expected the weight of what is not the label, in [0, 1]")
-    return value
+def _eps(value: float) -> float:
+    return validate.fraction("eps", value, "it is the weight of what is mixed into the label")
 
 
 @register_loss("ce")
 class CE(Refined):
-    """Cross-entropy L = H(q, p): the label as it is given, q~ = q.
+    """Cross-entropy L = H(q, p) with the label as it is given, as ``nn.CrossEntropyLoss``.
 
     Source: the baseline of every table.
+    Differs: ``nn.CrossEntropyLoss`` divides a mean with class weights by the weights of the batch
+    for class indices, and by B for distributions. Here it is the weights of the batch for both, so
+    that one-hot rows and indices give the same. There is no ``ignore_index``.
+
+    Args:
+        label_smoothing: as :class:`LabelSmoothing`.
 
     >>> CE()(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
     tensor(0.6931)
     """
 
-    indices = True
+    def __init__(self, label_smoothing: float = 0.0, **base: Unpack[LossArguments]) -> None:
+        if "ignore_index" in base:
+            raise TypeError(
+                "CE has no argument 'ignore_index': MaskedLoss(mask, CE()) leaves out samples, and "
+                "rows without a label are best removed from the data set"
+            )
+        super().__init__(**base)
+        why = "it is the weight of the uniform distribution"
+        self.label_smoothing = validate.fraction("label_smoothing", label_smoothing, why)
 
-    @staticmethod
-    def shares(peers: Sequence[CE], preds: Predictions) -> tuple[Tensor, None]:
-        return preds.p[0].new_ones(len(peers), len(preds.p[0])), None
-
-    def refine(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
-        return target
+    def refine(self, pred: Prediction, target: Tensor) -> Tensor:
+        smoothed = self.label_smoothing
+        return _smooth(target, smoothed) if smoothed else target
 
 
 @register_loss("label_smoothing")
@@ -91,29 +94,39 @@ class LabelSmoothing(Refined):
     Differs: Tf-KD's "label smoothing" puts eps/(C-1) on the other classes only.
 
     Args:
-        eps: weight of the uniform part, in [0, 1]. 0.1 is Szegedy's; SMKD and ProSelfLC search 0.125, 0.25 and 0.5.
+        eps: weight of the uniform part, in [0, 1]. Szegedy has 0.1; SMKD and ProSelfLC search
+            0.125, 0.25 and 0.5.
 
-    >>> LabelSmoothing(eps=0.3).refine(torch.zeros(1, 3), torch.tensor([[0.0, 1.0, 0.0]]))
+    >>> label = torch.tensor([[0.0, 1.0, 0.0]])
+    >>> LabelSmoothing(eps=0.3).refine(Prediction.of(torch.zeros(1, 3)), label)
     tensor([[0.1000, 0.8000, 0.1000]])
     """
 
-    def __init__(self, eps: float = 0.1, **base: Any) -> None:
+    def __init__(self, eps: float = 0.1, **base: Unpack[LossArguments]) -> None:
         super().__init__(**base)
-        self.eps = _share("eps", eps)
+        self.eps = _eps(eps)
 
-    def refine(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
-        return _mix(target, 1.0 / target.shape[-1], self.eps)
+    def refine(self, pred: Prediction, target: Tensor) -> Tensor:
+        return _smooth(target, self.eps)
+
+
+def _smooth(target: Tensor, eps: float) -> Tensor:
+    return (1.0 - eps) * target + eps / target.shape[-1]
 
 
 @register_loss("confidence_penalty")
 class ConfidencePenalty(Refined):
-    """Confidence penalty, L = (1 - eps) H(q, p) - eps H(p); as a refined label q~ = (1 - eps) q - eps p.
+    """Confidence penalty, L = (1 - eps) H(q, p) - eps H(p), or q~ = (1 - eps) q - eps p.
 
-    The entropy term is the method, so its gradient is always kept; only what is handed to a peer is a constant.
+    The entropy term is the method, so its gradient is always kept. What a peer teaches is a
+    constant all the same.
 
-    Source: Pereyra et al., 2017 (arXiv 1701.06548), in the (1 - eps) form of ProSelfLC (Wang et al., CVPR 2021).
-    Differs: Pereyra's own form is H(q, p) - beta H(p), the same up to a factor with beta = eps / (1 - eps).
-    Unsaid there: it has no lower bound on a uniform batch other than -eps ln C; q~ carries negative mass.
+    Source: Pereyra et al., 2017 (arXiv 1701.06548), in the (1 - eps) form of ProSelfLC (Wang et
+    al., CVPR 2021).
+    Differs: Pereyra's own form is H(q, p) - beta H(p). It is the same up to a factor, with
+    beta = eps / (1 - eps).
+    Unsaid there: on a uniform batch the lower bound is -eps ln C. q~ has negative entries, and its
+    rows sum to 1 - 2 eps.
 
     Args:
         eps: weight of the entropy, in [0, 1].
@@ -124,189 +137,209 @@ class ConfidencePenalty(Refined):
 
     detach = False
 
-    def __init__(self, eps: float = 0.1, **base: Any) -> None:
+    def __init__(self, eps: float = 0.1, **base: Unpack[LossArguments]) -> None:
         super().__init__(**base)
-        self.eps = _share("eps", eps)
+        self.eps = _eps(eps)
 
-    def refine(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
-        return (1.0 - self.eps) * target - self.eps * Prediction.of(logits).p
+    def refine(self, pred: Prediction, target: Tensor) -> Tensor:
+        return (1.0 - self.eps) * target - self.eps * pred.p
 
 
 @register_loss("boot_soft")
 class BootSoft(Refined):
     """Soft bootstrapping, q~ = (1 - eps) q + eps p.
 
-    Source: Reed et al., ICLR 2015 workshop, soft bootstrapping; their beta = 0.95 weights the label and is 1 - eps here.
-    Unsaid there: with the gradient through q~ (the default, their "minimum entropy regularisation") the prediction's
-    entropy is minimised; ``detach=True`` takes q~ as a constant, which is how SMKD hands it to a peer in any case.
+    Source: Reed et al., ICLR 2015 workshop, soft bootstrapping. Their beta = 0.95 weighs the label
+    and is 1 - eps here.
+    Unsaid there: whether the gradient runs through q~. By default it does (their "minimum entropy
+    regularisation"). With ``detach=True`` q~ is a constant, as what a peer teaches always is.
 
     Args:
         eps: weight of the prediction, in [0, 1].
-        detach: take q~ as a constant.
+        detach: q~ is a constant.
 
-    >>> BootSoft(eps=0.5).refine(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))
+    >>> label = torch.tensor([[1.0, 0.0]])
+    >>> BootSoft(eps=0.5).refine(Prediction.of(torch.zeros(1, 2)), label)
     tensor([[0.7500, 0.2500]])
     """
 
-    def __init__(self, eps: float = 0.05, detach: bool = False, **base: Any) -> None:
+    def __init__(
+        self, eps: float = 0.05, detach: bool = False, **base: Unpack[LossArguments]
+    ) -> None:
         super().__init__(**base)
-        self.eps, self.detach = _share("eps", eps), detach
+        self.eps, self.detach = _eps(eps), detach
 
-    def refine(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
-        return _mix(target, Prediction.of(logits).p, self.eps)
+    def refine(self, pred: Prediction, target: Tensor) -> Tensor:
+        return target.lerp(pred.p, self.eps)
 
 
 @register_loss("boot_hard")
 class BootHard(Refined):
     """Hard bootstrapping, q~ = (1 - eps) q + eps onehot(argmax p). The target carries no gradient.
 
-    Source: Reed et al., ICLR 2015 workshop, hard bootstrapping; their beta = 0.8 weights the label and is 1 - eps here.
+    Source: Reed et al., ICLR 2015 workshop, hard bootstrapping. Their beta = 0.8 weighs the label
+    and is 1 - eps here.
 
     Args:
         eps: weight of the predicted class, in [0, 1].
 
-    >>> BootHard(eps=0.25).refine(torch.tensor([[0.0, 3.0]]), torch.tensor([[1.0, 0.0]]))
+    >>> label = torch.tensor([[1.0, 0.0]])
+    >>> BootHard(eps=0.25).refine(Prediction.of(torch.tensor([[0.0, 3.0]])), label)
     tensor([[0.7500, 0.2500]])
     """
 
-    def __init__(self, eps: float = 0.2, **base: Any) -> None:
+    def __init__(self, eps: float = 0.2, **base: Unpack[LossArguments]) -> None:
         super().__init__(**base)
-        self.eps = _share("eps", eps)
+        self.eps = _eps(eps)
 
-    def refine(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
-        predicted = Prediction.of(logits).log_p.argmax(-1)
-        return _mix(target, as_probs(predicted, target.shape[-1], target.dtype), self.eps)
+    def refine(self, pred: Prediction, target: Tensor) -> Tensor:
+        predicted = as_probs(pred.log_p.argmax(-1), target.shape[-1], target.dtype)
+        return target.lerp(predicted, self.eps)
 
 
 class _SelfTrust(Refined):
-    """q~ = (1 - eps) q + eps p with a trust eps = g l(p) per sample: how far training is, times how sure p is."""
+    """q~ = (1 - eps) q + eps p with eps = g l(p) per sample: trust in the model times certainty."""
 
-    indices = True
-
-    def __init__(self, detach: bool = True, **base: Any) -> None:
+    def __init__(self, detach: bool = True, **base: Unpack[LossArguments]) -> None:
         super().__init__(**base)
         self.detach = detach
 
-    @staticmethod
-    def trust(peers: Sequence[Any], certainty: Tensor) -> Tensor:
-        """g in [0, 1] of each peer, [K, 1] or [1], given l(p) [K, B]."""
+    def trust(self, certainty: Tensor) -> Tensor:
+        """g in [0, 1], 0-d, given l(p) [B]."""
         raise NotImplementedError
 
-    @classmethod
-    @torch.no_grad()  # the weights are not differentiated, also where q~ is
-    def shares(cls, peers: Sequence[_SelfTrust], preds: Predictions) -> tuple[Tensor, Tensor]:
-        eps = cls.trust(peers, preds.certainty).to(preds.certainty.dtype) * preds.certainty
-        for peer, mean in zip(peers, eps.mean(-1), strict=True):
-            peer.stats["eps"] = mean
-        return 1.0 - eps, eps
-
-    def refine(self, logits: Tensor | Prediction, target: Tensor) -> Tensor:
-        pred = Prediction.of(logits)
-        a, b = self.shares([self], Predictions([pred.log_p]))
-        return a[0].unsqueeze(-1) * target + b[0].unsqueeze(-1) * pred.p
+    def refine(self, pred: Prediction, target: Tensor) -> Tensor:
+        certainty = pred.certainty.detach()  # eps is a constant, also where q~ is not
+        eps = self.trust(certainty).to(certainty.dtype) * certainty
+        self.log("eps", eps)
+        return target.lerp(pred.p, eps.unsqueeze(-1))
 
 
 @register_loss("proselflc")
 class ProSelfLC(_SelfTrust):
-    """ProSelfLC: q~ = (1 - eps) q + eps p, eps = g(t) l(p), g(t) = h(t/Γ - shift, b1), l(p) = 1 - H(p) / ln C.
+    """ProSelfLC: q~ = (1 - eps) q + eps p, eps = g(t) l(p), l(p) = 1 - H(p) / ln C.
 
-    Trust in the model grows with the clock; it therefore assumes training from scratch. Needs :meth:`set_progress`.
+    Trust in the model g(t) = h(t/Γ - shift, b1) grows with the progress of training, so the method
+    assumes training from scratch. Needs :meth:`set_progress`.
 
     Source: Wang et al., ProSelfLC, CVPR 2021, equation 7.
-    Differs: the authors' CVPR code does not detach q~ (``detach=False``); their later scripts do (the default here).
-    Unsaid there: eps itself carries no gradient (as in the authors' code).
+    Differs: the authors' CVPR code does not detach q~ (``detach=False``); their later scripts do,
+    as the default here.
+    Unsaid there: eps carries no gradient (as in the authors' code).
 
     Args:
-        b1: steepness B of the clock; 8 to 16 in the paper, smaller for more noise.
+        b1: steepness B of g; 8 to 16 in the paper, smaller for more noise.
         shift: the progress at which g = 0.5.
-        detach: take q~ as a constant.
+        detach: q~ is a constant.
     """
 
     def __init__(
-        self, b1: float = 10.0, shift: float = 0.5, detach: bool = True, **base: Any
+        self,
+        b1: float = 10.0,
+        shift: float = 0.5,
+        detach: bool = True,
+        **base: Unpack[LossArguments],
     ) -> None:
         super().__init__(detach, **base)
-        self.b1, self.shift = b1, shift
+        self.b1 = validate.number("b1", b1, "it is the steepness of the trust")
+        self.shift = validate.number("shift", shift, "it is the progress at which the trust is 0.5")
         self.progress = Progress()
 
-    @staticmethod
-    def trust(peers: Sequence[ProSelfLC], certainty: Tensor) -> Tensor:
-        return logistic(
-            peers[0].progress.get(peers[0]) - peers[0].shift, peers[0].b1
-        )  # the peers' clock is one
+    def trust(self, certainty: Tensor) -> Tensor:
+        return logistic(self.progress.get(self) - self.shift, self.b1)
 
 
 @register_loss("mylc")
 class MyLC(_SelfTrust):
-    """MyLC: q~ = (1 - eps) q + eps p, eps = g(r) l(p), g(r) = h(r - rho, b1), r = 1 - mean_i H(p_i) / ln C.
+    """MyLC: q~ = (1 - eps) q + eps p, eps = g(r) l(p), r = 1 - mean_i H(p_i) / ln C.
 
-    Trust in the model grows with what it knows (r, its mean certainty over the data set) instead of with the clock, so
-    it also works for a pretrained model: :meth:`prime` then sets r before the first step.
+    Trust in the model g(r) = h(r - rho, b1) grows with what the model knows: r is its mean
+    certainty over the data set. So it also works for a pretrained model, for which :meth:`prime`
+    sets r before the first step.
 
     Source: Li et al., SMKD, IJCNN 2023 (arXiv 2106.01489), where MyLC is defined.
-    Unsaid there: when r is measured. Here over training-mode predictions, each batch counted before r is read: cumulative
-    over the first ``window`` samples, exponential with that horizon after; summed over processes, unchanged in ``eval()``.
-    b1 is unpublished; 10 is the middle of what ProSelfLC searched.
+    Unsaid there: when r is measured. Here each batch of training counts before r is read. r is the
+    mean over the first ``window`` samples and an exponential mean with that horizon after them,
+    over all processes. It stands still in ``eval()`` and under ``no_grad``. b1 is not published;
+    10 is the middle of what ProSelfLC searched.
 
     Args:
         b1: steepness of g; 0 makes g = 0.5.
         rho: the mean certainty at which g = 0.5.
-        window: samples over which r is a mean; ``len(train_dataset)`` is the paper's "all samples".
-        detach: take q~ as a constant.
+        window: samples over which r is a mean. None is the number of rows of the training data
+            (the paper's "all samples") once :meth:`bind` tells it, and 10,000 without it.
+        detach: q~ is a constant.
 
-    >>> loss = MyLC(window=50_000)
-    >>> loss(torch.zeros(2, 4), torch.tensor([0, 1])), loss.r  # a model that knows nothing: r = 0, the label is kept
-    (tensor(1.3863), tensor(0.))
+    >>> loss = MyLC()
+    >>> loss(torch.zeros(2, 4), torch.tensor([0, 1]))  # the model knows nothing, the label is kept
+    tensor(1.3863)
+    >>> loss.mean_certainty
+    tensor(0.)
     """
 
     def __init__(
         self,
         b1: float = 10.0,
         rho: float = 0.5,
-        window: int = 10_000,
+        window: int | None = None,
         detach: bool = True,
-        **base: Any,
+        **base: Unpack[LossArguments],
     ) -> None:
         super().__init__(detach, **base)
-        self.b1, self.rho, self.window = b1, _share("rho", rho), window
-        self.mean_certainty = RunningMean(window)
+        self.b1 = validate.number("b1", b1, "it is the steepness of the trust")
+        self.rho = validate.fraction("rho", rho, "it is the mean certainty at which trust is 0.5")
+        self.running = RunningMean(WINDOW if window is None else window)
+        self._window_open = window is None
+
+    @property
+    def window(self) -> int:
+        """Samples over which r is a mean."""
+        return self.running.window
+
+    @property
+    def mean_certainty(self) -> Tensor:
+        """r: mean certainty of the predictions over the data set, in [0, 1]. A copy."""
+        return self.running.mean.clone()
 
     @property
     def r(self) -> Tensor:
-        """Mean certainty of the model's predictions over the data set, in [0, 1]."""
-        return self.mean_certainty.mean.clone()
+        """The paper's name of :attr:`mean_certainty`."""
+        return self.mean_certainty
 
-    @staticmethod
-    def trust(peers: Sequence[MyLC], certainty: Tensor) -> Tensor:
-        if peers[0].training:
-            RunningMean.update_all([peer.mean_certainty for peer in peers], certainty)
-        r = torch.stack([peer.mean_certainty.mean for peer in peers])
-        for peer, mean in zip(peers, r, strict=True):
-            peer.stats["r"] = mean
-        return logistic(r - peers[0].rho, peers[0].b1).unsqueeze(-1)
+    def take_sizes(self, sizes: Sizes) -> None:
+        super().take_sizes(sizes)
+        if self._window_open and sizes.num_samples is not None:
+            self.running.window, self._window_open = sizes.num_samples, False
 
+    def trust(self, certainty: Tensor) -> Tensor:
+        if self.moves_state:
+            self.running.update(certainty)
+        self.log("mean_certainty", self.mean_certainty)
+        return logistic(self.running.mean - self.rho, self.b1)
+
+    @torch.no_grad()
     def prime(self, model: nn.Module, loader: Iterable[Any]) -> Tensor:
-        """Set r from one pass of ``model`` (in eval mode) over ``loader``; returns r.
+        """Set r from one pass of ``model``, in eval mode, over ``loader``; returns r.
 
-        For a model that is already good on the task, before fine-tuning goes on: r would otherwise start at 0. A model
-        whose head is new knows nothing yet, and r should start at 0: do not prime it.
+        For a model that is already good on the task: r would otherwise start at 0. A model with a
+        new head knows nothing yet, so do not prime it.
 
         Args:
             model: pixels [B, ...] -> logits [B, C], or an output with ``.logits``.
-            loader: batches ``(pixels, ...)`` or dictionaries with ``pixel_values``.
+            loader: batches ``(pixels, ...)``, or dictionaries with ``pixel_values``.
         """
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        total = torch.zeros(2, device=self.mean_certainty.mean.device)  # Σ l(p), samples
-        with in_eval(model):
+        total = torch.zeros(2, device=self.running.mean.device)  # Σ l(p), samples
+        with eval_mode(model):
             for batch in loader:
                 pixels = batch["pixel_values"] if isinstance(batch, dict) else batch[0]
-                logits = model(pixels.to(device))
-                pred = Prediction.of(getattr(logits, "logits", logits).float())
-                sure = pred.certainty.to(total.device)
-                total += torch.stack([sure.sum(), torch.full_like(sure.sum(), len(sure))])
+                output = model(pixels.to(device))
+                certainty = Prediction.of(getattr(output, "logits", output)).constant().certainty
+                total[0] += certainty.sum().to(total.device)
+                total[1] += len(certainty)
         total = sum_over_ranks(total)  # once: ranks may hold different numbers of batches
         if total[1] == 0:
             raise ValueError("prime: the loader gave no batch, so r would stay what it was")
-        self.mean_certainty.mean.copy_(total[0] / total[1])
-        self.mean_certainty.count.copy_(total[1].clamp(max=self.window))
-        return self.r
+        self.running.mean.copy_(total[0] / total[1])
+        self.running.count.copy_(total[1].clamp(max=self.window))
+        return self.mean_certainty

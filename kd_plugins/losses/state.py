@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def in_eval(*models: nn.Module) -> Iterator[None]:
+def eval_mode(*models: nn.Module) -> Iterator[None]:
     """Models in eval mode without gradients; after it each part is as it was, since parts may be frozen in eval mode."""
     was = [(module, module.training) for model in models for module in model.modules()]
     try:
@@ -93,22 +93,15 @@ class RunningMean(KeepsPrecision):
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("count", torch.zeros(()))  # never above window
 
-    def update(self, values: Tensor) -> None:  # [B]
-        self.update_all([self], values.unsqueeze(0))
-
-    @staticmethod
     @torch.no_grad()
-    def update_all(means: Sequence[RunningMean], values: Tensor) -> None:
-        """Row k of values [K, B] goes to means[k]; one message between processes for all."""
-        # a NaN would stay in the mean for ever, also where the GradScaler skips the step
-        known = torch.isfinite(values)
-        sums = torch.stack([torch.where(known, values, 0.0), known]).sum(
-            -1, dtype=means[0].mean.dtype
-        )
-        for self, total, n in zip(means, *sum_over_ranks(sums), strict=True):
-            self.count.add_(n).clamp_(max=self.window)
-            change = torch.addcmul(total, n, self.mean, value=-1.0)
-            self.mean.addcdiv_(change, torch.maximum(self.count, n).clamp_(min=1.0))
+    def update(self, values: Tensor) -> None:
+        """Count values [B] in. Those that are not finite are left out: a NaN would stay for ever."""
+        known = values - values  # 0, or NaN for what is not finite
+        sums = torch.stack([(values + known).nansum(), (known == 0).sum()])
+        total, n = sum_over_ranks(sums.to(self.mean.dtype)).unbind()
+        self.count.add_(n).clamp_(max=self.window)
+        change = torch.addcmul(total, n, self.mean, value=-1.0)
+        self.mean.addcdiv_(change, torch.maximum(self.count, n).clamp_(min=1.0))
 
 
 class SampleTable(KeepsPrecision):

@@ -200,8 +200,9 @@ def target(name: str, value: Tensor, logits: Tensor) -> Tensor:
 
 
 def _refuse_labels(name: str, labels: Tensor, num_classes: int) -> None:
-    wrong = (labels < 0) | (labels >= num_classes)
-    if wrong.any():
+    low, high = (int(label) for label in labels.aminmax())
+    if low < 0 or high >= num_classes:
+        wrong = (labels < 0) | (labels >= num_classes)
         raise ValueError(
             f"{name}: label {labels[wrong][0].item()} at position {wrong.nonzero()[0].item()} is "
             f"outside the {num_classes} classes 0 to {num_classes - 1}"

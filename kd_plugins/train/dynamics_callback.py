@@ -20,7 +20,6 @@ from transformers.utils import logging
 
 from ..audit.dynamics import SEGMENT
 from ..losses.base import peer_name
-from ..losses.mutual import Mutual
 from ..models.hosted import PeerModule
 
 logger = logging.get_logger(__name__)
@@ -66,9 +65,6 @@ class DynamicsCallback(TrainerCallback):
                 f"DynamicsCallback expects the model of MutualDistillationTrainer, got "
                 f"{type(hosted).__name__}; that Trainer also trains one network with one loss"
             )
-        for module in hosted.modules():  # until Mutual always leaves its selection
-            if isinstance(module, Mutual):
-                module.watch = True
         self._clear()
         self.path = Path(self.folder or Path(args.output_dir) / "dynamics")
         self.rank = args.process_index

@@ -139,9 +139,6 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
                 "expected one each"
             )
         bind_sizes(loss, peers, self._teachers, data)
-        for module in loss.modules():  # until Mutual always leaves its selection
-            if hasattr(module, "watch"):
-                module.watch = getattr(data, "clean_labels", None) is not None
         known = normalization_of(self._views.values(), [*peers, *self._teachers])
         return PeerModule(peers, loss, self._teachers, known)
 

@@ -45,10 +45,10 @@ from kd_plugins import (
     SMKD,
     LabelRevision,
     Loss,
+    MaskedLoss,
     MutualDistillationTrainer,
     MutualTrainingArguments,
     MyLC,
-    Selected,
     create_loss,
     list_losses,
 )
@@ -563,7 +563,7 @@ def table(quick: bool) -> dict[str, Callable[[], Row]]:
         "AEKD step, five teachers, against AVER": lambda: step_with_teachers(AEKD(), AVER(), 5),
         "CA-MKD step, three teachers, against KD": lambda: step_with_teachers(CAMKD(), KD(), 3),
         "LR + DS step, one teacher, against KD": lambda: step_with_teachers(
-            CE() + Selected(torch.arange(64) % 5 > 0, LabelRevision(KD())), CE() + KD(), 1
+            CE() + MaskedLoss(torch.arange(64) % 5 > 0, LabelRevision(KD())), CE() + KD(), 1
         ),
         "losses compiled whole, over a schedule": graphs_of_a_schedule,
         "epoch in the Trainer": lambda: epoch_in_the_trainer(quick),

@@ -29,15 +29,15 @@ from kd_plugins import (
     CE,
     KD,
     SMKD,
-    Confident,
     Joint,
     LabelRevision,
     LabelSmoothing,
+    LowEntropy,
+    MaskedLoss,
     MentorNet,
     Mutual,
     MyLC,
     ProSelfLC,
-    Selected,
     TRevision,
     TruncatedGCE,
 )
@@ -107,7 +107,7 @@ STATEFUL = {
     "truncated_gce": lambda: TruncatedGCE(ROWS, k=0.6, start=0.2, refresh=1),
     "mentornet": lambda: MentorNet("self_paced", percentile=0.6),
     "t_revision": lambda: TRevision(0.7 * torch.eye(3) + 0.1),
-    "lr_ds": lambda: CE() + Selected(torch.arange(ROWS) % 3 > 0, LabelRevision(KD())),
+    "lr_ds": lambda: CE() + MaskedLoss(torch.arange(ROWS) % 3 > 0, LabelRevision(KD())),
 }
 
 
@@ -119,7 +119,7 @@ def stateful(name, folder, world, **kwargs):
         "learning_rate": 0.02,
     }
     loss = STATEFUL[name]()
-    hf = {"teachers": [Net(5), Net(6)]} if "teacher" in loss.reads else {}
+    hf = {"teachers": [Net(5), Net(6)]} if "teacher" in loss.required_inputs else {}
     return trainer(folder, [Net(1)], loss, view(transform=jitter), hf=hf, **settings | kwargs)
 
 
@@ -178,7 +178,7 @@ def primed(batches):
         {"pixel_values": torch.stack([data[i]["pixel_values"] for i in batch])} for batch in batches
     ]
     loss.prime([Net(1), Net(2)], loader)
-    return [[refine.r.item(), refine.mean_certainty.count.item()] for refine in loss.refine]
+    return [[refine.r.item(), refine.running.count.item()] for refine in loss.refine]
 
 
 PRIMING = [
@@ -224,7 +224,7 @@ def rank_main(folder):
 
     nets, pixels, labels = lonely()
     for name, how in LONELY.items():
-        loss = Mutual(MyLC(window=99), Confident(eta=2, b2=0), **how)
+        loss = Mutual(MyLC(window=99), LowEntropy(eta=2, b2=0), **how)
         wrapped = torch.nn.parallel.DistributedDataParallel(PeerModule(copy.deepcopy(nets), loss))
         out[name] = one_step(wrapped, pixels[rank], labels[rank])
     out["primed"] = [primed(batches[rank]) for batches in PRIMING]
@@ -273,7 +273,7 @@ def test_two_processes_are_one(ranks, alone):
     assert ranks[0]["mutual"]["steps"] == alone.state.global_step == 12
     one = state(alone.model)
     assert difference(first, one) < 1e-5
-    r = [name for name in one if "mean_certainty.mean" in name]
+    r = [name for name in one if "running.mean" in name]
     assert len(r) == 2
     for name in r:
         assert one[name] > 0.01
@@ -290,8 +290,8 @@ def test_logs_are_means_over_the_ranks(ranks, alone):
         "selected_a",
         "selected_b",
         "right_b",
-        "r_a",
-        "chi",
+        "mean_certainty_a",
+        "threshold",
     )
     logs, local = ranks[0]["mutual"]["logs"], [rank["mutual"]["local"] for rank in ranks]
     single = [log for log in alone.state.log_history if "loss" in log]
@@ -424,7 +424,7 @@ def test_empty_selection_on_one_rank(name, ranks):
         assert ours.numpy() == pytest.approx(expected, abs=1e-6)  # r is a float32
         assert np.abs(expected).max() > 0.05
 
-    loss = Mutual(MyLC(window=99), Confident(eta=2, b2=0), **LONELY[name])
+    loss = Mutual(MyLC(window=99), LowEntropy(eta=2, b2=0), **LONELY[name])
     alone = one_step(PeerModule(nets, loss), torch.cat(pixels), torch.cat(labels))
     apart = max(
         (a - b).abs().max().item() for a, b in zip(alone["grads"], first["grads"], strict=True)

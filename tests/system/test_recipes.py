@@ -155,7 +155,9 @@ STAGED = {
     "t_revision": ["1-ce", "2-reweighting", "3-t_revision"],
     "dmi": ["1-ce", "2-dmi"],
 }
-TAUGHT = {n for n in list_losses() if loss_class(n).reads & {"teacher", "teacher_features"}} - {
+TAUGHT = {
+    n for n in list_losses() if loss_class(n).required_inputs & {"teacher", "teacher_features"}
+} - {
     "tf_kd_self",
     "pcl",
 }
@@ -169,7 +171,7 @@ OTHERS = [
 @pytest.mark.parametrize("name", OTHERS)
 def test_every_method_by_name(name, tmp_path, pictures, monkeypatch):
     """Every method trains by name. Methods of several stages leave a folder per stage."""
-    networks = ["test_resnet"] * (2 if name != "cdr" and loss_class(name).peers else 1)
+    networks = ["test_resnet"] * (2 if name != "cdr" and loss_class(name).num_peers > 1 else 1)
     argv = [
         "--data",
         pictures,

@@ -403,7 +403,7 @@ def test_knowledge_columns_are_the_limits(tables):
         for name, options in tables["TABLES"]["smkd-1"].columns.items()
     }
     assert {
-        name: round(float(loss.select.chi(100)), 2)
+        name: round(float(loss.select.threshold(100)), 2)
         for name, loss in made.items()
         if not loss.select.b2
     } == {

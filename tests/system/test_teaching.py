@@ -21,7 +21,7 @@ from kd_plugins import (
     CAMKDFeatures,
     FitNet,
     LabelRevision,
-    Selected,
+    MaskedLoss,
 )
 from kd_plugins.models import export, feature_dims
 
@@ -51,7 +51,7 @@ def objectives(student, masters):
         "camkd": CE() + CAMKD() + 50 * CAMKDFeatures(own, wide, heads),
         "hints": CE() + FitNet(feature_dims(student)[-2], hints) + 10 * AT() + VID(own, wide),
         "crd": CE() + CRD(ROWS, own, wide, feat_dim=8, negatives=16),
-        "lr_ds": CE() + 2 * Selected(mask, LabelRevision(KD())),
+        "lr_ds": CE() + 2 * MaskedLoss(mask, LabelRevision(KD())),
     }
 
 

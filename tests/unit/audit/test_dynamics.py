@@ -31,7 +31,7 @@ from helpers.tiny import (
 from transformers import TrainerCallback
 
 import kd_plugins
-from kd_plugins import CE, SMKD, Everything, LabelSmoothing, Mutual, MyLC, Nothing
+from kd_plugins import CE, SMKD, LabelSmoothing, Mutual, MyLC, SelectAll, SelectNone
 from kd_plugins.audit.dynamics import read_dynamics, summarise
 from kd_plugins.models import PeerModule
 from kd_plugins.train import DynamicsCallback
@@ -208,7 +208,7 @@ def test_extreme_logits():
 
 
 def test_a_sum_hands_over_what_its_terms_select():
-    loss = 0.5 * Mutual(CE(), Nothing()) + SMKD(CE(), eta=1.5, b2=0)
+    loss = 0.5 * Mutual(CE(), SelectNone()) + SMKD(CE(), eta=1.5, b2=0)
     z, y = [torch.tensor([[9.0, 0, 0], [0, 0, 0]]), torch.zeros(2, CLASSES)], torch.zeros(2).long()
     loss.terms[1].watch = True
     loss(z, y)
@@ -227,7 +227,7 @@ def test_training_is_the_same_to_the_last_bit(tmp_path):
 
 def test_nothing_waits_for_the_device_in_a_step(tmp_path):
     """Reading a meta tensor fails. Only every hundredth batch is brought to the host."""
-    hosted = PeerModule([Net(1), Net(2)], Mutual(CE(), Everything()))
+    hosted = PeerModule([Net(1), Net(2)], Mutual(CE(), SelectAll()))
     callback, meta = DynamicsCallback(tmp_path), torch.device("meta")
     labels, logits = (
         torch.zeros(8, dtype=torch.long, device=meta),
@@ -462,7 +462,7 @@ def feed(callback, folder, steps, batch=64, classes=100, seed=0):
     """Give the callback the visits of an imagined run."""
     rng, n = np.random.default_rng(seed), steps * batch
     order, given = rng.permutation(n), rng.integers(0, classes, n)
-    hosted = PeerModule([Net(1), Net(2)], Mutual(CE(), Everything()))
+    hosted = PeerModule([Net(1), Net(2)], Mutual(CE(), SelectAll()))
     args = arguments(folder)
     control, now = (
         type("Control", (), {"should_save": False}),

@@ -12,7 +12,7 @@ from helpers import reference as naive
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from kd_plugins import CE, DML, GCE, SMKD, BootSoft, Loss, MyLC, Selected
+from kd_plugins import CE, DML, GCE, SMKD, BootSoft, Loss, MaskedLoss, MyLC
 from kd_plugins.audit import influence as selection
 from kd_plugins.audit import influence_scores, select_lowest
 from kd_plugins.losses import registry
@@ -428,7 +428,7 @@ CHECKS = [
 @pytest.fixture
 def registered(monkeypatch, term):
     """It is not in the registry, as it has no defaults; here it is for a moment."""
-    monkeypatch.setitem(registry._REGISTRY, "selected", Selected)
+    monkeypatch.setitem(registry._REGISTRY, "selected", MaskedLoss)
     monkeypatch.setitem(contract.ARGUMENTS, "mask", lambda c: MASK)
     monkeypatch.setitem(contract.ARGUMENTS, "term", lambda c: TERMS[term]())
 
@@ -458,9 +458,9 @@ def test_the_contract_is_not_empty():
 @pytest.mark.parametrize("normalize", ["batch", "selected"])
 @pytest.mark.parametrize("name", TERMS)
 def test_a_mask_that_keeps_everything_is_the_term(name, normalize):
-    loss, term = Selected([True] * 16, TERMS[name](), normalize=normalize), TERMS[name]()
+    loss, term = MaskedLoss([True] * 16, TERMS[name](), normalize=normalize), TERMS[name]()
     x = contract.batch_for(loss)
-    alone = x.replace(extra={k: v for k, v in x.extra.items() if k in term.reads})
+    alone = x.replace(extra={k: v for k, v in x.extra.items() if k in term.required_inputs})
     values = x(loss), alone(term)
     assert torch.equal(*values) and loss.stats["kept"] == 1.0
     grads = [torch.autograd.grad(value, contract.leaves(x), allow_unused=True) for value in values]
@@ -471,7 +471,7 @@ def test_a_mask_that_keeps_everything_is_the_term(name, normalize):
 @pytest.mark.parametrize("normalize", ["batch", "selected"])
 @pytest.mark.parametrize("name", TERMS)
 def test_a_mask_that_keeps_nothing_is_a_zero_with_a_gradient(name, normalize):
-    loss = Selected([False] * 16, TERMS[name](), normalize=normalize)
+    loss = MaskedLoss([False] * 16, TERMS[name](), normalize=normalize)
     x = contract.batch_for(loss)
     value = x(loss)
     value.backward()
@@ -491,7 +491,7 @@ def test_the_term_by_hand():
     mask = torch.tensor([False, True, True, False, True])
     total = math.log(2) + math.log(5)
     for normalize, divisor in (("batch", 3), ("selected", 2)):
-        loss = Selected(mask, CE(), normalize=normalize)
+        loss = MaskedLoss(mask, CE(), normalize=normalize)
         assert loss(z, y, index=index).item() == pytest.approx(total / divisor, abs=1e-12)
         assert loss.stats["kept"].item() == pytest.approx(2 / 3)
         (grad,) = torch.autograd.grad(loss(z, y, index=index), z)
@@ -499,22 +499,22 @@ def test_the_term_by_hand():
         torch.testing.assert_close(
             grad, torch.tensor(rows, dtype=torch.float64) / divisor, rtol=0, atol=1e-12
         )
-        none = Selected(
+        none = MaskedLoss(
             mask, CE(reduction="none"), normalize=normalize
         )  # the term's reduction is not dropped
         assert none(z, y, index=index).tolist() == pytest.approx(
             [math.log(2) * 3 / divisor, 0.0, math.log(5) * 3 / divisor], abs=1e-12
         )
-    assert Selected(mask, CE(reduction="none"), reduction="sum")(
+    assert MaskedLoss(mask, CE(reduction="none"), reduction="sum")(
         z, y, index=index
     ).item() == pytest.approx(total)
 
 
 def test_the_objective_of_the_paper():
     """l1 CE on all, l2 distillation on the kept: against the two parts by hand, with what Sum logs."""
-    loss = 0.7 * CE() + 2 * Selected(MASK, Taught())
+    loss = 0.7 * CE() + 2 * MaskedLoss(MASK, Taught())
     x = contract.batch_for(loss, dtype=torch.float64)
-    assert loss.reads == {"teacher", "index"}
+    assert loss.required_inputs == {"teacher", "index"}
     z, t = x.logits[0], x.extra["teacher"]
     expected = 0.0
     for i, (row, y) in enumerate(zip(z.tolist(), x.target.tolist(), strict=True)):
@@ -528,12 +528,12 @@ def test_the_objective_of_the_paper():
                 )
     assert x(loss).item() == pytest.approx(expected, abs=1e-12)
     kept = sum(MASK[i] for i in x.extra["index"]) / len(z)
-    assert loss.stats["selected_1_kept"].item() == pytest.approx(kept) and 0 < kept < 1
+    assert loss.stats["maskedloss_1_kept"].item() == pytest.approx(kept) and 0 < kept < 1
 
 
 def test_halves_of_a_batch_are_the_batch():
     """As two processes or two accumulation steps see it; not with ``"selected"``, as the docstring says."""
-    whole = {n: Selected(MASK, GCE(), normalize=n) for n in ("batch", "selected")}
+    whole = {n: MaskedLoss(MASK, GCE(), normalize=n) for n in ("batch", "selected")}
     x = contract.batch_for(whole["batch"], dtype=torch.float64)
     halves = x.take([0, 1, 2, 3]), x.take([4, 5, 6, 7])
     mean = {n: sum(half(loss) for half in halves) / 2 for n, loss in whole.items()}
@@ -543,31 +543,31 @@ def test_halves_of_a_batch_are_the_batch():
 
 def test_state_of_the_term_sees_the_whole_batch():
     """r and progress are the term's own: the same with any mask, in training and in evaluation."""
-    loss, term = Selected([False] * 16, MyLC(window=32)), MyLC(window=32)
+    loss, term = MaskedLoss([False] * 16, MyLC(window=32)), MyLC(window=32)
     x = contract.batch_for(loss)
     x(loss), term(x.logits[0], x.target)
     assert loss.term.r == term.r and loss.term.r > 0
     loss.eval()
     x(loss)
     assert loss.term.r == term.r
-    follows = Selected(MASK, SMKD())
+    follows = MaskedLoss(MASK, SMKD())
     follows.set_progress(0.5)
-    assert contract.batch_for(follows)(follows).isfinite() and "chi" in follows.stats
+    assert contract.batch_for(follows)(follows).isfinite() and "threshold" in follows.stats
 
 
 def test_the_mask_is_in_the_checkpoint():
-    saved, fresh = Selected(MASK, CE()), Selected([True] * 16, CE())
+    saved, fresh = MaskedLoss(MASK, CE()), MaskedLoss([True] * 16, CE())
     fresh.load_state_dict(saved.state_dict())
     assert fresh.mask.rows.tolist() == MASK and fresh.mask.rows.dtype == torch.bool
     x = contract.batch_for(saved)
-    assert x(fresh) == x(saved) != x(Selected([True] * 16, CE()))
+    assert x(fresh) == x(saved) != x(MaskedLoss([True] * 16, CE()))
     with pytest.raises(RuntimeError, match="size mismatch"):
-        Selected([True] * 15, CE()).load_state_dict(saved.state_dict())
+        MaskedLoss([True] * 15, CE()).load_state_dict(saved.state_dict())
 
 
 def test_the_caller_may_reuse_the_mask():
     mask = torch.tensor(MASK)
-    loss = Selected(mask, CE())
+    loss = MaskedLoss(mask, CE())
     mask.fill_(True)
     assert loss.mask.rows.tolist() == MASK
 
@@ -579,23 +579,23 @@ def test_what_it_refuses():
         with pytest.raises(
             ValueError, match=f"index {wrong} is outside the table of num_samples=16"
         ):
-            Selected(MASK, CE())(z, y, index=torch.tensor(index))
+            MaskedLoss(MASK, CE())(z, y, index=torch.tensor(index))
     with pytest.raises(TypeError, match="Whole is a loss on the whole batch"):
-        Selected(MASK, Whole())(z, y, index=y)
+        MaskedLoss(MASK, Whole())(z, y, index=y)
     for mask in ([0, 3, 5], [1.0, 0.0], torch.ones(2, 2, dtype=torch.bool)):
         with pytest.raises(ValueError, match="mask: expected a boolean for each training sample"):
-            Selected(mask, CE())
+            MaskedLoss(mask, CE())
     for term in (nn.CrossEntropyLoss(), CE):
         with pytest.raises(TypeError, match="term: expected a loss"):
-            Selected(MASK, term)
+            MaskedLoss(MASK, term)
     with pytest.raises(ValueError, match="normalize='all'"):
-        Selected(MASK, CE(), normalize="all")
+        MaskedLoss(MASK, CE(), normalize="all")
     with pytest.raises(ValueError, match="num_classes=4"):  # as the term was made
-        Selected(MASK, BootSoft(num_classes=4))(z, y, index=y)
+        MaskedLoss(MASK, BootSoft(num_classes=4))(z, y, index=y)
 
 
 def test_a_log_names_it_in_full():
-    assert repr(Selected(MASK, BootSoft(eps=0.3), normalize="selected")).startswith(
-        "Selected(\n  normalize=selected"
+    assert repr(MaskedLoss(MASK, BootSoft(eps=0.3), normalize="selected")).startswith(
+        "MaskedLoss(\n  normalize=selected"
     )
-    assert "BootSoft(eps=0.3, detach=False)" in repr(Selected(MASK, BootSoft(eps=0.3)))
+    assert "BootSoft(eps=0.3, detach=False)" in repr(MaskedLoss(MASK, BootSoft(eps=0.3)))

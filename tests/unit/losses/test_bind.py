@@ -17,7 +17,7 @@ from kd_plugins import (
     FitNet,
     Joint,
     Mutual,
-    Nothing,
+    SelectNone,
     SoftLabels,
     TruncatedGCE,
     create_loss,
@@ -145,7 +145,7 @@ def test_it_is_bound_as_part_of_a_sum(name):
 
 @pytest.mark.parametrize("name", ["truncated_gce", "joint"])
 def test_by_name_and_for_each_peer(name):
-    loss = Mutual(create_loss(name), Nothing()).bind(**SIZES)
+    loss = Mutual(create_loss(name), SelectNone()).bind(**SIZES)
     assert call(loss).isfinite()
     tables = [m for m in loss.modules() if isinstance(m, SampleTable)]
     assert [table.num_samples for table in tables] == [N] * 4

@@ -181,7 +181,7 @@ def test_all_that_learns_has_a_gradient(make):
     """FitNet-MKD's public code makes a new tensor of the list of hints: nothing behind it ever learns."""
     loss = make(DIMS).double()
     f, ts = inputs(2)
-    extra = {"index": torch.tensor([4, 7])} if "index" in loss.reads else {}
+    extra = {"index": torch.tensor([4, 7])} if "index" in loss.required_inputs else {}
     call(loss, f, ts, **extra).backward()
     assert f.grad.abs().max() > 0
     parameters = list(loss.parameters())
@@ -199,7 +199,7 @@ def test_order_of_teachers_is_irrelevant(make):
     for name, part in one.named_children():  # the parts of the teachers, in the other order
         setattr(other, name, type(part)(reversed(list(copy.deepcopy(part)))))
     f, ts = inputs(3, (4, 4), ((1, 1), (2, 2)), b=4)
-    extra = {"index": torch.arange(4)} if "index" in one.reads else {}
+    extra = {"index": torch.arange(4)} if "index" in one.required_inputs else {}
     torch.manual_seed(1)
     value = call(one, f, ts, **extra)
     torch.manual_seed(1)
@@ -213,7 +213,7 @@ def test_what_does_not_fit_is_named(make):
             make(dims)
     loss = make(DIMS).double()
     f, ts = inputs()
-    extra = {"index": torch.tensor([4, 7])} if "index" in loss.reads else {}
+    extra = {"index": torch.tensor([4, 7])} if "index" in loss.required_inputs else {}
     for teachers, found in (
         (ts[::-1], r"\(2, 3\)"),
         (ts[:1], r"\(3,\)"),

@@ -104,13 +104,13 @@ def test_logistic_does_not_overflow():
     assert (F.logistic(1.0, 1e6), F.logistic(-1.0, 1e6)) == (1.0, 0.0)
 
 
-def test_prediction_is_of_logits_or_of_itself():
+def test_a_prediction_computes_everything_once():
     z = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
     pred = F.Prediction.of(z)
-    assert F.Prediction.of(pred) is pred and pred.p is pred.p and pred.entropy is pred.entropy
+    assert pred.p is pred.p and pred.entropy is pred.entropy
     assert pred.p.tolist() == [pytest.approx(naive.softmax(row)) for row in z.tolist()]
     assert pred.p.requires_grad and pred.entropy.requires_grad and pred.num_classes == 3
-    const = pred.detach()
+    const = pred.constant()
     assert not (const.log_p.requires_grad or const.p.requires_grad or const.entropy.requires_grad)
     assert torch.equal(const.p, pred.p)
 

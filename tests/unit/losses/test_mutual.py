@@ -16,16 +16,17 @@ from kd_plugins import (
     BootHard,
     BootSoft,
     ConfidencePenalty,
-    Confident,
-    Everything,
     LabelSmoothing,
     Loss,
+    LowEntropy,
     Mutual,
     MyLC,
-    Nothing,
     ProSelfLC,
+    SelectAll,
+    SelectNone,
     Selector,
 )
+from kd_plugins.losses.functional import Prediction
 
 INF = math.inf
 LN2, LN3, LN5 = math.log(2), math.log(3), math.log(5)
@@ -94,7 +95,7 @@ def test_smkd_by_hand():
     h_b = [0.1 * big + 0.9 * small, 0.8 * big + 0.2 * small]  # H(q~_i, b_i)
     own = sum(h_a) / 2 + sum(h_b) / 2
     teach_a, teach_b = sum(h_a) / 2, h_b[1] / 1  # b's two samples to a, a's one sample to b
-    loss = SMKD(LabelSmoothing(eps=0.3), eta=2, b2=0)
+    loss = SMKD(LabelSmoothing(eps=0.3), eta=2, b2=0, normalize="selected")
     assert loss(logits_of(a, b), y).item() == pytest.approx(own + teach_a + teach_b, abs=1e-12)
     assert loss.stats["selected_a"].item() == 0.5 and loss.stats["selected_b"].item() == 1.0
     expected = {
@@ -102,7 +103,7 @@ def test_smkd_by_hand():
         "own_b": sum(h_b) / 2,
         "taught_a": teach_a,
         "taught_b": teach_b,
-        "chi": LN3 / 2,
+        "threshold": LN3 / 2,
     }
     assert {k: loss.stats[k].item() for k in expected} == pytest.approx(expected)
 
@@ -259,15 +260,16 @@ def test_zero_knowledge_is_independent_training(pair, name, eta, b2):
 
 def test_certain_rows_are_not_selected_at_chi_zero():
     certain = torch.eye(3) * 1e4
-    assert not Confident(eta=INF, b2=0)(certain, certain).any()
-    assert Confident(eta=1e6, b2=0)(certain, certain).all()  # and are at any chi above
+    pred = Prediction.of(certain)
+    assert not LowEntropy(eta=INF, b2=0)(pred, certain).any()
+    assert LowEntropy(eta=1e6, b2=0)(pred, certain).all()  # and are at any chi above
 
 
 @pytest.mark.parametrize("name", REFINE)
 def test_small_eta_is_all_knowledge(pair, name):
     zs, y = pair
     make = REFINE[name][2]
-    some, everything = SMKD(make(), eta=0.5, b2=0), Mutual(make(), Everything())
+    some, everything = SMKD(make(), eta=0.5, b2=0), Mutual(make(), SelectAll())
     for loss in (some, everything):
         loss.set_progress(0.3)
     ours, theirs = some(zs, y), everything(zs, y)
@@ -278,40 +280,42 @@ def test_small_eta_is_all_knowledge(pair, name):
 
 def test_zero_knowledge_of_the_grid_is_independent_training(pair):
     zs, y = pair
-    torch.testing.assert_close(Mutual(CE(), Nothing())(zs, y), CE()(zs[0], y) + CE()(zs[1], y))
+    torch.testing.assert_close(Mutual(CE(), SelectNone())(zs, y), CE()(zs[0], y) + CE()(zs[1], y))
 
 
 @pytest.mark.parametrize(
     ("b2", "first", "last"), [(-6.0, 1.905, 0.095), (-10.0, 1.987, 0.0134), (6.0, 0.095, 1.905)]
 )
 def test_progressive_threshold(b2, first, last):
-    select = Confident(eta=2, b2=b2)
+    select = LowEntropy(eta=2, b2=b2)
     for t, factor in [(0.0, first), (1.0, last)]:
         select.progress.set(t)
-        assert select.chi(100).item() / (math.log(100) / 2) == pytest.approx(factor, abs=5e-4)
+        assert select.threshold(100).item() / (math.log(100) / 2) == pytest.approx(factor, abs=5e-4)
     select.progress.set(0.5)
-    assert select.chi(100).item() == torch.tensor(Confident(eta=2, b2=0).chi(100)).item()
+    assert (
+        select.threshold(100).item() == torch.tensor(LowEntropy(eta=2, b2=0).threshold(100)).item()
+    )
 
 
 def test_selection_is_strict_and_follows_progress():
     z = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [4.0, 0.0, 0.0], [12.0, 0.0, 0.0]])
     h = [naive.entropy(naive.softmax(row)) for row in z.tolist()]  # 1.0986, 0.665, 0.178, 0.00016
-    select = Confident(eta=2, b2=-6)
+    select = LowEntropy(eta=2, b2=-6)
     for t in (0.0, 0.25, 0.5, 0.75, 1.0):
         select.progress.set(t)
         chi = LN3 / 2 * 2 * naive.sigmoid(-6 * (t - 0.5))
-        assert select(z, z).tolist() == [x < chi for x in h]
-        assert select.stats["chi"].item() == pytest.approx(chi)
-    edge = Confident(eta=4, b2=0)
-    edge.chi = lambda classes: torch.tensor(LN2)
+        assert select(Prediction.of(z), z).tolist() == [x < chi for x in h]
+        assert select.stats["threshold"].item() == pytest.approx(chi)
+    edge = LowEntropy(eta=4, b2=0)
+    edge.threshold = lambda classes: torch.tensor(LN2)
     uniform_of_two = torch.tensor([[0.0, 0.0], [0.1, 0.0]])
-    assert edge(uniform_of_two, uniform_of_two).tolist() == [False, True]
+    assert edge(Prediction.of(uniform_of_two), uniform_of_two).tolist() == [False, True]
 
 
 def test_smkd_without_schedule_asks_for_no_progress(pair):
     zs, y = pair
     assert SMKD(CE(), b2=0)(zs, y).isfinite()
-    with pytest.raises(RuntimeError, match=r"Confident.*set_progress"):
+    with pytest.raises(RuntimeError, match=r"LowEntropy.*set_progress"):
         SMKD(CE())(zs, y)
 
 
@@ -332,7 +336,9 @@ def test_equal_peers_have_nothing_to_teach_in_mkd(num_peers):
 def test_nothing_selected_is_a_zero_in_the_graph(pair, normalize, reduction):
     """A rank with nothing to learn still has to give every parameter a gradient."""
     zs, y = pair
-    loss = Mutual(BootSoft(), Nothing(), own=0.0, normalize=normalize, reduction=reduction)(zs, y)
+    loss = Mutual(BootSoft(), SelectNone(), own=0.0, normalize=normalize, reduction=reduction)(
+        zs, y
+    )
     loss.backward()
     assert loss.item() == 0.0
     assert all(torch.equal(z.grad, torch.zeros_like(z)) for z in zs)
@@ -343,7 +349,7 @@ def lesson_of_b_only(refine, own=0.0):
     a = torch.randn(4, 3, dtype=torch.float64) * 0.1
     b = torch.tensor([[8.0, 0, 0], [0, 8, 0], [0, 0, 8], [8, 0, 0]], dtype=torch.float64)
     zs, y = [a.requires_grad_(), b.requires_grad_()], torch.tensor([0, 1, 0, 1])
-    return Mutual(refine, Confident(eta=4, b2=0), own=own), zs, y
+    return Mutual(refine, LowEntropy(eta=4, b2=0), own=own), zs, y
 
 
 @pytest.mark.parametrize(
@@ -376,7 +382,7 @@ def test_the_teachers_entropy_selects_and_its_label_is_what_is_taught():
 
 def test_own_weighs_the_own_loss(pair):
     zs, y = pair
-    none, half, one = (Mutual(CE(), Everything(), own=own)(zs, y) for own in (0.0, 0.5, 1.0))
+    none, half, one = (Mutual(CE(), SelectAll(), own=own)(zs, y) for own in (0.0, 0.5, 1.0))
     alone = CE()(zs[0], y) + CE()(zs[1], y)
     torch.testing.assert_close(half - none, 0.5 * alone)
     torch.testing.assert_close(one - none, alone)
@@ -407,12 +413,12 @@ def test_reductions_agree(pair):
 
 def test_a_selectors_booleans_decide_sample_by_sample(pair):
     class Even(Selector):
-        def forward(self, logits, target):
-            assert not logits.log_p.requires_grad  # a selector is never differentiated
+        def forward(self, pred, target):
+            assert not pred.log_p.requires_grad  # a selector is never differentiated
             return torch.arange(target.shape[0]) % 2 == 0
 
     zs, y = pair
-    loss = Mutual(CE(), Even(), own=0.0)(zs, y)
+    loss = Mutual(CE(), Even(), own=0.0, normalize="selected")(zs, y)
     even = [0, 2, 4]
     expected = CE()(zs[0][even], y[even]) + CE()(zs[1][even], y[even])
     torch.testing.assert_close(loss, expected)
@@ -435,7 +441,8 @@ class Linear(Loss):
 @pytest.mark.parametrize("num_peers", [2, 3])
 def test_a_loss_that_does_not_refine_hands_over_samples_with_their_labels(num_peers):
     zs, y = peers_batch(num_peers)
-    loss = Mutual(Linear(), Confident(eta=1.5, b2=0), num_peers=num_peers)
+    select = LowEntropy(eta=1.5, b2=0)
+    loss = Mutual(Linear(), select, num_peers=num_peers, normalize="selected")
     errors = [
         [1 - naive.softmax(row)[t] for row, t in zip(z.tolist(), y.tolist(), strict=True)]
         for z in zs
@@ -456,12 +463,12 @@ def test_a_loss_that_does_not_refine_hands_over_samples_with_their_labels(num_pe
 def test_a_step_counts_once_in_the_state_of_each_peer():
     """Also of a loss with state that does not refine: it is not evaluated again for what it is taught."""
     zs, y = peers_batch(3)
-    loss = Mutual(Linear(), Everything(), num_peers=3)
+    loss = Mutual(Linear(), SelectAll(), num_peers=3)
     loss(zs, y)
     assert [refine.calls.item() for refine in loss.refine] == [1, 1, 1]
-    mixed = Mutual(0.5 * MyLC() + 0.5 * CE(), Everything(), num_peers=3)
+    mixed = Mutual(0.5 * MyLC() + 0.5 * CE(), SelectAll(), num_peers=3)
     mixed(zs, y)
-    assert [refine.terms[0].mean_certainty.count.item() for refine in mixed.refine] == [5, 5, 5]
+    assert [refine.terms[0].running.count.item() for refine in mixed.refine] == [5, 5, 5]
 
 
 def test_peers_do_not_share_state(pair):
@@ -471,7 +478,7 @@ def test_peers_do_not_share_state(pair):
     for refine, z, name in zip(loss.refine, zs, "ab", strict=True):
         expected = sum(naive.sure(naive.softmax(row)) for row in z.tolist()) / 5
         assert refine.r.item() == pytest.approx(expected, abs=1e-6)
-        assert loss.stats[f"r_{name}"].item() == pytest.approx(expected, abs=1e-6)
+        assert loss.stats[f"mean_certainty_{name}"].item() == pytest.approx(expected, abs=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------- diagnostics and errors
@@ -481,20 +488,18 @@ def test_stats_of_every_peer():
     zs, y = peers_batch(3)
     loss = SMKD(MyLC(), eta=2, b2=0, num_peers=3)
     loss(zs, y)
-    names = ("own", "selected", "taught", "r", "eps")
-    assert set(loss.stats) == {f"{n}_{peer}" for n in names for peer in "abc"} | {"chi"}
-    assert loss.stats["chi"].item() == pytest.approx(math.log(4) / 2)
+    names = ("own", "selected", "taught", "mean_certainty", "eps")
+    assert set(loss.stats) == {f"{n}_{peer}" for n in names for peer in "abc"} | {"threshold"}
+    assert loss.stats["threshold"].item() == pytest.approx(math.log(4) / 2)
     mkd = MKD(num_peers=3)
     mkd(zs, y)
     assert set(mkd.stats) == {f"{n}_{peer}" for n in ("own", "taught") for peer in "abc"}
 
 
-def test_watch_keeps_the_last_selection(pair):
+def test_the_last_selection_is_left(pair):
     zs, y = pair
     loss = SMKD(LabelSmoothing(), eta=1.5, b2=0)
-    loss(zs, y)
-    assert loss.selection == []
-    loss.watch = True
+    assert loss.selection is None
     for _ in range(2):
         loss(zs, y)
     assert len(loss.selection) == 2
@@ -505,21 +510,22 @@ def test_watch_keeps_the_last_selection(pair):
         assert mask.tolist() == [
             naive.entropy(naive.softmax(row)) < math.log(4) / 1.5 for row in z.tolist()
         ]
-        assert torch.equal(taught, y)  # the class its target names
+        assert taught.shape == z.shape and not taught.requires_grad
+        assert torch.equal(taught.argmax(-1), y)
 
 
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: Confident(eta=0), ValueError, "eta=0"),
+        (lambda: LowEntropy(eta=0), ValueError, "eta=0"),
         (lambda: SMKD(eta=float("nan")), ValueError, "eta=nan"),
-        (lambda: SMKD(normalize="select"), ValueError, "normalize='select'.*'selected', 'batch'"),
+        (lambda: SMKD(normalize="select"), ValueError, "normalize='select'.*'batch', 'selected'"),
         (lambda: SMKD(num_peers=1), ValueError, "num_peers=1"),
-        (lambda: Mutual(MKD(), Everything()), TypeError, "refine must be"),
-        (lambda: Mutual(CE, Everything()), TypeError, "refine must be"),
+        (lambda: Mutual(MKD(), SelectAll()), TypeError, "refine must be"),
+        (lambda: Mutual(CE, SelectAll()), TypeError, "refine must be"),
         (lambda: MKD(eps=1.5), ValueError, "eps=1.5"),
         (lambda: MKD(eps=-0.5), ValueError, "eps=-0.5"),
-        (lambda: Mutual(CE(), Everything()).prime([], []), TypeError, "CE, which has none"),
+        (lambda: Mutual(CE(), SelectAll()).prime([], []), TypeError, "CE, which has none"),
     ],
 )
 def test_refuses(make, error, message):
@@ -545,10 +551,10 @@ def test_teachers_teach_each_peer_and_peers_each_other():
     loss = CE() + 0.5 * KD(temperature=2) + 3 * AT(layers=(-1,))
     extra = {"teacher": t, "teacher_features": taught}
     alone = [loss(z, y, features=m, **extra) for z, m in zip(zs, maps, strict=True)]
-    side = Mutual(loss, Nothing())
-    assert side.reads == {"teacher", "features", "teacher_features"}
+    side = Mutual(loss, SelectNone())
+    assert side.required_inputs == {"teacher", "features", "teacher_features"}
     torch.testing.assert_close(side(zs, y, features=maps, **extra), sum(alone))
-    both = Mutual(loss, Everything())
+    both = Mutual(loss, SelectAll())
     torch.testing.assert_close(both(zs, y, features=maps, **extra), 2 * sum(alone))
 
 

@@ -189,7 +189,7 @@ def test_what_does_not_fit_is_named(make):
     loss = make((3, 5))
     loss.set_progress(0.5)
     zs, y, fs = inputs()
-    extra = {"teacher": torch.zeros(2, B, C)} if "teacher" in loss.reads else {}
+    extra = {"teacher": torch.zeros(2, B, C)} if "teacher" in loss.required_inputs else {}
     with pytest.raises(ValueError, match=r"feature_dims=\(3, 5\).*\(3, 2\) channels"):
         loss(zs, y, features=fs, **extra)
     with pytest.raises(ValueError, match=r"feature_dims=\(3, 5\).*\(3,\) channels"):

@@ -129,4 +129,4 @@ def test_nonsense_is_refused_in_words(name, case):
     loss = make(name, max(3, z.shape[-1]))
     x = batch_for(loss, max(2, len(z)), max(3, z.shape[-1]))
     with pytest.raises((ValueError, TypeError), match=word.split()[0]):
-        loss((z,) * len(x.logits) if loss.peers else z, y, **x.extra)
+        loss((z,) * len(x.logits) if loss.num_peers > 1 else z, y, **x.extra)

@@ -7,6 +7,7 @@ import torch
 from helpers import reference as naive
 
 from kd_plugins import CE, BootHard, BootSoft, ConfidencePenalty, LabelSmoothing, MyLC, ProSelfLC
+from kd_plugins.losses.functional import Prediction
 
 LN3 = math.log(3)
 P = [[0.95, 0.01, 0.04], [0.2, 0.5, 0.3]]  # two samples, three classes
@@ -31,7 +32,7 @@ def case(rows=P, labels=Y):
 
 def q_of(loss, rows=P, labels=Y):
     z, y = case(rows, labels)
-    return loss.refine(z, torch.nn.functional.one_hot(y, 3).double()).tolist()
+    return loss.refine(Prediction.of(z), torch.nn.functional.one_hot(y, 3).double()).tolist()
 
 
 def rows(*expected, tol=1e-7):
@@ -119,12 +120,12 @@ def test_mylc_by_hand():
     assert q_of(loss) == rows(
         [e0 * 0.95, e0 * 0.01, 1 - e0 * 0.96], [1 - e1 * 0.8, e1 * 0.5, e1 * 0.3]
     )
-    assert loss.r.item() == pytest.approx(r, abs=1e-7) and loss.stats["r"].item() == pytest.approx(
-        r, abs=1e-7
-    )
+    assert loss.r.item() == pytest.approx(r, abs=1e-7) and loss.stats[
+        "mean_certainty"
+    ].item() == pytest.approx(r, abs=1e-7)
 
 
-def test_mylc_r_runs_over_batches_and_stands_still_in_eval():
+def test_mylc_r_runs_over_batches_and_stands_still_eval_mode():
     loss = MyLC(window=100)
     z, y = case()
     loss(z[:1], y[:1])
@@ -248,7 +249,11 @@ def test_gradients_by_formula(eps):
 
 def test_hard_target_carries_no_gradient():
     z, y = case()
-    assert not BootHard(eps=0.5).refine(z, torch.nn.functional.one_hot(y, 3).double()).requires_grad
+    assert (
+        not BootHard(eps=0.5)
+        .refine(Prediction.of(z), torch.nn.functional.one_hot(y, 3).double())
+        .requires_grad
+    )
 
 
 # --------------------------------------------------------------------------------------------------------------- limits

@@ -593,7 +593,7 @@ def test_alpha_counts(active):
 def test_apl_hands_its_parts_what_they_read():
     loss = APL("nce", TruncatedGCE(5, start=0.1), 1, 1)
     z, y = spread(soft=False)
-    assert loss.reads == {"index"}
+    assert loss.required_inputs == {"index"}
     loss.set_progress(0.05)
     value = loss(z, y, index=torch.arange(5))
     torch.testing.assert_close(value, NCE()(z, y) + GCE()(z, y))

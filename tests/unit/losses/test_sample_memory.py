@@ -8,7 +8,7 @@ from helpers import reference as naive
 from helpers.processes import on_ranks
 from helpers.tiny import CLASSES, ROWS, Net, trainer
 
-from kd_plugins import Joint, Mutual, Nothing, SoftLabels
+from kd_plugins import Joint, Mutual, SelectNone, SoftLabels
 
 LN2, LN3 = math.log(2), math.log(3)
 P = [[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]  # two samples, three classes; their mean is .3, .525, .175
@@ -237,7 +237,7 @@ def test_samples_without_a_label_are_counted():
 
 
 def test_peers_learn_labels_of_their_own():
-    loss = Mutual(joint(alpha=0.0, beta=0.0), Nothing())
+    loss = Mutual(joint(alpha=0.0, beta=0.0), SelectNone())
     loss.set_progress(0.5)
     i, y = torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 2, 0])
     a, b = (torch.randn(4, 3) for _ in range(2))

@@ -98,7 +98,7 @@ def test_resume_goes_on_as_if_nothing_had_happened():
     for z in batches[3:]:
         second(z, y)
     assert torch.equal(second.r, through.r)
-    assert torch.equal(second.mean_certainty.count, through.mean_certainty.count)
+    assert torch.equal(second.running.count, through.running.count)
 
 
 # -------------------------------------------------------------------------------------------------------------- priming
@@ -151,10 +151,10 @@ def test_prime_sets_r_from_one_pass(data, as_output, batches, training):
     assert [m.training for m in (model, model.norm, model.drop)] == [training, False, training]
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert r.item() == loss.r.item() == pytest.approx(by_hand(model, data), abs=1e-6)
-    assert loss.mean_certainty.count.item() == 9 and loss.training
+    assert loss.running.count.item() == 9 and loss.training
     z = torch.randn(3, 3)
     loss.eval()(z, torch.zeros(3, dtype=torch.long))
-    assert loss.stats["r"].item() == r.item()
+    assert loss.stats["mean_certainty"].item() == r.item()
 
 
 def test_training_goes_on_from_where_prime_left(data):
@@ -201,7 +201,7 @@ for step in steps:
     a, b = a.requires_grad_(), b.requires_grad_()
     loss.train()
     loss((a, b), torch.zeros(len(a), dtype=torch.long)).backward()
-    seen.append([v.item() for refine in loss.refine for v in (refine.r, refine.mean_certainty.count)])
+    seen.append([v.item() for refine in loss.refine for v in (refine.r, refine.running.count)])
     if rank == 0:  # evaluation on one process only: it must not wait for the others
         loss.eval()((a, b), torch.zeros(len(a), dtype=torch.long))
 """

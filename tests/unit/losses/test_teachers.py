@@ -659,7 +659,7 @@ def test_a_whole_objective_is_a_sum():
         + LabelRevision(CAMKD())(z, y, teacher=teacher)
     )
     torch.testing.assert_close(total(z, y, teacher=teacher), expected)
-    assert total.reads == {"teacher"}
+    assert total.required_inputs == {"teacher"}
     for key in ("kd_1_weight_1", "labelrevision_2_weight_0", "labelrevision_2_revised"):
         assert key in total.stats
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
-from kd_plugins import CE, KD, SMKD, Everything, FitNet, Loss, Mutual, MyLC
+from kd_plugins import CE, KD, SMKD, FitNet, Loss, Mutual, MyLC, SelectAll
 from kd_plugins.models import (
     PeerModule,
     class_count,
@@ -237,7 +237,7 @@ def test_pixels_take_the_dtype_of_the_weights():
         with_cfg(Net(2), (0.4,) * 3, (0.3,) * 3),
         pixels(),
     )
-    hosted = PeerModule([a, b], Mutual(CE(), Everything())).eval()
+    hosted = PeerModule([a, b], Mutual(CE(), SelectAll())).eval()
     full = hosted(x, labels())
     half = hosted.to(torch.bfloat16)(x, labels())
     assert a.conv.weight.dtype == torch.bfloat16
@@ -263,9 +263,9 @@ def test_train_returns_the_loss_alone_and_eval_plain_cross_entropy():
         "taught_a",
         "taught_b",
         "selected_a",
-        "r_a",
-        "r_b",
-        "chi",
+        "mean_certainty_a",
+        "mean_certainty_b",
+        "threshold",
     }
     r, hosted = loss.refine[0].r.clone(), hosted.eval()
     output = hosted(x, y, clean_labels=y.flip(0))
@@ -277,10 +277,10 @@ def test_train_returns_the_loss_alone_and_eval_plain_cross_entropy():
     assert list(hosted(x)) == ["logits"]
 
 
-def test_soft_labels_in_evaluation():
+def test_soft_labels_eval_modeuation():
     """The plain cross-entropy to distributions [B, C]; integer labels of any width."""
     peers, x, y = [Net(1), Net(2)], pixels(), labels()
-    hosted = PeerModule(peers, Mutual(CE(), Everything())).eval()
+    hosted = PeerModule(peers, Mutual(CE(), SelectAll())).eval()
     soft = 0.8 * F.one_hot(y, CLASSES) + 0.2 / CLASSES
     expected = torch.stack([F.cross_entropy(p(x), soft) for p in peers]).mean()
     torch.testing.assert_close(hosted(x, soft)["loss"], expected)
@@ -302,7 +302,7 @@ def test_rows_without_labels_and_other_columns():
 
 def test_the_last_step_is_left_for_whoever_reads_it():
     peers, x, y = [Net(1), Net(2)], pixels(), labels()
-    hosted = PeerModule(peers, Mutual(CE(), Everything()))
+    hosted = PeerModule(peers, Mutual(CE(), SelectAll()))
     hosted(x, y, index=torch.arange(6))
     assert not any(z.requires_grad for z in hosted.last["logits"])
     torch.testing.assert_close(hosted.last["logits"][1], peers[1](x).detach())
@@ -314,8 +314,7 @@ def test_the_last_step_is_left_for_whoever_reads_it():
 
 def test_selected_right_counts_what_was_taught():
     x, y = pixels(), labels()
-    loss = Mutual(CE(), Everything())
-    loss.watch = True
+    loss = Mutual(CE(), SelectAll())
     hosted = PeerModule([Net(1), Net(2)], loss)
     clean = y.clone()
     clean[:2] = (clean[:2] + 1) % CLASSES  # two of the six labels that are taught are wrong
@@ -390,7 +389,7 @@ def test_activation_checkpointing_computes_the_same_gradient_twice():
     x, y = pixels(4, 16), labels(4)
     peers = [timm_vit(), vit(image_size=16)]
     layer = next(next(m for m in peers[1].modules() if type(m).__name__ == "ViTLayer").children())
-    hosted = PeerModule(peers, Mutual(CE(), Everything()))
+    hosted = PeerModule(peers, Mutual(CE(), SelectAll()))
 
     def gradient():
         calls = []
@@ -451,7 +450,7 @@ def test_export_timm(kind, tmp_path):
     first = with_cfg(Net(), (0.0,) * 3, (1.0,) * 3)
     raw = torch.rand(3, 3, size, size)
     mean, std = (torch.tensor(model.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
-    second = PeerModule([first, wrapped], Mutual(CE(), Everything())).eval()(raw)["logits"][:, 1]
+    second = PeerModule([first, wrapped], Mutual(CE(), SelectAll())).eval()(raw)["logits"][:, 1]
     torch.testing.assert_close(second, model((raw - mean) / std), rtol=1e-3, atol=1e-3)
 
 

@@ -90,7 +90,7 @@ BAD = {
     ),
     "two networks for a loss of one": (
         ValueError,
-        r"CE is a loss for one network and there are 2: Mutual\(CE\(\), Nothing\(\)\)",
+        r"CE is a loss for one network and there are 2: Mutual\(CE\(\), SelectNone\(\)\)",
         lambda: {"loss": CE()},
     ),
     "num_peers": (

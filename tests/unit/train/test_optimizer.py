@@ -5,14 +5,14 @@ import torch
 from helpers.tiny import Net, difference, logged, trainer
 from torch import nn
 
-from kd_plugins import CE, Loss, Mutual, Nothing
+from kd_plugins import CE, Loss, Mutual, SelectNone
 from kd_plugins.train import MutualTrainingArguments
 
 
 def step(tmp_path, models, loss=None, **kwargs):
     """How far each network went in one step, as tensors by name."""
     before = [{n: p.detach().clone() for n, p in m.named_parameters()} for m in models]
-    loss = Mutual(CE(), Nothing()) if loss is None else loss
+    loss = Mutual(CE(), SelectNone()) if loss is None else loss
     settings = {
         "max_steps": 1,
         "milestones": [],
@@ -70,7 +70,7 @@ def test_momentum_is_on_and_decay_covers_everything(tmp_path):
     _, moves = step(
         tmp_path,
         models,
-        0.0 * Mutual(CE(), Nothing()),
+        0.0 * Mutual(CE(), SelectNone()),
         max_steps=2,
         learning_rate=0.1,
         weight_decay=0.5,

@@ -123,7 +123,7 @@ def test_stock_trainer_resumes_bit_equal(tmp_path):
     assert data.told == [0, 1]
     assert loss.terms[1].progress.value == pytest.approx(11 / 12)
     saved = load_file(tmp_path / "checkpoint-8" / "loss.safetensors")
-    assert saved["terms.0.mean_certainty.count"] == ROWS
+    assert saved["terms.0.running.count"] == ROWS
     again, data, resumed = run()
     resumed.train(str(tmp_path / "checkpoint-8"))
     assert data.told == [1]

@@ -25,7 +25,7 @@ from helpers.tiny import (
     vit,
 )
 
-from kd_plugins import CE, GCE, KD, SMKD, ForwardCorrection, MyLC, ProSelfLC, Selected
+from kd_plugins import CE, GCE, KD, SMKD, ForwardCorrection, MaskedLoss, MyLC, ProSelfLC
 from kd_plugins.data import ImageView
 from kd_plugins.train import last_checkpoint
 from kd_plugins.train.run_folder import faults
@@ -59,7 +59,7 @@ def copied(whole, folder, *steps):
 
 
 def masked(first):
-    return CE() + Selected(torch.arange(ROWS) >= first, GCE())
+    return CE() + MaskedLoss(torch.arange(ROWS) >= first, GCE())
 
 
 def distilled(seed):

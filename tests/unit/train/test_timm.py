@@ -262,7 +262,7 @@ def test_progress_by_hand():
     with pytest.raises(RuntimeError, match="set_progress"):
         task(x, y)
     task.criterion.set_progress(0.5)
-    assert task(x, y)["chi"].item() == pytest.approx(torch.tensor(3.0).log().item() / 1.2)
+    assert task(x, y)["threshold"].item() == pytest.approx(torch.tensor(3.0).log().item() / 1.2)
     own = StatefulClassificationTask(Net(1), Watching(), total_updates=2, verbose=False)
     for _ in range(2):
         own(x, y)
@@ -292,7 +292,7 @@ def test_step_of_a_pair_is_that_of_the_loss():
     mean = (a(x).softmax(-1) + b(x).softmax(-1)).detach() / 2
     torch.testing.assert_close(result["output"].exp(), mean)
     assert not result["output"].requires_grad
-    assert {"own_a", "taught_b", "chi"} <= result.keys()
+    assert {"own_a", "taught_b", "threshold"} <= result.keys()
     torch.testing.assert_close(task.get_eval_model()(x).exp(), mean)
     r = task.criterion.state_dict()
     evaluated = task.eval()(x, y)

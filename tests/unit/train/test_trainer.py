@@ -26,7 +26,7 @@ from helpers.tiny import (
 from safetensors.torch import load_file
 from torch import nn
 
-from kd_plugins import CE, MKD, SMKD, LabelSmoothing, Loss, Mutual, MyLC, Nothing, ProSelfLC
+from kd_plugins import CE, MKD, SMKD, LabelSmoothing, Loss, Mutual, MyLC, ProSelfLC, SelectNone
 from kd_plugins.data import ImageView
 from kd_plugins.losses import validate
 from kd_plugins.train import last_checkpoint
@@ -66,7 +66,6 @@ def test_run_is_a_plain_loop_and_logs_means_of_its_steps(tmp_path):
     run = trainer(tmp_path, logging_steps=4, logging_first_step=False, hf={"callbacks": [seen]})
     run.train()
     models, loss = [Net(1), Net(2)], SMKD(MyLC(window=ROWS), eta=1.5, b2=-4, normalize="batch")
-    loss.watch = True
     reports = replay(seen.batches, models, loss, [0.05] * 6 + [0.01] * 6)
     for theirs, ours in zip(run.peers, models, strict=True):
         assert difference(state(theirs), state(ours)) < 1e-5
@@ -79,7 +78,14 @@ def test_run_is_a_plain_loop_and_logs_means_of_its_steps(tmp_path):
         for name in ("own", "taught", "selected", "right", "r", "eps")
         for peer in "ab"
     }
-    assert logs[0].keys() == keys | {"chi", "loss", "grad_norm", "learning_rate", "epoch", "step"}
+    assert logs[0].keys() == keys | {
+        "threshold",
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "step",
+    }
     for i, log in enumerate(logs):
         part = reports[4 * i : 4 * i + 4]
         mean = {name: sum(report[name] for report in part) / 4 for name in part[0]}
@@ -93,7 +99,7 @@ def test_run_is_a_plain_loop_and_logs_means_of_its_steps(tmp_path):
 
 
 def test_nothing_selected_leaves_the_purity_out(tmp_path):
-    run = trainer(tmp_path, loss=Mutual(CE(), Nothing()), num_train_epochs=1)
+    run = trainer(tmp_path, loss=Mutual(CE(), SelectNone()), num_train_epochs=1)
     run.train()
     assert logged(run, "selected_a") == [[0.0]] * 6
     assert not [key for log in run.state.log_history for key in log if key.startswith("right_")]
@@ -186,7 +192,7 @@ def test_names_need_the_number_of_classes_and_are_seeded(tmp_path):
             tmp_path, ["resnet10_cifar"], CE(), train=torch.utils.data.TensorDataset(torch.zeros(4))
         )
     a, b, c = [
-        trainer(tmp_path, ["resnet10_cifar"] * 2, Mutual(CE(), Nothing()), seed=s).model
+        trainer(tmp_path, ["resnet10_cifar"] * 2, Mutual(CE(), SelectNone()), seed=s).model
         for s in (3, 3, 4)
     ]
     assert difference(state(a), state(b)) == 0
@@ -219,7 +225,7 @@ def test_bar_is_short_and_the_log_is_full(tmp_path, capfd):
     printed = "".join(capfd.readouterr())
     for name in (
         "'loss'",
-        "'chi'",
+        "'threshold'",
         "'selected_a'",
         "'right_b'",
         "'eval_accuracy'",
@@ -328,7 +334,7 @@ def test_compiled_is_eager_and_compiles_once(tmp_path):
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert difference(state(compiled.model), state(eager.model)) < 1e-5
-    names = ("loss", "own_a", "selected_b", "r_a", "chi", "right_a")
+    names = ("loss", "own_a", "selected_b", "mean_certainty_a", "threshold", "right_a")
     assert np.allclose(
         logged(compiled, *names[:-1]), logged(eager, *names[:-1]), rtol=1e-3, atol=1e-4
     )
