@@ -127,10 +127,9 @@ class ProgressCallback(ScheduleCallback, ExportableState):
             )
 
     def _resume(self, folder: Path, run: dict[str, Any]) -> None:
-        if not folder.exists() and not self.loss.state_dict():
-            return  # a checkpoint from elsewhere, and nothing to read from it
-        refuse_other_run(folder, run)
-        refuse_damaged(folder)
+        if folder.exists():
+            refuse_damaged(folder)
+            refuse_other_run(folder, run)
         if self.loss.state_dict():
             if not (folder / LOSS).exists():
                 raise FileNotFoundError(

@@ -356,3 +356,14 @@ def test_stock_trainer_resumes_from_a_checkpoint_of_a_run_without_the_callback(t
 def test_stock_trainer_says_that_callbacks_are_not_restored_from_json(tmp_path):
     with pytest.raises(ValueError, match="restore_callback_states_from_checkpoint=True makes new"):
         stock(tmp_path, restore_callback_states_from_checkpoint=True).train()
+
+
+def test_stock_trainer_reads_the_loss_from_its_own_folder(tmp_path):
+    """The callback is not told which checkpoint was named."""
+    stock(tmp_path / "first", callbacks=[StopAt(4)]).train()
+    with pytest.raises(FileNotFoundError, match="the loss would start with empty state"):
+        stock(tmp_path / "second").train(str(tmp_path / "first" / "checkpoint-4"))
+    stock(tmp_path / "third", CE(), callbacks=[StopAt(4)]).train()
+    run = stock(tmp_path / "fourth", CE())
+    run.train(str(tmp_path / "third" / "checkpoint-4"))
+    assert run.state.global_step == 12
