@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..losses.state import eval_mode
 from ..models.factory import class_count, logits_of
 from ..models.input_config import normalization_of
-from ..models.inputs import InputAdapter, Normalization
+from ..models.inputs import InputAdapter
 from .cache_files import PARTS, CacheFiles
 from .cache_key import data_key, teacher_key, transform_key, transform_text
 from .image_view import ImageView
@@ -109,27 +109,17 @@ def cache_teachers(
     rank, world = rank_and_world()
     transform = transform_key(view)  # first, since it is cheap beside reading all pictures
     with eval_mode(*teachers):
-        first = [] if student is None else [student]
-        given = normalization_of([view], [*first, *teachers]) if first else None
-        networks = [_Teacher(teacher, student, given, dtype) for teacher in teachers]
-        counts = [network.count_classes(view) for network in networks]
-        if len(set(counts)) > 1:
-            raise ValueError(
-                f"the teachers have different numbers of classes: {counts}; they cannot teach "
-                "together"
-            )
+        networks = _with_inputs(view, teachers, student, dtype)
+        classes = _count_classes(view, networks)
         key = {
             "transform": transform,
-            "teachers": [
-                teacher_key(n.network, None if student is None else n.adapter.reference)
-                for n in networks
-            ],
+            "teachers": [network.key for network in networks],
             "dtype": str(dtype),
-            "classes": counts[0],
+            "classes": classes,
             "hint": transform_text(view),
         }
         _refuse_differing(gather(key, world))
-        files = CacheFiles(folder, (len(view), len(teachers), counts[0]))
+        files = CacheFiles(folder, (len(view), len(teachers), classes))
         starts = on_first(lambda: files.claim({"data": data_key(view)} | key, batch_size), world)
         blocks = [range(k, min(k + batch_size, len(view))) for k in starts[rank::world]]
         _compute(view, networks, files, blocks, num_workers, show=rank == 0)
@@ -142,18 +132,12 @@ class _Teacher:
     """A frozen network with its input adapter and its autocast."""
 
     def __init__(
-        self,
-        network: nn.Module,
-        student: nn.Module | None,
-        given: Normalization | None,
-        dtype: torch.dtype | None,
+        self, network: nn.Module, adapter: InputAdapter, key: str, dtype: torch.dtype | None
     ) -> None:
-        self.network, self.dtype = network, dtype
+        self.network, self.key, self.dtype = network, key, dtype
         self.parameter = next(network.parameters(), None)
-        device = torch.device("cpu") if self.parameter is None else self.parameter.device
-        self.adapter = InputAdapter(network, network if student is None else student, given)
-        self.adapter = self.adapter.to(device)
-        self.device = device
+        self.device = torch.device("cpu") if self.parameter is None else self.parameter.device
+        self.adapter = adapter.to(self.device)
 
     def logits(self, pixels: Tensor) -> Tensor:
         """The logits of a batch as in the Trainer: float32 [B, C]."""
@@ -162,10 +146,31 @@ class _Teacher:
             pixels = self.adapter(pixels.to(self.device))
             return logits_of(self.network(pixels.to(dtype))).float()
 
-    def count_classes(self, view: ImageView) -> int:
-        if count := class_count(self.network):
-            return count
-        return self.logits(torch.as_tensor(view[0]["pixel_values"])[None]).shape[-1]
+
+def _with_inputs(
+    view: ImageView,
+    teachers: list[nn.Module],
+    student: nn.Module | None,
+    dtype: torch.dtype | None,
+) -> list[_Teacher]:
+    given = None if student is None else normalization_of([view], [student, *teachers])
+    networks = []
+    for teacher in teachers:
+        adapter = InputAdapter(teacher, teacher if student is None else student, given)
+        key = teacher_key(teacher, None if student is None else adapter.reference)
+        networks.append(_Teacher(teacher, adapter, key, dtype))
+    return networks
+
+
+def _count_classes(view: ImageView, networks: list[_Teacher]) -> int:
+    """The number of classes, the same for all teachers. One that does not tell is asked."""
+    pixels = torch.as_tensor(view[0]["pixel_values"])[None]
+    counts = [class_count(n.network) or n.logits(pixels).shape[-1] for n in networks]
+    if len(set(counts)) > 1:
+        raise ValueError(
+            f"the teachers have different numbers of classes: {counts}; they cannot teach together"
+        )
+    return counts[0]
 
 
 def _compute(
