@@ -1,4 +1,4 @@
-"""Train better models on labels you cannot fully trust, and let networks teach each other what they are sure of."""
+"""Losses and a Trainer for noisy labels, and for networks that teach each other."""
 
 from importlib import import_module
 from importlib.metadata import version
@@ -8,8 +8,8 @@ from ._moved import moved_names
 from .losses import *  # noqa: F403
 from .losses import __all__ as _losses
 
-# What imports transformers, timm or datasets is loaded when it is first asked for: `import kd_plugins` costs no more
-# than torch.
+# These import transformers, timm or datasets. They are loaded on first use, so that
+# `import kd_plugins` takes no longer than `import torch`.
 _LAZY = {
     "CDRCallback": "train",
     "DynamicsCallback": "train",

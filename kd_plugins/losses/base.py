@@ -1,4 +1,4 @@
-"""What every loss shares: the calling convention, checks, precision, class weights, diagnostics, sums."""
+"""What every loss shares: calling convention, checks, precision, class weights, diagnostics."""
 
 from __future__ import annotations
 

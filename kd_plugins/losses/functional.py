@@ -1,7 +1,8 @@
-"""Tensor primitives that the losses share. Pure functions; units are nats.
+"""Tensor primitives that the losses share: pure functions, entropies in nats.
 
-Legend, used in every file: B samples in the batch · C classes · K peers · T teachers (in shapes) or temperature ·
-D feature dimension · z logits · p = softmax(z) · q the label as a distribution · q~ a refined label · H entropy.
+Letters in every file: B samples in the batch, C classes, K peers, T teachers (in shapes) or the
+temperature, D feature dimension, z logits, p = softmax(z), q the label as a distribution, q~ a
+refined label, H entropy.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def as_probs(target: Tensor, num_classes: int, dtype: torch.dtype = torch.float3
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """log p over the last dimension, in float32 also for logits of 16 bits (without a copy of them in the graph)."""
+    """log p over the last dimension. Logits of 16 bits are computed in float32 without a copy."""
     return F.log_softmax(logits, dim=-1, dtype=full_dtype(logits))
 
 
 def full_dtype(z: Tensor) -> torch.dtype:
-    """What losses are computed in: float64 for float64, else float32."""
+    """The precision of a loss: float64 for float64, else float32."""
     return torch.float64 if z.dtype == torch.float64 else torch.float32
 
 
@@ -83,12 +84,13 @@ def logistic(x: Any, steepness: float) -> Any:
 
 @torch.no_grad()
 def simplex_qp(gram: Tensor, cap: float = 1.0) -> Tensor:
-    """The weights a that minimise a^T G a subject to Σ_k a_k = 1 and 0 <= a_k <= cap: [K, K] -> [K], for small K.
+    """The weights a that minimise aᵀ G a, with Σ_k a_k = 1 and 0 <= a_k <= cap: [K, K] -> [K].
 
-    Exact, by trying each assignment of every weight to {0, free, cap}: the free ones solve a linear system, and the
-    best solution within the bounds is the answer. G is positive semidefinite, of any scale (a Gram matrix of vectors, whose
-    shortest mixture is sought). Equal rows get equal weights, and G = 0 gives 1/K: a ridge of 1e-8 of its scale sees to it.
-    Runs in float64; no gradient, nothing waits for the device. It takes 3^K systems: keep K at 6 or below.
+    G is the Gram matrix of K vectors, of any scale; a mixes the shortest vector from them. The
+    result is exact: every weight is tried at 0, free and at cap, the free ones solve a linear
+    system, and the best solution within the bounds is returned. A ridge of 1e-8 of G's scale gives
+    equal rows equal weights, and 1/K for G = 0. It runs in float64, without gradient and without
+    waiting for the device. There are 3^K systems to solve: use it for K up to 6.
 
     >>> simplex_qp(torch.diag(torch.tensor([1.0, 3.0])))
     tensor([0.7500, 0.2500])
@@ -111,7 +113,7 @@ def simplex_qp(gram: Tensor, cap: float = 1.0) -> Tensor:
         % 3
     )  # [S, K]
     free = (at == 1).double()
-    # for a free weight (G a)_k + m = 0, with the multiplier m of the sum; for the others a_k = 0 or cap; and Σ a_k = 1
+    # A free weight has (G a)_k + m = 0, with the multiplier m of the sum; the others are 0 or cap.
     rows = torch.cat([free[:, :, None] * g + (1.0 - free)[:, :, None] * eye, free[:, :, None]], -1)
     last = torch.ones(size + 1, dtype=g.dtype, device=g.device)
     last[-1] = 0.0
@@ -119,7 +121,7 @@ def simplex_qp(gram: Tensor, cap: float = 1.0) -> Tensor:
     right = torch.cat([cap * (at == 2), torch.ones_like(free[:, :1])], 1)
     a = torch.linalg.solve_ex(system, right, check_errors=False)[0][:, :-1]
 
-    # with none free the system is singular, and nothing is lost: a corner is also what one free weight solves for
+    # Without a free weight the system is singular. Such corners are found with one free weight too.
     inside = ((a > -1e-7) & (a < cap + 1e-7)).all(1) & (at == 1).any(1)
     value = torch.where(inside, ((a @ g) * a).sum(1), math.inf)
     return a.index_select(0, value.argmin(0, keepdim=True))[0].clamp(0.0, cap).to(gram.dtype)

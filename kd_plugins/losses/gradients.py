@@ -1,4 +1,4 @@
-"""What is done to gradients between backward and step."""
+"""Changes of gradients between backward and step."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from torch import Tensor
 
 @torch.no_grad()
 def mask_noncritical_(parameters: Iterable[Tensor], noise_rate: float) -> None:
-    """CDR: only the critical weights of a network learn, g <- (1 - tau) g · 1[(w g)² is among the top 1 - tau], in place.
+    """CDR, in place: g <- (1 - tau) g for the critical weights of a network, 0 for the others.
 
-    Of all n weights of the network (parameters with 2 or 4 dimensions, pooled) the int((1 - tau) n) with the largest
-    s = |w g| are critical, with all that tie with the last of them. The others get gradient 0, and so the optimizer's weight
-    decay shrinks them. Biases and norms learn as usual. Call it between ``backward`` and ``step`` for each network by itself,
-    once accumulation is complete, before or after ``scaler.unscale_`` (a common scale of the gradients changes nothing). The
-    parameters must be whole, not sharded.
+    A network's n weights are its parameters with 2 or 4 dimensions. The int((1 - tau) n) weights
+    with the largest |w g| are critical, and all that tie with the last of them. The others get no
+    gradient, so weight decay shrinks them. Biases and norms learn as usual.
 
-    Source: Xia et al., "Robust early-learning: hindering the memorization of noisy labels", ICLR 2021 (CDR).
-    Differs: the paper has a schedule for the factor on the critical gradients, which the authors' code overwrites with the
-    constant 1 - tau; so here.
+    Call it between ``backward`` and ``step``, once for each network, when accumulation is complete.
+    ``scaler.unscale_`` may come before or after it. Sharded parameters do not work.
 
     Args:
-        parameters: of one network; those without gradient are skipped.
-        noise_rate: tau, in [0, 1); 0 leaves the gradients as they are.
+        parameters: of one network. Those without gradient are skipped.
+        noise_rate: tau, in [0, 1). 0 leaves the gradients as they are.
+
+    References:
+        Xia et al., "Robust early-learning: hindering the memorization of noisy labels", ICLR 2021.
+
+    Notes:
+        The paper has a schedule for the factor of the critical gradients. The authors' code replaces
+        it by the constant 1 - tau, and so does this function.
 
     >>> w = torch.nn.Parameter(torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
     >>> w.grad = torch.tensor([[4.0, -3.0], [2.0, 1.0]])
@@ -37,7 +41,8 @@ def mask_noncritical_(parameters: Iterable[Tensor], noise_rate: float) -> None:
     learned = [(w, w.grad) for w in parameters if w.grad is not None]
     if not learned:
         raise ValueError(
-            "no parameter has a gradient, so nothing would be masked: call it after backward, before zero_grad"
+            "no parameter has a gradient, so nothing would be masked: call it after backward and "
+            "before zero_grad"
         )
     pairs = [(w, g) for w, g in learned if w.dim() in (2, 4)]
     if noise_rate == 0 or not pairs:
@@ -48,9 +53,8 @@ def mask_noncritical_(parameters: Iterable[Tensor], noise_rate: float) -> None:
     count = max(int(round((1.0 - noise_rate) * n, 6)), 1)  # int((1 - 0.9) * 10) alone is 0
     threshold = pooled.topk(count, sorted=False).values.amin()
     for (_, g), s in zip(pairs, scores, strict=True):
-        g.mul_(
-            (s >= threshold) * (1.0 - noise_rate)
-        )  # not torch.where: an inf has to reach the GradScaler
+        # torch.where would hide an inf from the GradScaler
+        g.mul_((s >= threshold) * (1.0 - noise_rate))
 
 
 def _full(t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""State over the data set, as buffers: it follows the module to its device, into the checkpoint and back."""
+"""State over the data set, in buffers: it is in the checkpoint and moves with the module."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def eval_mode(*models: nn.Module) -> Iterator[None]:
-    """Models in eval mode without gradients; after it each part is as it was, since parts may be frozen in eval mode."""
+    """Models in eval mode, without gradients. Afterwards each of their modules is as it was."""
     was = [(module, module.training) for model in models for module in model.modules()]
     try:
         for model in models:
@@ -25,16 +25,17 @@ def eval_mode(*models: nn.Module) -> Iterator[None]:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Sum over all processes; the value itself when there is one. Collective: every rank must call it."""
+    """Sum over all processes. Every rank must call it; a single process gets the value itself."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value)
     return value
 
 
 def gather_over_ranks(value: Tensor) -> Tensor:
-    """The rows of all processes one after another; the value itself when there is one. Collective.
+    """The rows of all processes, one after another. Every rank must call it.
 
-    On an accelerator every rank must bring as many rows (samplers do): learning how many would make the host wait.
+    On an accelerator all ranks must bring equally many rows, as samplers do. To exchange the
+    numbers, the host would have to wait.
     """
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return value
@@ -50,9 +51,9 @@ def gather_over_ranks(value: Tensor) -> Tensor:
 
 
 class KeepsPrecision(nn.Module):
-    """A module whose own float buffers keep their dtype under ``.half()``, ``.bfloat16()`` and ``.to(dtype)``.
+    """A module whose own float buffers keep their dtype under ``.half()`` and ``.to(dtype)``.
 
-    A mean over 2.4 million samples, or a schedule of 100,000 steps, does not fit the 8 bits of a bfloat16.
+    The 8 bits of a bfloat16 are too few for a mean over 2.4 million samples.
     """
 
     @property
@@ -74,10 +75,10 @@ class KeepsPrecision(nn.Module):
 
 
 class RunningMean(KeepsPrecision):
-    """Mean over the last ``window`` samples or so: cumulative up to ``window`` samples, exponential with that horizon after.
+    """Mean over the last samples: of all up to ``window`` samples, then exponential.
 
-    m <- m + (n / N) (mean of the batch - m), N = min(samples seen, window), n samples in the batch over all ranks.
-    Counting samples, not batches, keeps a short last batch from weighing as much as a full one.
+    m <- m + (n / N) (mean of the batch - m) with N = min(samples seen, window), for n samples in the
+    batch over all ranks. It counts samples, so that a short last batch weighs less than a full one.
     """
 
     mean: Tensor
@@ -105,15 +106,16 @@ class RunningMean(KeepsPrecision):
 
 
 class SampleTable(KeepsPrecision):
-    """A row of numbers for each training sample, read and written by its position in the data set.
+    """A row of numbers for each training sample, by its position in the data set.
 
-    All processes write what any of them has seen, so they hold the same table, each in its checkpoint and back. Where two
-    ranks saw the same sample (a padded last batch), all take the same one of the two. Rows with a NaN are not written.
+    Every process writes the rows of all processes, so their tables are equal. If two ranks saw the
+    same sample (a padded last batch), all take the same one of the two rows. Rows with a NaN are
+    not written.
 
     Args:
         num_samples: rows of the data set.
-        shape: of a sample's row; none for one number.
-        fill: what stands there at first.
+        shape: of a sample's row; nothing for one number.
+        fill: the first value.
         dtype: of the numbers.
     """
 
@@ -137,41 +139,34 @@ class SampleTable(KeepsPrecision):
     @torch.no_grad()
     def write(self, index: Tensor, values: Tensor) -> None:  # [B], [B, *shape]
         self._check(index)
-        index, values = (
-            gather_over_ranks(index),
-            gather_over_ranks(values.detach().to(self.rows.dtype)),
-        )
+        index = gather_over_ranks(index)
+        values = gather_over_ranks(values.detach().to(self.rows.dtype))
         order = torch.arange(len(index), device=index.device)
-        values = values[
-            torch.where(index[:, None] == index, order, -1).amax(1)
-        ]  # the last of equals, on every rank
+        last = torch.where(index[:, None] == index, order, -1).amax(1)  # of equal positions
+        values = values[last]
         if values.is_floating_point():
-            known = (
-                torch.isfinite(values)
-                .reshape(len(values), -1)
-                .all(1)
-                .view(-1, *[1] * (values.dim() - 1))
-            )
+            known = torch.isfinite(values).reshape(len(values), -1).all(1)
+            known = known.view(-1, *[1] * (values.dim() - 1))
             values = torch.where(known, values, self.rows[index])
         self.rows[index] = values
 
     def _check(self, index: Tensor) -> None:
-        if (
-            index.device.type == "cpu" and not torch.compiler.is_compiling()
-        ):  # an accelerator asserts by itself
+        # an accelerator asserts by itself
+        if index.device.type == "cpu" and not torch.compiler.is_compiling():
             wrong = (index < 0) | (index >= self.num_samples)
             if wrong.any():
                 raise ValueError(
-                    f"index {index[wrong][0].item()} is outside the table of num_samples={self.num_samples}: "
-                    "give the loss the number of rows of the training data"
+                    f"index {index[wrong][0].item()} is outside the table of "
+                    f"num_samples={self.num_samples}: give the loss the number of rows of the "
+                    "training data"
                 )
 
 
 class Progress(KeepsPrecision):
     """Training progress t/Γ in [0, 1] for a loss or a selector that follows a schedule.
 
-    It is a tensor (a Python float would recompile the graph at every step) and not in the checkpoint: whoever trains
-    sets it before each step.
+    It is a tensor, since a Python float would recompile the graph at every step. It is not in the
+    checkpoint: the training loop sets it before each step.
     """
 
     value: Tensor
@@ -188,8 +183,8 @@ class Progress(KeepsPrecision):
     def get(self, owner: nn.Module) -> Tensor:
         if not self.known:
             raise RuntimeError(
-                f"{type(owner).__name__} follows a schedule over training and does not know the progress: call "
-                "loss.set_progress(step / total_steps) before each step, or add ProgressCallback(loss) to the Trainer; "
-                "without it the schedule would silently stay at its start"
+                f"{type(owner).__name__} follows a schedule and does not know the progress: call "
+                "loss.set_progress(step / total_steps) before each step, or add "
+                "ProgressCallback(loss) to the Trainer; the schedule would stay at its start"
             )
         return self.value

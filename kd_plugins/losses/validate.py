@@ -1,4 +1,4 @@
-"""Checks of arguments and of batches. Each error names the value, what was expected, and the consequence."""
+"""Checks of arguments and batches. Errors name the value, what was expected, and the consequence."""
 
 from __future__ import annotations
 
