@@ -234,7 +234,7 @@ def _rightly_selected(
     """Per peer, the share of the batch that it teaches, and the share that it teaches rightly."""
     shares = {}
     for k, (mask, target) in enumerate(selection or ()):
-        right = mask & ((target.argmax(-1) if target.dim() == 2 else target) == clean_labels)
+        right = mask & (target.argmax(-1) == clean_labels)
         shares[f"selected_{peer_name(k)}"] = mask.float().mean()
         shares[f"selected_right_{peer_name(k)}"] = right.float().mean()
     return shares

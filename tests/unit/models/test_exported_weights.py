@@ -1,0 +1,80 @@
+"""One network alone: in timm and transformers with equal logits, and the names of its classes."""
+
+import json
+
+import pytest
+import timm
+import torch
+from helpers.networks import pixels, spoil, timm_conv, timm_vit, with_cfg
+from helpers.tiny import CLASSES, SIZE, Net, difference, state, vit
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
+
+from kd_plugins import CE, Mutual, SelectAll
+from kd_plugins.models import PeerModule, export
+
+NAMES = ["ant", "bee", "cat"]
+
+
+EXPORTED = {
+    "timm conv net": (timm_conv, 32),
+    "timm ViT with its own size": (timm_vit, 16),
+    "ResNet for small pictures": (
+        lambda: timm.create_model("resnet10_cifar", num_classes=CLASSES),
+        32,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_export_timm(kind, tmp_path):
+    """Alone, in timm and in transformers, with equal logits and the names of its classes."""
+    make, size = EXPORTED[kind]
+    model = spoil(make()).to(
+        memory_format=torch.channels_last
+    )  # safetensors refuses strided weights
+    strides = [p.stride() for p in model.parameters()]
+    x = pixels(3, size)
+    expected = model(x)
+    assert export(model, tmp_path / "new" / "folder", NAMES) == tmp_path / "new" / "folder"
+    assert strides == [p.stride() for p in model.parameters()]  # the running model is left as it is
+
+    folder = tmp_path / "new" / "folder"
+    alone = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    torch.testing.assert_close(alone(x), expected, rtol=1e-5, atol=1e-5)
+    wrapped = AutoModelForImageClassification.from_pretrained(folder).eval()
+    torch.testing.assert_close(wrapped(x).logits, expected, rtol=1e-5, atol=1e-5)
+    assert [wrapped.config.id2label[i] for i in range(CLASSES)] == NAMES
+    assert json.loads((folder / "config.json").read_text())["label_names"] == NAMES
+    assert tuple(alone.pretrained_cfg["mean"]) == tuple(model.pretrained_cfg["mean"])
+
+    # a peer that comes from transformers is still re-normalised: it tells by its config
+    first = with_cfg(Net(), (0.0,) * 3, (1.0,) * 3)
+    raw = torch.rand(3, 3, size, size)
+    mean, std = (torch.tensor(model.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
+    second = PeerModule([first, wrapped], Mutual(CE(), SelectAll())).eval()(raw)["logits"][:, 1]
+    torch.testing.assert_close(second, model((raw - mean) / std), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_export_transformers(kind, tmp_path):
+    if kind == "vit":
+        model, size = vit(), SIZE
+    else:
+        sizes = {"embedding_size": 4, "hidden_sizes": [4, 4], "depths": [1, 1]}
+        model, size = ResNetForImageClassification(ResNetConfig(**sizes, num_labels=CLASSES)), 32
+    model = spoil(model).to(memory_format=torch.channels_last)
+    export(model, tmp_path, NAMES)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    x = pixels(3, size)
+    torch.testing.assert_close(again(x).logits, model(x).logits, rtol=1e-5, atol=1e-5)
+    assert [again.config.id2label[i] for i in range(CLASSES)] == NAMES
+    assert again.config.label2id == {name: i for i, name in enumerate(NAMES)}
+
+
+def test_export_of_any_other_module(tmp_path):
+    model = spoil(Net(bn=True)).to(memory_format=torch.channels_last)
+    export(model, tmp_path, NAMES)
+    again = Net(seed=9, bn=True).eval()
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert difference(state(model), state(again)) == 0
