@@ -189,7 +189,11 @@ class Loss(KeepsPrecision):
     def collect(self, part: Loss, pattern: str = "{}") -> None:
         """Take over the diagnostics and the selection of a part that has just run."""
         self.stats |= {pattern.format(name): value for name, value in part.stats.items()}
-        self.selection = part.selection if part.selection is not None else self.selection
+        if self.selection is None or part.selection is None:
+            self.selection = part.selection or self.selection
+            return
+        pairs = zip(self.selection, part.selection, strict=True)  # taught by one part or the other
+        self.selection = [(a | b, torch.where(a.unsqueeze(-1), q, r)) for (a, q), (b, r) in pairs]
 
     # ------------------------------------------------------------------------------- sizes, progress
 

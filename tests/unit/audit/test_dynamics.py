@@ -207,12 +207,15 @@ def test_extreme_logits():
     assert (seen["pred"].item(), seen["label"].item()) == (39_999, 39_998)
 
 
-def test_a_sum_hands_over_what_its_terms_select():
-    loss = 0.5 * Mutual(CE(), SelectNone()) + SMKD(CE(), eta=1.5, b2=0)
-    z, y = [torch.tensor([[9.0, 0, 0], [0, 0, 0]]), torch.zeros(2, CLASSES)], torch.zeros(2).long()
-    loss.terms[1].watch = True
-    loss(z, y)
-    assert figures(z, y, loss.selection)["selected"].tolist() == [[True, False], [False, False]]
+def test_a_sum_selects_what_any_of_its_terms_selects():
+    z = [torch.tensor([[9.0, 0, 0], [0, 0, 0]]), torch.zeros(2, CLASSES)]  # a is sure of sample 0
+    y = torch.zeros(2, dtype=torch.long)
+    sure = [[True, False], [False, False]]
+    for select, selected in ((SelectNone(), sure), (SelectAll(), [[True, True]] * 2)):
+        terms = SMKD(CE(), eta=1.5, b2=0), Mutual(CE(), select)
+        for loss in (terms[0] + 0.5 * terms[1], terms[1] + 0.5 * terms[0]):
+            loss(z, y)
+            assert figures(z, y, loss.selection)["selected"].tolist() == selected
 
 
 def test_training_is_the_same_to_the_last_bit(tmp_path):

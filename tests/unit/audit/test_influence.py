@@ -1,10 +1,8 @@
-"""Data Selection: scores by hand, against autograd and against retraining without each sample; the mask; the term on the kept."""
+"""Influence: scores by hand, by autograd, and by retraining without each sample; the mask."""
 
-import inspect
 import math
 
 import pytest
-import test_contract as contract
 import timm
 import torch
 import torch.nn.functional as F
@@ -12,14 +10,12 @@ from helpers import reference as naive
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from kd_plugins import CE, DML, GCE, SMKD, BootSoft, Loss, MaskedLoss, MyLC
 from kd_plugins.audit import influence as selection
 from kd_plugins.audit import influence_scores, select_lowest
-from kd_plugins.losses import registry
 
 
 class Net(nn.Module):
-    """timm's interface on vectors; dropout and batch norm would show a forgotten ``eval()``."""
+    """timm's interface on vectors. Dropout and batch norm reveal a missing ``eval()``."""
 
     def __init__(self, dim=4, classes=3, bias=True):
         super().__init__()
@@ -53,7 +49,7 @@ class Linear(Net):
 
 
 class Rows(Dataset):
-    """Items as ``ImageView`` has them."""
+    """Items like those of ``ImageView``."""
 
     def __init__(self, x, y):
         self.x, self.y = x, y
@@ -74,7 +70,7 @@ def draw(n=25, dim=4, classes=3, dtype=torch.float64):
 
 
 def by_autograd(model, train, val, damping=None):
-    """-g_valᵀ (H + damping)⁻¹ g_i, with gradients and Hessian by autograd, a sample at a time."""
+    """-g_valᵀ (H + damping)⁻¹ g_i by autograd, sample by sample."""
     model, params = (
         model.eval(),
         [p for p in model.get_classifier().parameters() if p.requires_grad],
@@ -98,13 +94,16 @@ def by_autograd(model, train, val, damping=None):
     ).detach()
 
 
-# -------------------------------------------------------------------------------------------------------------- scores
+# ------------------------------------------------------------------------------------------- scores
 
 
 def test_by_hand():
-    """W = 0, so p = 1/3 and p - y is (-2, 1, 1)/3 for class 0 and (1, -2, 1)/3 for class 1; one held-out sample h = 1, y = 0.
+    """W = 0, so p = 1/3, and p - y is (-2, 1, 1)/3 for class 0 and (1, -2, 1)/3 for class 1.
 
-    g_val · g_i = (p - y)_val · (p - y)_i (h_val h_i + 1): 6/9 (2 + 1) = 2 and -3/9 (3 + 1) = -4/3. The first helps.
+    The held-out sample has h = 1, y = 0, so
+
+    g_val · g_i = (p - y)_val · (p - y)_i (h_val h_i + 1) is 6/9 (2 + 1) = 2 for the first sample,
+    which helps, and -3/9 (3 + 1) = -4/3 for the second.
     """
     model = Linear(1)
     nn.init.zeros_(model.head.weight), nn.init.zeros_(model.head.bias)
@@ -114,7 +113,7 @@ def test_by_hand():
 
 
 def test_against_loops():
-    """The bias is a feature of 1; the held-out gradient is a mean over samples, not over batches; labels may be soft."""
+    """The bias is a feature of 1. The held-out gradient is a mean over samples; labels are soft."""
     model, (x, y), (u, _) = Linear(), draw(6), draw(5)
     soft = torch.rand(5, 3, dtype=torch.float64).softmax(1)
 
@@ -163,13 +162,16 @@ def test_much_damping_is_the_first_order():
     torch.testing.assert_close(exact * 1e6, influence_scores(model, *loaders), rtol=1e-5, atol=1e-8)
 
 
-# --------------------------------------------------------------------------------------------- leave one out, for real
+# -------------------------------------------------------------------------- leave one out, for real
 
 DECAY = 0.03
 
 
 def newton(x, y, weight, steps=12):
-    """Minimise Σ_i w_i H(y_i, softmax(W [x_i, 1])) + decay/2 ‖W‖² for each row w of ``weight`` [R, N] -> W [R, C, D + 1]."""
+    """Minimise Σ_i w_i H(y_i, softmax(W [x_i, 1])) + decay/2 ‖W‖².
+
+    For each row w of ``weight`` [R, N]; returns W [R, C, D + 1].
+    """
     one = F.pad(x, (0, 1), value=1.0)
     classes, dim = 3, one.shape[1]
 
@@ -188,7 +190,7 @@ def newton(x, y, weight, steps=12):
 
 @pytest.fixture(scope="module", params=range(4))
 def left_out(request):
-    """60 samples, a fifth with wrong labels; true changes of the held-out loss without each; the model trained on all."""
+    """A model of 60 samples, a fifth mislabelled, and the held-out loss without each of them."""
     g = torch.Generator().manual_seed(request.param)
     centres = 1.5 * torch.randn(3, 4, generator=g, dtype=torch.float64)
 
@@ -220,10 +222,10 @@ def test_scores_say_what_leaving_a_sample_out_does(left_out):
     figures = correlation(-exact, change), correlation(-first, change)
     print("leave-one-out correlation: exact {:.3f}, first order {:.3f}".format(*figures))
     assert figures[0] > 0.95 and figures[1] > 0.8
-    slope = (-exact / 60 * change).sum() / change.square().sum()  # not only the order: its size
+    slope = (-exact / 60 * change).sum() / change.square().sum()  # the size, not only the order
     assert slope.item() == pytest.approx(
         1.0, abs=0.2
-    )  # below 1, as a refit moves a little further than its first order
+    )  # below 1: a refit moves further than its first order
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -232,10 +234,10 @@ def test_wrong_labels_score_higher(left_out, exact):
     scores = influence_scores(model, train, val, exact=exact, damping=DECAY)
     assert scores[wrong].mean() > 0 > scores[~wrong].mean()
     kept = select_lowest(scores, 0.8)
-    assert (kept & wrong).sum() <= 6  # of 12; at random 9 or 10
+    assert (kept & wrong).sum() <= 6  # of 12; a random mask keeps 9 or 10
 
 
-# ----------------------------------------------------------------------------------------------------- rows and loaders
+# --------------------------------------------------------------------------------- rows and loaders
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -284,7 +286,7 @@ def test_a_shuffled_loader_without_index_is_refused(how):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_network_is_left_as_it_was(training):
-    """Eval mode inside, also where batch norm was frozen; flags, weights and statistics as before, also after an error."""
+    """It runs in eval mode; modes, weights and statistics are restored, also after an error."""
     model, train, val = Net().train(training), draw(dtype=torch.float32), draw(dtype=torch.float32)
     model.norm.eval()
     before = {k: t.clone() for k, t in model.state_dict().items()}
@@ -347,13 +349,13 @@ def test_what_cannot_be_computed_is_refused(monkeypatch):
         influence_scores(model, data, data, exact=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------- mask
+# --------------------------------------------------------------------------------------------- mask
 
 
 @pytest.mark.parametrize("n", [1, 7, 10, 1000])
 @pytest.mark.parametrize("fraction", [0.6, 0.7, 0.9, 1.0])
 def test_as_many_as_asked_and_the_lowest(n, fraction):
-    scores = torch.randint(-4, 4, (n,)) / 2  # full of ties
+    scores = torch.randint(-4, 4, (n,)) / 2  # many ties
     mask = select_lowest(scores, fraction)
     expected = sorted(range(n), key=lambda i: (scores[i].item(), i))[: round(fraction * n)]
     assert mask.dtype == torch.bool and mask.shape == (n,)
@@ -382,220 +384,3 @@ def test_what_has_no_order_is_refused():
     for scores in ([], [[0.0, 1.0]]):
         with pytest.raises(ValueError, match=r"one number for each sample"):
             select_lowest(scores, 0.5)
-
-
-# ------------------------------------------------------------------------------------------------- the term on the kept
-
-
-class Hint(Loss):
-    """A term on features alone."""
-
-    def per_sample(self, logits, target, features, teacher_features):
-        (student,), ((teacher,), *_) = features, teacher_features
-        return (student.mean((1, 2, 3)) - teacher.mean((1, 2, 3))).square()
-
-
-class Taught(Loss):
-    """A term on teachers' logits."""
-
-    def per_sample(self, logits, target, teacher):
-        return (logits.softmax(-1) - teacher.softmax(-1)).square().sum(-1).mean(0)
-
-
-class Whole(Loss):
-    def per_sample(self, logits, target):
-        return logits.softmax(-1).mean(0).square().sum()
-
-
-TERMS = {
-    "ce": CE,
-    "state": lambda: MyLC(window=32),
-    "teacher": Taught,
-    "features": Hint,
-    "sum": lambda: 0.5 * GCE() + 2 * Taught(),
-    "peers": DML,
-}
-MASK = [i % 3 != 1 for i in range(16)]
-CHECKS = [
-    pytest.param(
-        f, id=n, marks=[m for m in getattr(f, "pytestmark", ()) if m.name != "parametrize"]
-    )
-    for n, f in vars(contract).items()
-    if n.startswith("test_") and list(inspect.signature(f).parameters) == ["name"]
-]
-
-
-@pytest.fixture
-def registered(monkeypatch, term):
-    """It is not in the registry, as it has no defaults; here it is for a moment."""
-    monkeypatch.setitem(registry._REGISTRY, "selected", MaskedLoss)
-    monkeypatch.setitem(contract.ARGUMENTS, "mask", lambda c: MASK)
-    monkeypatch.setitem(contract.ARGUMENTS, "term", lambda c: TERMS[term]())
-
-
-@pytest.mark.parametrize("term", ["state", "teacher", "features"])
-@pytest.mark.parametrize("check", CHECKS)
-def test_it_keeps_the_contract_of_losses(registered, check):
-    check("selected")
-
-
-@pytest.mark.parametrize("term", ["state", "teacher", "features"])
-def test_it_keeps_the_rest_of_the_contract(registered):
-    for shape in [(contract.B, contract.C), (1, 2)]:
-        contract.test_extremes_are_finite("selected", shape)
-    contract.test_half_precision_inputs_are_the_same_numbers_in_float32("selected", torch.bfloat16)
-    contract.test_own_buffers_keep_their_precision("selected", "half")
-    contract.test_a_label_outside_the_classes_is_named("selected", -1)
-
-
-def test_the_contract_is_not_empty():
-    assert {
-        "test_compiles_whole_and_once_for_all_of_training",
-        "test_checkpoint_pickle_and_copy_keep_the_results",
-    } <= {check.id for check in CHECKS}
-
-
-@pytest.mark.parametrize("normalize", ["batch", "selected"])
-@pytest.mark.parametrize("name", TERMS)
-def test_a_mask_that_keeps_everything_is_the_term(name, normalize):
-    loss, term = MaskedLoss([True] * 16, TERMS[name](), normalize=normalize), TERMS[name]()
-    x = contract.batch_for(loss)
-    alone = x.replace(extra={k: v for k, v in x.extra.items() if k in term.required_inputs})
-    values = x(loss), alone(term)
-    assert torch.equal(*values) and loss.stats["kept"] == 1.0
-    grads = [torch.autograd.grad(value, contract.leaves(x), allow_unused=True) for value in values]
-    torch.testing.assert_close(*([g for g in gs if g is not None] for gs in grads), rtol=0, atol=0)
-    assert term.stats.items() <= loss.stats.items()
-
-
-@pytest.mark.parametrize("normalize", ["batch", "selected"])
-@pytest.mark.parametrize("name", TERMS)
-def test_a_mask_that_keeps_nothing_is_a_zero_with_a_gradient(name, normalize):
-    loss = MaskedLoss([False] * 16, TERMS[name](), normalize=normalize)
-    x = contract.batch_for(loss)
-    value = x(loss)
-    value.backward()
-    assert value.item() == 0.0 and loss.stats["kept"] == 0.0
-    grads = [leaf.grad for leaf in contract.leaves(x) if leaf.grad is not None]
-    assert grads and not any(g.any() for g in grads)
-
-
-def test_the_term_by_hand():
-    """Rows 4, 0 and 2 of the data set; 4 and 2 are kept: (ln 2 + ln 5) / 3 for the batch, / 2 for the kept."""
-    z = (
-        torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8], [0.2, 0.2, 0.6]], dtype=torch.float64)
-        .log()
-        .requires_grad_()
-    )
-    y, index = torch.tensor([0, 1, 1]), torch.tensor([4, 0, 2])
-    mask = torch.tensor([False, True, True, False, True])
-    total = math.log(2) + math.log(5)
-    for normalize, divisor in (("batch", 3), ("selected", 2)):
-        loss = MaskedLoss(mask, CE(), normalize=normalize)
-        assert loss(z, y, index=index).item() == pytest.approx(total / divisor, abs=1e-12)
-        assert loss.stats["kept"].item() == pytest.approx(2 / 3)
-        (grad,) = torch.autograd.grad(loss(z, y, index=index), z)
-        rows = [[-0.5, 0.3, 0.2], [0.0, 0.0, 0.0], [0.2, -0.8, 0.6]]
-        torch.testing.assert_close(
-            grad, torch.tensor(rows, dtype=torch.float64) / divisor, rtol=0, atol=1e-12
-        )
-        none = MaskedLoss(
-            mask, CE(reduction="none"), normalize=normalize
-        )  # the term's reduction is not dropped
-        assert none(z, y, index=index).tolist() == pytest.approx(
-            [math.log(2) * 3 / divisor, 0.0, math.log(5) * 3 / divisor], abs=1e-12
-        )
-    assert MaskedLoss(mask, CE(reduction="none"), reduction="sum")(
-        z, y, index=index
-    ).item() == pytest.approx(total)
-
-
-def test_the_objective_of_the_paper():
-    """l1 CE on all, l2 distillation on the kept: against the two parts by hand, with what Sum logs."""
-    loss = 0.7 * CE() + 2 * MaskedLoss(MASK, Taught())
-    x = contract.batch_for(loss, dtype=torch.float64)
-    assert loss.required_inputs == {"teacher", "index"}
-    z, t = x.logits[0], x.extra["teacher"]
-    expected = 0.0
-    for i, (row, y) in enumerate(zip(z.tolist(), x.target.tolist(), strict=True)):
-        p = naive.softmax(row)
-        expected -= 0.7 * math.log(p[y]) / len(z)
-        if MASK[x.extra["index"][i]]:
-            for k in range(len(t)):
-                q = naive.softmax(t[k, i].tolist())
-                expected += (
-                    2 * sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) / len(t) / len(z)
-                )
-    assert x(loss).item() == pytest.approx(expected, abs=1e-12)
-    kept = sum(MASK[i] for i in x.extra["index"]) / len(z)
-    assert loss.stats["maskedloss_1_kept"].item() == pytest.approx(kept) and 0 < kept < 1
-
-
-def test_halves_of_a_batch_are_the_batch():
-    """As two processes or two accumulation steps see it; not with ``"selected"``, as the docstring says."""
-    whole = {n: MaskedLoss(MASK, GCE(), normalize=n) for n in ("batch", "selected")}
-    x = contract.batch_for(whole["batch"], dtype=torch.float64)
-    halves = x.take([0, 1, 2, 3]), x.take([4, 5, 6, 7])
-    mean = {n: sum(half(loss) for half in halves) / 2 for n, loss in whole.items()}
-    torch.testing.assert_close(mean["batch"], x(whole["batch"]))
-    assert (mean["selected"] - x(whole["selected"])).abs() > 1e-3
-
-
-def test_state_of_the_term_sees_the_whole_batch():
-    """r and progress are the term's own: the same with any mask, in training and in evaluation."""
-    loss, term = MaskedLoss([False] * 16, MyLC(window=32)), MyLC(window=32)
-    x = contract.batch_for(loss)
-    x(loss), term(x.logits[0], x.target)
-    assert loss.term.r == term.r and loss.term.r > 0
-    loss.eval()
-    x(loss)
-    assert loss.term.r == term.r
-    follows = MaskedLoss(MASK, SMKD())
-    follows.set_progress(0.5)
-    assert contract.batch_for(follows)(follows).isfinite() and "threshold" in follows.stats
-
-
-def test_the_mask_is_in_the_checkpoint():
-    saved, fresh = MaskedLoss(MASK, CE()), MaskedLoss([True] * 16, CE())
-    fresh.load_state_dict(saved.state_dict())
-    assert fresh.mask.rows.tolist() == MASK and fresh.mask.rows.dtype == torch.bool
-    x = contract.batch_for(saved)
-    assert x(fresh) == x(saved) != x(MaskedLoss([True] * 16, CE()))
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        MaskedLoss([True] * 15, CE()).load_state_dict(saved.state_dict())
-
-
-def test_the_caller_may_reuse_the_mask():
-    mask = torch.tensor(MASK)
-    loss = MaskedLoss(mask, CE())
-    mask.fill_(True)
-    assert loss.mask.rows.tolist() == MASK
-
-
-def test_what_it_refuses():
-    z, y = torch.zeros(2, 3), torch.tensor([0, 1])
-    for index in ([0, 16], [-1, 0]):
-        wrong = next(i for i in index if not 0 <= i < 16)
-        with pytest.raises(
-            ValueError, match=f"index {wrong} is outside the table of num_samples=16"
-        ):
-            MaskedLoss(MASK, CE())(z, y, index=torch.tensor(index))
-    with pytest.raises(TypeError, match="Whole is a loss on the whole batch"):
-        MaskedLoss(MASK, Whole())(z, y, index=y)
-    for mask in ([0, 3, 5], [1.0, 0.0], torch.ones(2, 2, dtype=torch.bool)):
-        with pytest.raises(ValueError, match="mask: expected a boolean for each training sample"):
-            MaskedLoss(mask, CE())
-    for term in (nn.CrossEntropyLoss(), CE):
-        with pytest.raises(TypeError, match="term: expected a loss"):
-            MaskedLoss(MASK, term)
-    with pytest.raises(ValueError, match="normalize='all'"):
-        MaskedLoss(MASK, CE(), normalize="all")
-    with pytest.raises(ValueError, match="num_classes=4"):  # as the term was made
-        MaskedLoss(MASK, BootSoft(num_classes=4))(z, y, index=y)
-
-
-def test_a_log_names_it_in_full():
-    assert repr(MaskedLoss(MASK, BootSoft(eps=0.3), normalize="selected")).startswith(
-        "MaskedLoss(\n  normalize=selected"
-    )
-    assert "BootSoft(eps=0.3, detach=False)" in repr(MaskedLoss(MASK, BootSoft(eps=0.3)))
