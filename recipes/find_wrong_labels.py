@@ -22,7 +22,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 from sklearn.metrics import roc_auc_score
-from torchvision import transforms as T
 from transformers.hf_argparser import HfArg
 
 import kd_plugins as kd
@@ -110,14 +109,11 @@ def main() -> dict:
     (s,) = kd.train.parse_settings(Settings, defaults={})
     if not s.networks and s.dynamics is None:
         raise SystemExit("give --networks (folders that export() wrote), --dynamics, or both")
-    data = datasets.load_dataset(s.data, split=s.split)
-    s.image = kd.data.find_column(data, "image", s.image)
-    s.label = s.label or kd.data.find_column(data, "label")
-    data = data.select(np.flatnonzero(data[s.where])) if s.where else data
+    data, s.image, s.label = kd.data.load_rows(s.data, s.split, s.image, s.label, s.where)
     networks = [kd.models.make_teacher(folder, None) for folder in s.networks]
-    size, plain = min(data[0][s.image].size), T.ToTensor()
-    plain = kd.data.picture_transform(networks[0], size) if networks else plain
-    view = kd.ImageView(data, plain, image=s.image, label=s.label, clean=s.clean)
+    columns = {"image": s.image, "label": s.label}
+    first = networks[0] if networks else None
+    view = kd.data.plain_view(data, first, clean=s.clean, **columns)
     wrong = None if s.clean is None else view.labels != view.clean_labels
     if wrong is not None and len(np.unique(wrong)) < 2:
         print(
@@ -128,18 +124,14 @@ def main() -> dict:
     suspects, results = rank(s, networks, view, wrong)
     rows = suspects.with_format("numpy")[:]
     suspects = suspects.select(np.flatnonzero(rows["proposed"] != rows["label"]))
-    out, columns = Path(s.output_dir), {"image": s.image, "label": s.label}
-    out.mkdir(parents=True, exist_ok=True)
-    suspects.to_parquet(out / "suspects.parquet")
-    suspects.to_csv(out / "suspects.csv")
-    kd.contact_sheet(suspects, data, out / "suspects.png", **columns)
-    kd.html_page(suspects, data, out / "suspects.html", count=s.count, **columns)
+    out = Path(s.output_dir)
+    paths = kd.audit.write_suspects(suspects, data, out, count=s.count, **columns)
     summary = vars(s) | {"rows": len(data), "suspects": len(suspects)} | results
     (out / "results.json").write_text(json.dumps(summary, indent=1))
     if wrong is not None:
         print(table(results, wrong.sum()))
     print(f"{len(suspects)} of {len(data)} labels are suspected:")
-    print(*(out / f"suspects.{kind}" for kind in ("html", "png", "csv", "parquet")), sep="\n")
+    print(*paths, sep="\n")
     return results
 
 

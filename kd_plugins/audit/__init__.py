@@ -2,7 +2,7 @@
 
 from .dynamics import read_dynamics, summarise
 from .estimate_transition import estimate_transition
-from .gallery import contact_sheet, html_page
+from .gallery import contact_sheet, html_page, write_suspects
 from .influence import influence_scores, select_lowest
 from .predict import predict_probs
 from .suspects import correct_labels, drop_suspects, find_suspects
@@ -19,4 +19,5 @@ __all__ = [
     "read_dynamics",
     "select_lowest",
     "summarise",
+    "write_suspects",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import warnings
 from collections.abc import Callable
 from hashlib import blake2b, sha256
 from html import escape
@@ -107,6 +108,33 @@ def html_page(
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_page(title, {"key": key, "names": names, "rows": data}), encoding="utf-8")
     return path
+
+
+def write_suspects(
+    suspects: Dataset,
+    dataset: Any,
+    folder: str | Path,
+    *,
+    count: int = 500,
+    image: str = "image",
+    label: str | None = "label",
+) -> list[Path]:
+    """Write suspects as a table (Parquet and CSV), an HTML page and a contact sheet.
+
+    The arguments are those of :func:`html_page`. Without matplotlib there is no contact sheet, and a
+    warning says so. Returns the paths.
+    """
+    folder = Path(folder)
+    columns: dict[str, Any] = {"image": image, "label": label}
+    paths = [html_page(suspects, dataset, folder / "suspects.html", count=count, **columns)]
+    paths += [folder / "suspects.parquet", folder / "suspects.csv"]
+    suspects.to_parquet(paths[1])
+    suspects.to_csv(paths[2])
+    try:
+        paths.append(contact_sheet(suspects, dataset, folder / "suspects.png", **columns))
+    except ImportError as error:
+        warnings.warn(str(error), stacklevel=2)
+    return paths
 
 
 def _first(suspects: Dataset, count: int) -> list[dict[str, Any]]:

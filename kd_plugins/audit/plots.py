@@ -303,10 +303,10 @@ def _save(fig: Any, path: str | Path) -> Path:
 # ----------------------------------------------------------------------------- the command line
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m kd_plugins.audit.plots") -> None:
     """Draw the pictures of the runs named on the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m kd_plugins.audit.plots",
+        prog=prog,
         description="Draw the pictures of runs, which may still be going, into RUN/pictures of the "
         "first one.",
     )

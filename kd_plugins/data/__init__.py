@@ -14,7 +14,18 @@ from .noise import (
     symmetric,
 )
 from .noisy_data import noisy_stream, noisy_view
-from .pictures import NOISE, Pictures, find_column, load_pictures, noise_by_name, picture_transform
+from .pictures import (
+    NOISE,
+    Pictures,
+    find_column,
+    hold_out,
+    load_data,
+    load_pictures,
+    load_rows,
+    noise_by_name,
+    picture_transform,
+    plain_view,
+)
 from .subset import SubsetView, as_view, num_samples, set_epoch
 from .teacher_cache import TeacherCache, cache_teachers
 from .webvision import load_webvision, write_webvision
@@ -33,7 +44,10 @@ __all__ = [
     "corrupt",
     "corrupt_by_key",
     "find_column",
+    "hold_out",
+    "load_data",
     "load_pictures",
+    "load_rows",
     "load_webvision",
     "noise_by_name",
     "noise_report",
@@ -42,6 +56,7 @@ __all__ = [
     "num_samples",
     "pair_flip",
     "picture_transform",
+    "plain_view",
     "same_classes",
     "set_epoch",
     "symmetric",

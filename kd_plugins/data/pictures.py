@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
@@ -10,6 +11,7 @@ import timm
 from torch import nn
 from torchvision import transforms as T
 
+from .image_view import ImageView
 from .labels import column_array, same_classes
 from .noise import circular, pair_flip, symmetric
 
@@ -43,7 +45,7 @@ def load_pictures(
         where: if given, train only on the rows where this column is true, and test only on the
             classes that they have.
     """
-    data = datasets.load_dataset(name)
+    data = load_data(name)
     test = next((split for split in ("test", "validation") if split in data), None)
     if "train" not in data or test is None:
         raise ValueError(
@@ -65,6 +67,58 @@ def load_pictures(
         labels, known = (column_array(part, label) for part in reversed(parts))
         parts[1] = _rows(parts[1], np.isin(labels, known))
     return Pictures(parts[0], parts[1], image, label)
+
+
+def load_data(name: str) -> datasets.DatasetDict:
+    """All splits of a data set: a hub id, a folder as ``datasets.load_dataset`` takes it, or a file.
+
+    Raises:
+        ValueError: it cannot be loaded. The error of ``datasets`` is its cause.
+    """
+    path = Path(name)
+    kind = {".jsonl": "json"}.get(path.suffix, path.suffix.removeprefix("."))
+    try:
+        if path.is_file():
+            return datasets.load_dataset(kind, data_files=name)
+        return datasets.load_dataset(name)
+    except (OSError, ValueError) as error:  # also no network, no such data set
+        raise ValueError(
+            f"data {name!r}: expected a hub id, a folder (one folder per class, or Parquet), or a "
+            f"Parquet file; datasets says: {error}"
+        ) from error
+
+
+def load_rows(
+    data: str | datasets.DatasetDict,
+    split: str = "train",
+    image: str | None = None,
+    label: str | None = None,
+    where: str | None = None,
+) -> tuple[datasets.Dataset, str, str]:
+    """One split of an image data set, and the names of its columns of pictures and of classes.
+
+    Args:
+        data: all its splits, or what :func:`load_data` takes.
+        split: of the data set.
+        image: column of pictures; see :func:`find_column`.
+        label: column of class indices; without it that of class names, see :func:`find_column`.
+        where: if given, only the rows where this column is true.
+    """
+    splits = load_data(data) if isinstance(data, str) else data
+    if split not in splits:
+        raise ValueError(f"the data have no split {split}, only {', '.join(splits)}")
+    rows = splits[split]
+    if where is not None and where not in rows.column_names:
+        raise ValueError(f"where={where!r}: there is no such column, only {rows.column_names}")
+    rows = _rows(rows, rows[where]) if where else rows
+    return rows, find_column(rows, "image", image), label or find_column(rows, "label")
+
+
+def hold_out(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """The rows to train on, and a tenth of each class, drawn at random, to evaluate on."""
+    order = np.random.default_rng(seed).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    return np.sort(np.delete(by_class, np.s_[::10])), np.sort(by_class[::10])
 
 
 def find_column(data: datasets.Dataset, kind: str, name: str | None = None) -> str:
@@ -112,18 +166,36 @@ def noise_by_name(
     return name
 
 
-def picture_transform(model: nn.Module, size: int, augment: bool = False) -> Any:
+def picture_transform(
+    model: nn.Module, size: int, augment: bool = False, as_bytes: bool = False
+) -> Any:
     """PIL picture -> normalised tensor for ``model``, with the augmentation of the papers if asked.
 
     Up to 64 px: resized to ``size``, padded by 4 px, cropped and flipped at random. Larger pictures
-    go through timm's transform for the model.
+    go through timm's transform for the model. With ``as_bytes`` the tensor is uint8 and not
+    normalised: ``MutualDistillationTrainer`` and ``predict_probs`` do that on the device.
     """
     cfg = timm.data.resolve_data_config(model=model)
     if size > 64:
-        return timm.data.create_transform(**cfg, is_training=augment)
+        return timm.data.create_transform(**cfg, is_training=augment, normalize=not as_bytes)
     crops = [T.RandomCrop(size, padding=4), T.RandomHorizontalFlip()] if augment else []
     last = [T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])]
+    last = [T.PILToTensor()] if as_bytes else last
     return T.Compose([T.Resize((size, size)), *crops, *last])
+
+
+def plain_view(rows: datasets.Dataset, model: nn.Module | None, **columns: Any) -> ImageView:
+    """A view without augmentation, normalised for ``model`` if there is one.
+
+    Args:
+        rows: pictures of one size up to 64 px, or any larger ones; the first one tells.
+        model: the network that will see them.
+        **columns: ``image``, ``label`` and ``clean`` of :class:`ImageView`.
+    """
+    view = ImageView(rows, T.ToTensor(), **columns)
+    if model is not None:
+        view.transform = picture_transform(model, min(view.readable(0)[1].size))
+    return view
 
 
 def _rows(data: datasets.Dataset, keep: Any) -> datasets.Dataset:

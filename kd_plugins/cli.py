@@ -1,0 +1,275 @@
+"""The command ``kd-plugins``: list the losses, train, find suspects, draw a run.
+
+``--help`` and ``list`` import neither transformers nor datasets.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from .losses import Loss, create_loss, list_losses, loss_class
+from .losses.registry import summarise_loss
+
+HELP = """\
+usage: kd-plugins COMMAND ...
+
+Train image classifiers on labels that are partly wrong, and find these labels.
+
+  list [PATTERN]                 the losses by name; the whole description of one
+  train DATA --models NAME ...   train one network, or several that teach each other
+  suspects DATA --networks FOLDER ... | --dynamics FOLDER
+                                 the labels that are probably wrong: table, page, pictures
+  report RUN ...                 draw the curves of runs, also of one that is still going
+
+`kd-plugins COMMAND --help` describes a command. DATA is a hub id, a folder (a folder for each
+class, or Parquet files) or a Parquet file.
+"""
+TRAIN = "kd-plugins train DATA --models NAME [NAME ...] --loss NAME [options]"
+SUSPECTS = "kd-plugins suspects DATA (--networks FOLDER ... | --dynamics FOLDER) [options]"
+DEFAULTS = {"output_dir": "runs/train", "report_to": "none", "save_total_limit": 2}
+DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
+
+
+def _help(text: str, **metadata: Any) -> dict[str, Any]:
+    return {"help": text} | metadata
+
+
+@dataclass
+class DataSettings:
+    """Where the pictures are."""
+
+    data: str = field(default="", metadata=_help("the data, if it is not the first word"))
+    image: str | None = field(
+        default=None, metadata=_help("column of pictures, if there are several")
+    )
+    label: str | None = field(
+        default=None, metadata=_help("column of classes, if there are several")
+    )
+
+
+@dataclass
+class TrainSettings(DataSettings):
+    """What ``kd-plugins train`` takes beside ``MutualTrainingArguments``."""
+
+    models: list[str] = field(
+        default_factory=lambda: ["resnet18"] * 2,
+        metadata=_help("timm names, hf-hub:ID or local-dir:PATH"),
+    )
+    loss: str = field(default="smkd", metadata=_help("a name that kd-plugins list shows"))
+    loss_args: str = field(default="{}", metadata=_help("""its arguments as JSON, '{"eta": 2}'"""))
+    teachers: list[str] = field(
+        default_factory=list,
+        metadata=_help("trained networks: folders of an export, or timm names"),
+    )
+    pretrained: bool = field(default=False, metadata=_help("start from timm's pretrained weights"))
+    augment: bool = field(default=True, metadata=_help("crop and flip the training pictures"))
+    dynamics: bool = field(
+        default=False, metadata=_help("keep the training dynamics in output_dir/dynamics")
+    )
+
+
+@dataclass
+class SuspectSettings(DataSettings):
+    """What ``kd-plugins suspects`` takes."""
+
+    networks: list[str] = field(
+        default_factory=list, metadata=_help("folders that an export wrote")
+    )
+    dynamics: str | None = field(default=None, metadata=_help("folder that train --dynamics wrote"))
+    split: str = field(
+        default="train", metadata=_help("the split in which to look; with dynamics the trained one")
+    )
+    output: str = field(
+        default="runs/suspects", metadata=_help("folder to write", aliases=["--output_dir"])
+    )
+    count: int = field(default=500, metadata=_help("suspects on the page"))
+    batch_size: int = field(default=256, metadata=_help("pictures in a batch"))
+    num_workers: int = field(default=0, metadata=_help("processes that read pictures"))
+
+
+def list_command(argv: Sequence[str]) -> None:
+    """``kd-plugins list [PATTERN]``."""
+    pattern = argv[0] if argv else "*"
+    if pattern in ("-h", "--help"):
+        print("usage: kd-plugins list [PATTERN]\n\nThe losses whose name matches a shell pattern.")
+        print("A name without * shows its call and its whole description.")
+        return
+    if len(argv) > 1 or not (names := list_losses(pattern)):
+        raise _refusal(f"list {' '.join(argv)}: no loss has this name", pattern, list_losses())
+    if names == [pattern]:
+        cls = loss_class(pattern)
+        print(f"{cls.__name__}{_signature(cls)}\n\n{inspect.getdoc(cls)}")
+        return
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+    for loss in map(summarise_loss, names):
+        others = ", ".join(loss.inputs[2:])
+        peers = "peers" if "peer" in loss.inputs[0] else "one network"
+        reads = f"{peers}{', ' * bool(others)}{others}"
+        line = f"{loss.name:20} {loss.formula} [{reads}]"
+        print(line if len(line) <= width else f"{line[: width - 1]}…")
+
+
+def train_command(argv: Sequence[str]) -> None:
+    """``kd-plugins train``: train, evaluate, export."""
+    from . import train as kd
+
+    kinds = (TrainSettings, kd.MutualTrainingArguments)
+    s, args = kd.parse_settings(*kinds, defaults=DEFAULTS, args=_data_first(argv), usage=TRAIN)
+    loss = make_loss(s.loss, s.loss_args, len(s.models))
+    models, train, evaluation = _networks_and_views(s, args)
+    trainer = kd.MutualDistillationTrainer(
+        *(models, loss, args),
+        teachers=s.teachers,
+        train_dataset=train,
+        eval_dataset=evaluation,
+        callbacks=[kd.DynamicsCallback()] if s.dynamics else [],
+    )
+    kd.claim_folder(args, **vars(s))  # not before all of it could be made
+    trainer.train(resume_from_checkpoint=True)
+    figures = trainer.evaluate()
+    trainer.save_state()
+    trainer.save_metrics("eval", figures)
+    paths = trainer.export()
+    if trainer.is_world_process_zero():
+        accuracy = {key: value for key, value in figures.items() if "accuracy" in key}
+        print(*(f"{key}: {value:.4f}" for key, value in sorted(accuracy.items())), sep="\n")
+        print(*paths, sep="\n")
+
+
+def make_loss(name: str, text: str, peers: int) -> Loss:
+    """The loss ``name`` with arguments in JSON. ``{"loss": NAME, ...}`` in there is a loss too."""
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise SystemExit(
+            f"--loss_args {text}: expected JSON such as {{'eta': 2}}: {error}"
+        ) from None
+    if not isinstance(given, dict):
+        raise SystemExit(f"--loss_args {text}: expected names and values in braces")
+    for key, value in given.items():
+        if isinstance(value, dict) and "loss" in value:
+            part = dict(value)
+            given[key] = create_loss(part.pop("loss"), **part)
+    cls = loss_class(name)
+    if peers > 1 and cls.num_peers > 1 and "num_peers" in inspect.signature(cls).parameters:
+        given.setdefault("num_peers", peers)
+    return create_loss(name, **given)
+
+
+def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, Any]:
+    """The networks, and views of the training and the validation data, which hold bytes."""
+    import timm
+    from transformers import set_seed
+
+    from . import data as kd
+    from .models import make_model
+
+    splits = kd.load_data(_named_data(s))
+    rows, image, label = kd.load_rows(splits, "train", s.image, s.label)
+    held = next((split for split in ("validation", "test") if split in splits), None)
+    columns: dict[str, Any] = {"image": image, "label": label}
+    train: Any = kd.ImageView(rows, _unchanged, seed=args.seed, **columns)
+    columns["class_names"] = train.class_names
+    evaluation: Any = kd.ImageView(splits[held] if held else rows, _unchanged, **columns)
+    set_seed(args.seed)
+    make: Any = partial(timm.create_model, pretrained=True) if s.pretrained else make_model
+    models = [make(name, num_classes=train.num_classes) for name in s.models]
+    size = min(train.readable(0)[1].size)
+    train.transform = kd.picture_transform(models[0], size, s.augment, as_bytes=True)
+    evaluation.transform = kd.picture_transform(models[0], size, as_bytes=True)
+    if held is None:  # of the same view, so that a row keeps its number
+        kept, out = kd.hold_out(train.labels, args.seed)
+        train, evaluation = kd.SubsetView(train, kept), kd.SubsetView(evaluation, out)
+    if args.process_index == 0:
+        how = f"the split {held}" if held else "a tenth of the split train, held out"
+        print(f"{len(train)} pictures to train on; validation: {len(evaluation)}, {how}")
+    return models, train, evaluation
+
+
+def suspects_command(argv: Sequence[str]) -> None:
+    """``kd-plugins suspects``: find and show the labels that are probably wrong."""
+    from . import audit, data, models
+    from .train import parse_settings
+
+    (s,) = parse_settings(SuspectSettings, defaults={}, args=_data_first(argv), usage=SUSPECTS)
+    if bool(s.networks) == bool(s.dynamics):
+        raise SystemExit("expected --networks FOLDER ... or --dynamics FOLDER, one of them")
+    rows, image, label = data.load_rows(_named_data(s), s.split, s.image, s.label)
+    columns = {"image": image, "label": label}
+    networks = [models.make_teacher(folder, None) for folder in s.networks]
+    view = data.plain_view(rows, networks[0] if networks else None, **columns)
+    names = view.class_names
+    if s.dynamics:
+        suspects = audit.find_suspects(dynamics=s.dynamics, class_names=names)
+    else:
+        loading = {"batch_size": s.batch_size, "num_workers": s.num_workers}
+        probs = audit.predict_probs(networks, view, **loading)
+        suspects = audit.find_suspects(view.labels, probs, class_names=names)
+    paths = audit.write_suspects(suspects, rows, s.output, count=s.count, **columns)
+    print(f"{len(suspects)} of {len(rows)} labels are suspected:", *paths, sep="\n")
+
+
+def report_command(argv: Sequence[str]) -> None:
+    """``kd-plugins report``: :func:`kd_plugins.audit.plots.main`."""
+    from .audit import plots
+
+    plots.main(argv, prog="kd-plugins report")
+
+
+COMMANDS = {
+    "list": list_command,
+    "train": train_command,
+    "suspects": suspects_command,
+    "report": report_command,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line. A user's error is one line on stderr, and exit code 2."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(HELP, end="")
+    elif command not in COMMANDS:
+        raise _refusal(f"there is no command {command}", command, list(COMMANDS))
+    elif command in ("train", "suspects"):
+        from .train import run_main
+
+        run_main(lambda: COMMANDS[command](rest))
+    else:
+        COMMANDS[command](rest)
+
+
+def _refusal(message: str, name: str, known: list[str]) -> SystemExit:
+    close = difflib.get_close_matches(name, known, n=3)
+    hint = f"; did you mean {' or '.join(close)}?" if close else f"; known: {', '.join(known)}"
+    print(f"kd-plugins: {message}{hint}", file=sys.stderr)
+    return SystemExit(2)
+
+
+def _signature(cls: type) -> str:
+    parameters = [p.replace(annotation=p.empty) for p in inspect.signature(cls).parameters.values()]
+    return str(inspect.Signature(parameters))
+
+
+def _unchanged(picture: Any) -> Any:
+    """Until the networks are there, whose transform it will be."""
+    return picture
+
+
+def _data_first(argv: Sequence[str]) -> list[str]:
+    """``DATA --models ...`` as ``--data DATA --models ...``."""
+    return ["--data", *argv] if argv and not argv[0].startswith("-") else list(argv)
+
+
+def _named_data(s: DataSettings) -> str:
+    if not s.data:
+        raise SystemExit("expected DATA first: a hub id, a folder or a Parquet file")
+    return s.data
