@@ -49,8 +49,8 @@ class _Help(ArgumentDefaultsHelpFormatter):
         super().__init__(prog, max_help_position=40)
 
     def _format_action_invocation(self, action: Action) -> str:
-        value = {0: "", "?": "", "+": " VALUE ..."}.get(action.nargs, " VALUE")  # type: ignore[call-overload]
-        return action.option_strings[0] + value
+        values: dict[Any, str] = {0: "", "?": "", "+": " VALUE ..."}
+        return action.option_strings[0] + values.get(action.nargs, " VALUE")
 
     def _get_help_string(self, action: Action) -> str | None:
         if action.default in (None, "", "{}", [], False, SUPPRESS):
