@@ -366,11 +366,6 @@ def _maps(value: Any) -> list[Tensor]:
     return [value] if isinstance(value, Tensor) else list(value)
 
 
-def at_layer(features: Any, layer: int) -> Tensor:
-    """One map [B, D, h, w] of a network's maps by layer, shallow to deep; a bare map is the only one."""
-    return features if isinstance(features, Tensor) else features[layer]
-
-
 def peer_name(k: int) -> str:
     """a, b, c ... for 0, 1, 2 ...: how peers are named in logs and folders."""
     return chr(ord("a") + k)

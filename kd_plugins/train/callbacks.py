@@ -75,7 +75,7 @@ class ShortBar(TrainerBar):
     """The Trainer's bar. It prints the few figures that fit a line; the log keeps them all."""
 
     shown = re.compile(
-        r"loss|learning_rate|chi|threshold|selected_.|right_.|epoch|train_(loss|runtime)|"
+        r"loss|learning_rate|threshold|selected_.|right_.|epoch|train_(loss|runtime)|"
         r"(eval_)(.*_)?(loss|accuracy|accuracy_ensemble|memorised)"
     )
 

@@ -52,9 +52,8 @@ def replay(batches, models, loss, lrs, momentum=0.9, weight_decay=5e-4):
         optimizer.step()
         report = {"loss": value.item()} | {k: v.item() for k, v in loss.stats.items()}
         for peer, (mask, taught) in zip("abc", loss.selection, strict=False):
-            report[f"selected_right_{peer}"] = (
-                (mask & (taught == batch["clean_labels"])).float().mean().item()
-            )
+            right = mask & (taught.argmax(-1) == batch["clean_labels"])
+            report[f"selected_right_{peer}"] = right.float().mean().item()
         reports.append(report)
     return reports
 
@@ -75,17 +74,11 @@ def test_run_is_a_plain_loop_and_logs_means_of_its_steps(tmp_path):
     assert [log["step"] for log in logs] == [4, 8, 12]
     keys = {
         f"{name}_{peer}"
-        for name in ("own", "taught", "selected", "right", "r", "eps")
+        for name in ("own", "taught", "selected", "right", "mean_certainty", "eps")
         for peer in "ab"
     }
-    assert logs[0].keys() == keys | {
-        "threshold",
-        "loss",
-        "grad_norm",
-        "learning_rate",
-        "epoch",
-        "step",
-    }
+    always = {"threshold", "loss", "grad_norm", "learning_rate", "epoch", "step"}
+    assert logs[0].keys() == keys | always
     for i, log in enumerate(logs):
         part = reports[4 * i : 4 * i + 4]
         mean = {name: sum(report[name] for report in part) / 4 for name in part[0]}
