@@ -139,7 +139,11 @@ def broken(folder, world):
 
 # how one step is taken where only rank 0 finds something to teach; of "taught", rank 1 has a loss
 # of exactly 0
-LONELY = {"batch": {"normalize": "batch"}, "selected": {}, "taught": {"own": 0.0}}
+LONELY = {
+    "batch": {"normalize": "batch"},
+    "selected": {"normalize": "selected"},
+    "taught": {"own": 0.0, "normalize": "selected"},
+}
 
 
 def lonely():
@@ -278,7 +282,7 @@ def test_two_processes_are_one(ranks, alone):
     for name in r:
         assert one[name] > 0.01
         assert first[name] == second[name] == pytest.approx(one[name].item(), abs=1e-6)
-        assert first[name.replace("certainty.mean", "certainty.count")] == ROWS
+        assert first[name.replace("running.mean", "running.count")] == ROWS
 
 
 def test_logs_are_means_over_the_ranks(ranks, alone):
@@ -415,7 +419,7 @@ def test_empty_selection_on_one_rank(name, ranks):
         name == "taught"
     )
     nets, pixels, labels = lonely()
-    how = {"own": 1.0, "normalize": "selected"} | LONELY[name]
+    how = {"own": 1.0} | LONELY[name]
     byhand = [slopes(nets, x, y, **how) for x, y in zip(pixels, labels, strict=True)]
     for ours, theirs, expected in zip(
         first["grads"], second["grads"], np.mean(byhand, axis=0), strict=True
@@ -458,7 +462,7 @@ def test_rows_that_do_not_divide_by_two_processes(ranks, tmp_path):
     run = uneven(tmp_path, 1, [data[i] for i in order], train_sampling_strategy="sequential")
     run.train()
     assert difference(first["state"], state(run.model)) < 1e-5
-    assert [v for name, v in first["state"].items() if name.endswith("certainty.count")] == [48, 48]
+    assert [v for name, v in first["state"].items() if name.endswith("running.count")] == [48, 48]
 
 
 if __name__ == "__main__":

@@ -166,9 +166,9 @@ def test_figures_equal_those_without_and_no_teacher_runs(tmp_path, bf16):
     )
     for data in (cached, again):
         weights, told = run(data, [])
-        assert difference(weights, expected) <= 1e-6 and told == [
-            pytest.approx(log, abs=1e-5) for log in logs
-        ]
+        assert difference(weights, expected) <= 1e-6
+        # a log has six digits: values that differ by 1e-7 may round to neighbours
+        assert told == [pytest.approx(log, abs=1.5e-5) for log in logs]
     assert not calls  # neither for a complete cache nor in training
 
 
