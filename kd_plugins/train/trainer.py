@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerState, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback as TrainerBar
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..data import as_view, same_classes
@@ -263,6 +264,8 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
             folder = Path(resume_from_checkpoint)
             refuse_damaged(folder)
             refuse_other_run(folder, self._run())
+            if (state := self._finished(folder)) is not None:
+                return state
         self._sums, self._steps = {}, 0
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -277,6 +280,17 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
             self.model.teachers.release()
         self._name_broken()
         return output
+
+    def _finished(self, folder: Path) -> TrainOutput | None:
+        """Load a checkpoint at ``max_steps``: the Trainer would take one more step in its epoch."""
+        state = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+        if not 0 < self.args.max_steps <= state.global_step:
+            return None
+        self._load_from_checkpoint(str(folder))
+        self.state = state
+        logger.info(f"{folder} is at max_steps={self.args.max_steps}: there is nothing to train")
+        losses = [log["train_loss"] for log in state.log_history if "train_loss" in log]
+        return TrainOutput(state.global_step, losses[-1] if losses else 0.0, {})
 
     def _last_checkpoint(self) -> str | None:
         """The last checkpoint that every process can go on from."""

@@ -206,7 +206,7 @@ def test_what_it_refuses():
             ValueError, match=f"index {wrong} is outside the table of num_samples=16"
         ):
             MaskedLoss(MASK, CE())(z, y, index=torch.tensor(index))
-    with pytest.raises(TypeError, match="Whole is a loss on the whole batch"):
+    with pytest.raises(TypeError, match="Whole is one number for the whole batch"):
         MaskedLoss(MASK, Whole())(z, y, index=y)
     for mask in ([0, 3, 5], [1.0, 0.0], torch.ones(2, 2, dtype=torch.bool)):
         with pytest.raises(ValueError, match="mask: expected a boolean for each training sample"):

@@ -367,3 +367,14 @@ def test_stock_trainer_reads_the_loss_from_its_own_folder(tmp_path):
     run = stock(tmp_path / "fourth", CE())
     run.train(str(tmp_path / "third" / "checkpoint-4"))
     assert run.state.global_step == 12
+
+
+def test_a_run_that_reached_max_steps_does_not_go_on(tmp_path):
+    """In the middle of an epoch the Trainer itself would take one more step."""
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    first = trainer(tmp_path, **settings)
+    first.train()
+    again = trainer(tmp_path, [Net(3), Net(4)], **settings)
+    output = again.train(resume_from_checkpoint=True)
+    assert output.global_step == again.state.global_step == 2
+    assert difference(again.model.state_dict(), first.model.state_dict()) == 0
