@@ -209,7 +209,7 @@ def test_what_it_refuses():
     with pytest.raises(TypeError, match="Whole is one number for the whole batch"):
         MaskedLoss(MASK, Whole())(z, y, index=y)
     for mask in ([0, 3, 5], [1.0, 0.0], torch.ones(2, 2, dtype=torch.bool)):
-        with pytest.raises(ValueError, match="mask: expected a boolean for each training sample"):
+        with pytest.raises(ValueError, match="mask: expected a boolean per training sample"):
             MaskedLoss(mask, CE())
     for term in (nn.CrossEntropyLoss(), CE):
         with pytest.raises(TypeError, match="term: expected a loss"):
