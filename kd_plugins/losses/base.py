@@ -81,7 +81,8 @@ class Loss(KeepsPrecision):
         names = {p.name for p in parameters}
         if unknown := names - set(INPUTS):
             raise TypeError(
-                f"{cls.__name__}.per_sample asks for {sorted(unknown)}: a loss can read only {INPUTS}"
+                f"{cls.__name__}.per_sample asks for {sorted(unknown)}: a loss can read only "
+                f"{INPUTS}"
             )
         cls.required_inputs = frozenset(names)
 
@@ -195,7 +196,7 @@ class Loss(KeepsPrecision):
         pairs = zip(self.selection, part.selection, strict=True)  # taught by one part or the other
         self.selection = [(a | b, torch.where(a.unsqueeze(-1), q, r)) for (a, q), (b, r) in pairs]
 
-    # ------------------------------------------------------------------------------- sizes, progress
+    # ------------------------------------------------------------------------------ sizes, progress
 
     def bind(
         self,
@@ -219,7 +220,7 @@ class Loss(KeepsPrecision):
         return self
 
     def take_sizes(self, sizes: Sizes) -> None:
-        """What :meth:`bind` does. A loss with other sizes calls :meth:`settle` for them, then this."""
+        """What :meth:`bind` does. A loss with more sizes calls :meth:`settle` for them first."""
         self.settle("num_samples", sizes.num_samples)
         self.settle("num_classes", sizes.num_classes)
         for part in parts_of(self):
@@ -264,7 +265,7 @@ class Loss(KeepsPrecision):
             if isinstance(module, Progress):
                 module.set(progress)
 
-    # ------------------------------------------------------------------------------------ arithmetic
+    # ----------------------------------------------------------------------------------- arithmetic
 
     def __add__(self, other: Loss) -> Sum:
         return Sum([*_terms(self), *_terms(other)]) if isinstance(other, Loss) else NotImplemented

@@ -64,6 +64,7 @@ def _full(t: Tensor) -> Tensor:
 def _rate(noise_rate: float) -> float:
     if not 0.0 <= noise_rate < 1.0:
         raise ValueError(
-            f"noise_rate={noise_rate}: expected the share of wrong labels, in [0, 1); at 1 no weight would learn"
+            f"noise_rate={noise_rate}: expected the share of wrong labels, in [0, 1); at 1 no "
+            "weight would learn"
         )
     return noise_rate

@@ -1,4 +1,4 @@
-"""Checks of arguments and batches. Errors name the value, what was expected, and the consequence."""
+"""Checks of arguments and batches. Errors name value, expectation and consequence."""
 
 from __future__ import annotations
 
