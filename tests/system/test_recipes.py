@@ -1015,8 +1015,9 @@ def test_rows_of_the_benchmark_that_want_a_gpu():
     """The parts that run without a GPU: two networks cost more than one, every loss has a call."""
     benchmark = runpy.run_path(str(RECIPES / "experiments" / "benchmark.py"))
     assert benchmark["two_peers_on_one"]("eager", True)[0] > 1
-    assert 1 <= benchmark["peak_memory"](64, 2000, torch.float32)[0] < 1.25
-    assert 1 <= benchmark["peak_memory"](64, 2000, torch.bfloat16)[0] < 1.25
+    # each refined label and the sum of them is written down: one [B, C] each
+    assert 1 <= benchmark["peak_memory"](64, 2000, torch.float32)[0] < 2
+    assert 1 <= benchmark["peak_memory"](64, 2000, torch.bfloat16)[0] < 2
     values = []
     for _, loss, call in benchmark["every_loss"]():
         loss.set_progress(0.5)
