@@ -16,8 +16,10 @@ ROOT = Path(__file__).parents[2]
 FAMILIES = {  # module of kd_plugins.losses -> title; a module that is not here has its own name
     "refined": "Corrected labels",
     "robust": "Robust losses",
+    "bi_tempered": "Robust losses, with two temperatures",
     "transition": "Transition matrices",
     "sample_memory": "Memory of each sample",
+    "averaged_labels": "Predictions averaged over time",
     "curriculum": "Curricula",
     "dmi": "Mutual information",
     "teacher_free": "Teacher-free distillation",
@@ -27,6 +29,7 @@ FAMILIES = {  # module of kd_plugins.losses -> title; a module that is not here 
     "distill_contrast": "Teachers, by contrast",
     "mutual": "Selective mutual distillation",
     "co_teaching": "Co-teaching",
+    "jocor": "Joint training",
     "online": "Mutual learning",
     "online_features": "Mutual learning, on features",
 }

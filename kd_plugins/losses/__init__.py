@@ -1,7 +1,9 @@
 """Losses by family; importing this package fills the registry."""
 
 from .._moved import moved_names
+from .averaged_labels import ELR, SAT, SELC
 from .base import Loss, Sum
+from .bi_tempered import BiTempered
 from .co_teaching import S2E, CoTeaching, CoTeachingPlus, S2ESchedule, SmallLoss
 from .curriculum import MentorNet
 from .distill import AEKD, AVER, CAMKD, EBKD, KD, LabelRevision
@@ -10,6 +12,7 @@ from .distill_contrast import CRD
 from .distill_features import AT, VID, FitNet
 from .dmi import DMI
 from .gradients import mask_noncritical_
+from .jocor import JoCoR
 from .masked import MaskedLoss
 from .mutual import SMKD, LowEntropy, Mutual, SelectAll, SelectNone, Selector
 from .online import DML, KDCL, MKD
@@ -42,6 +45,7 @@ __all__ = [
     "DMI",
     "DML",
     "EBKD",
+    "ELR",
     "FFL",
     "GCE",
     "KD",
@@ -53,10 +57,13 @@ __all__ = [
     "PCL",
     "RCE",
     "S2E",
+    "SAT",
     "SCE",
+    "SELC",
     "SMKD",
     "VID",
     "BackwardCorrection",
+    "BiTempered",
     "BootHard",
     "BootSoft",
     "CAMKDFeatures",
@@ -65,6 +72,7 @@ __all__ = [
     "ConfidencePenalty",
     "FitNet",
     "ForwardCorrection",
+    "JoCoR",
     "Joint",
     "LabelRevision",
     "LabelSmoothing",

@@ -301,8 +301,27 @@ def test_proselflc_trusts_more_with_time_and_mylc_with_certainty():
 @pytest.mark.parametrize("cls", [LabelSmoothing, ConfidencePenalty, BootSoft, BootHard])
 @pytest.mark.parametrize("eps", [-0.1, 1.1, float("nan")])
 def test_epsilon_is_a_share(cls, eps):
+    """Except for label smoothing below 0, which is negative label smoothing."""
+    if cls is LabelSmoothing and eps < 0:
+        assert cls(eps=eps).eps == eps
+        return
     with pytest.raises(ValueError, match=f"eps={eps}"):
         cls(eps=eps)
+
+
+@pytest.mark.parametrize("eps", [-0.4, -6.0])
+def test_negative_label_smoothing_is_the_published_sum(eps):
+    """(1 - r) CE + r mean_c (-ln p_c); the row of a sure and right network falls without end."""
+    ps = [[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]
+    z, y = torch.tensor(ps, dtype=torch.float64).log(), torch.tensor([0, 2])
+    expected = [
+        (1 - eps) * -math.log(p[k]) + eps * sum(-math.log(x) for x in p) / 3
+        for p, k in zip(ps, y.tolist(), strict=True)
+    ]
+    loss = LabelSmoothing(eps=eps, reduction="none")
+    assert loss(z, y).tolist() == pytest.approx(expected)
+    sure = [loss(torch.tensor([[s, 0.0, 0.0]]), y[:1]).item() for s in (10.0, 100.0)]
+    assert sure[1] < sure[0] < 0
 
 
 @pytest.mark.parametrize(
