@@ -100,26 +100,16 @@ def test_page_holds_all_and_loads_nothing(odd, tmp_path):
     ][:8]
     assert [row[3] for row in page["rows"]] == pytest.approx(suspects["score"][:8], abs=1e-4)
     assert page["names"] == {str(k): " ".join(name.split()) for k, name in enumerate(HOSTILE)}
-    for index, *_, uri in page["rows"]:
+    assert "small" not in page
+    for (index, *_), content in zip(page["rows"], page["pictures"], strict=True):
         if index == BROKEN:
-            assert uri is None
+            assert content is None
             continue
-        kind, content = re.fullmatch(r"data:image/(png|jpeg);base64,(.+)", uri).groups()
         picture = Image.open(BytesIO(base64.b64decode(content)))
-        assert (
-            picture.format.lower() == kind
-            and max(picture.size) <= 96
-            and picture.mode == "RGB"
-            and len(content) < 30_000
-        )
+        assert picture.format == "WEBP" and picture.mode == "RGB"
+        assert max(picture.size) == (32 if index == 1 else 8 if index == 6 else 96)  # not enlarged
+        assert len(content) < 15_000
         assert not {"icc_profile", "transparency"} & picture.info.keys()
-    assert (
-        max(Image.open(BytesIO(base64.b64decode(page["rows"][1][-1].split(",")[1]))).size) == 32
-    )  # not enlarged
-    assert {row[-1][:16] for row in page["rows"] if row[-1]} == {
-        "data:image/jpeg;",
-        "data:image/png;b",
-    }
 
     assert text.count("<script") == text.count("</script") == 2 and "<img" not in text
     title = re.findall(r"<(?:title|h1)>(.*?)</", text)
@@ -130,6 +120,23 @@ def test_page_holds_all_and_loads_nothing(odd, tmp_path):
         and "unsafe" not in policy
         and policy.count("'sha256-") == 2
     )
+
+
+def test_page_shows_neighbours(odd, tmp_path):
+    """The first four, each picture once, with their given labels."""
+    data, suspects = odd
+    near = [[(k + step) % 10 for step in range(1, 6)] for k in suspects["index"]]
+    suspects = suspects.add_column("neighbours", near)
+    _, page = page_of(html_page(suspects, data, tmp_path / "page.html"))
+    assert [row[6] for row in page["rows"]] == [rows[:4] for rows in near[:8]]
+    assert page["small"].keys() == {str(k) for rows in near[:8] for k in rows[:4]}
+    for row, (label, content) in page["small"].items():
+        assert label == int(row) % 6
+        assert (content is None) == (int(row) == BROKEN)
+    outside = suspects.remove_columns("neighbours").add_column("neighbours", [[10]] * 10)
+    with pytest.raises(ValueError, match="row 10, the data set 10 rows"):
+        html_page(outside, data, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_pages_and_sheets_that_cannot_be_drawn(odd, tmp_path):
