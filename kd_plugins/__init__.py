@@ -20,6 +20,7 @@ _LAZY = {
     "StatefulClassificationTask": "train.timm",
     "as_compute_loss_func": "train",
     "ImageView": "data",
+    "cache_features": "data",
     "cache_teachers": "data",
     "noisy_view": "data",
     "load_webvision": "data",

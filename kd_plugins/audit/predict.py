@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..data.feature_cache import FeatureView
 from ..data.image_view import ImageView
 from ..data.labels import class_positions
 from ..losses.refined import CE
@@ -23,7 +24,7 @@ from ..models.hosted import PeerModule
 
 def predict_probs(
     models: nn.Module | str | Path | Sequence[nn.Module | str | Path],
-    view: ImageView,
+    view: ImageView | FeatureView,
     *,
     batch_size: int = 256,
     num_workers: int = 0,
@@ -54,9 +55,9 @@ def predict_probs(
     Notes:
         In distributed training, every process predicts all pictures.
     """
-    if not isinstance(view, ImageView):
+    if not isinstance(view, ImageView | FeatureView):
         raise TypeError(
-            f"view: expected an ImageView, got {type(view).__name__}; select rows in the data set "
+            f"view: expected an ImageView or a FeatureView, got {type(view).__name__}; select rows in the data set "
             "below it, because row i of the result is row i of the view"
         )
     models = [models] if isinstance(models, nn.Module | str | Path) else list(models)
@@ -101,7 +102,7 @@ def _refuse_nan(probs: Tensor, index: Tensor) -> None:
         )
 
 
-def _class_order(network: nn.Module, view: ImageView) -> list[int]:
+def _class_order(network: nn.Module, view: ImageView | FeatureView) -> list[int]:
     """Where the network has each class of the view: by name, if the network has names."""
     count, wanted = class_count(network) or view.num_classes, view.class_names
     if count != len(wanted):

@@ -1,6 +1,7 @@
-"""Data: label noise, pictures with repeatable augmentation, WebVision, cached teachers."""
+"""Data: label noise, pictures with repeatable augmentation, WebVision, cached teachers and features."""
 
 from .._moved import moved_names
+from .feature_cache import FeatureView, cache_features
 from .image_view import ImageView
 from .labels import same_classes
 from .noise import (
@@ -32,6 +33,7 @@ from .webvision import load_webvision, write_webvision
 
 __all__ = [
     "NOISE",
+    "FeatureView",
     "ImageView",
     "NoiseReport",
     "Pictures",
@@ -39,6 +41,7 @@ __all__ = [
     "TeacherCache",
     "as_view",
     "asymmetric",
+    "cache_features",
     "cache_teachers",
     "circular",
     "corrupt",

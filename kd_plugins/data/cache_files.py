@@ -1,4 +1,4 @@
-"""The files of a cache of teacher logits. What was written before a kill is kept."""
+"""The files of a cache of what networks return. What was written before a kill is kept."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ import numpy as np
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("data", "transform", "teachers", "dtype", "classes")  # of the key
 ANOTHER = "Choose another folder, or delete it"
 
 
 class CacheFiles:
-    """`key.json`, `logits.npy` (float32 [N, T, C]) and `done.npy` (uint8 [N]) in one folder.
+    """`key.json`, an array of what networks return and `done.npy` (uint8 [N]) in one folder.
+
+    A row of `done.npy` is 0 until it is computed, then 1; or 2 where the picture cannot be read and
+    the row is that of the next readable one.
 
     Args:
         folder: for this cache alone.
-        shape: (N, T, C).
+        kind: "teacher" for `logits.npy`, "feature" for `features.npy`; both float32.
+        shape: (N, T, C) or (N, D).
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, int, int]) -> None:
-        self.folder, self.shape, self.size = folder, shape, int(np.prod(shape)) * 4
-        self.key, self.logits, self.done = (
-            folder / name for name in ("key.json", "logits.npy", "done.npy")
-        )
+    def __init__(self, folder: Path, kind: str, shape: tuple[int, ...]) -> None:
+        self.folder, self.kind, self.shape = folder, kind, shape
+        self.size = int(np.prod(shape)) * 4
+        self.key, self.done = folder / "key.json", folder / "done.npy"
+        self.values = folder / {"teacher": "logits.npy", "feature": "features.npy"}[kind]
 
     def claim(self, key: dict[str, Any], batch_size: int) -> list[int]:
         """Create the files, or check that those in the folder have this key.
@@ -47,13 +50,13 @@ class CacheFiles:
             self.folder.mkdir(parents=True, exist_ok=True)
             known = self.key.exists()
             if known:
-                self._refuse_other(_read_key(self.key), key)
-            elif self.logits.exists():
+                self._refuse_other(self._read_key(), key)
+            elif self.values.exists():
                 raise ValueError(
-                    f"{self.folder} has a logits.npy and no key.json: it is not a teacher cache, "
-                    f"or not all of one. {ANOTHER}"
+                    f"{self.folder} has a {self.values.name} and no key.json: it is not a "
+                    f"{self.kind} cache, or not all of one. {ANOTHER}"
                 )
-            if not _is_whole(self.logits, self.shape):
+            if not _is_whole(self.values, self.shape):
                 self.done.unlink(missing_ok=True)
                 if (free := shutil.disk_usage(self.folder).free) < self.size:
                     raise OSError(errno.ENOSPC, f"only {free:,} are free")
@@ -62,25 +65,25 @@ class CacheFiles:
                 part.write_text(json.dumps(key, indent=1), encoding="utf-8")
                 part.replace(self.key)  # whole or not at all
             for path, dtype, shape in (
-                (self.logits, np.float32, self.shape),
+                (self.values, np.float32, self.shape),
                 (self.done, np.uint8, self.shape[:1]),
             ):
                 if not _is_whole(path, shape):
                     _create(path, dtype, shape)
             done = np.load(self.done)
         logger.info(
-            f"Teacher logits {list(self.shape)} take {self.size / 1e6:.1f} MB in {self.folder}; "
-            f"{done.sum()} of {len(done)} rows are there."
+            f"{self.values.name} {list(self.shape)} takes {self.size / 1e6:.1f} MB in {self.folder}; "
+            f"{np.count_nonzero(done)} of {len(done)} rows are there."
         )
         starts = range(0, len(done), batch_size)
         return [start for start in starts if not done[start : start + batch_size].all()]
 
-    def write(self, start: int, logits: np.ndarray) -> None:
-        """Store the logits [B, T, C] of the rows from `start` on."""
+    def write(self, start: int, values: np.ndarray, replaced: np.ndarray) -> None:
+        """Store the values of the rows from `start` on, and which of them are of another row."""
         with self._named_errors():
-            _write(self.logits, start, logits)
-            # After the logits are on the disk: what is marked as done is there.
-            _write(self.done, start, np.ones(len(logits), np.uint8))
+            _write(self.values, start, values)
+            # After the values are on the disk: what is marked as done is there.
+            _write(self.done, start, np.where(replaced, 2, 1).astype(np.uint8))
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
@@ -89,32 +92,36 @@ class CacheFiles:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"the teacher cache in {self.folder} takes {self.size:,} bytes and cannot be "
+                f"the {self.kind} cache in {self.folder} takes {self.size:,} bytes and cannot be "
                 f"written: {error.strerror or error}",
             ) from error
 
     def _refuse_other(self, saved: dict[str, Any], current: dict[str, Any]) -> None:
-        other = [part for part in PARTS if saved.get(part) != current[part]]
+        other = [part for part in key_parts(current) if saved.get(part) != current[part]]
         if "data" in other and "transform" in other:
             other.remove("transform")  # its hash is of other pictures, and tells nothing
         if other:
             shown = [*other, *(["hint"] if "transform" in other else [])]
             raise ValueError(
-                f"the teacher cache in {self.folder} differs in {', '.join(other)}: it was made "
-                f"for { ({part: saved.get(part) for part in shown}) }, asked for is "
-                f"{ ({part: current[part] for part in shown}) }. Its logits are not those of these "
-                f"teachers for these pixels. {ANOTHER}"
+                f"the {self.kind} cache in {self.folder} differs in {', '.join(other)}: it was "
+                f"made for { ({part: saved.get(part) for part in shown}) }, asked for is "
+                f"{ ({part: current[part] for part in shown}) }. Its {self.values.stem} are not those "
+                f"of these networks for these pixels. {ANOTHER}"
             )
 
+    def _read_key(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.key.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.key} is not the key of a {self.kind} cache ({error}), so it is unknown "
+                f"whose {self.values.stem} are beside it. {ANOTHER}"
+            ) from error
 
-def _read_key(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is not the key of a teacher cache ({error}), so it is unknown whose logits "
-            f"are beside it. {ANOTHER}"
-        ) from error
+
+def key_parts(key: dict[str, Any]) -> list[str]:
+    """What must be the same in a key. The hint only explains a difference."""
+    return [part for part in key if part != "hint"]
 
 
 def _is_whole(path: Path, shape: tuple[int, ...]) -> bool:

@@ -93,10 +93,11 @@ def class_names(dataset: Any, column: str | None = None) -> list[str] | None:
         column: of a `Dataset`; by default "labels" or "label".
     """
     names = None if column else getattr(dataset, "class_names", None)
-    features = getattr(dataset, "features", None) or {}
-    for key in (column,) if column else ("labels", "label"):
-        if names is None and isinstance(features.get(key), ClassLabel):
-            names = features[key].names
+    if names is None:
+        features = getattr(dataset, "features", None) or {}
+        for key in (column,) if column else ("labels", "label"):
+            if names is None and isinstance(features.get(key), ClassLabel):
+                names = features[key].names
     return None if names is None or _are_numbers(names) else [str(name) for name in names]
 
 

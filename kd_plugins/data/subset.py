@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import ConcatDataset, Subset
 
+from .feature_cache import FeatureView
 from .image_view import ImageView
 from .teacher_cache import TeacherCache
 
@@ -18,7 +19,8 @@ class SubsetView(Subset):
     `broken`, ...) is the view's.
 
     Args:
-        view: an `ImageView`, the data of `cache_teachers`, or a `SubsetView`.
+        view: an `ImageView`, the data of `cache_teachers` or `cache_features`, or a
+            `SubsetView`.
         indices: positions in `view`.
     """
 
@@ -70,4 +72,4 @@ def set_epoch(dataset: Any, epoch: int) -> None:
 
 
 def _is_view(dataset: Any) -> bool:
-    return isinstance(dataset, ImageView | TeacherCache | SubsetView)
+    return isinstance(dataset, ImageView | TeacherCache | FeatureView | SubsetView)

@@ -14,19 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
+from torch import nn
 
-from ..losses.state import eval_mode
-from ..models.factory import class_count, logits_of
-from ..models.input_config import normalization_of
-from ..models.inputs import InputAdapter
-from .cache_files import PARTS, CacheFiles
-from .cache_key import data_key, teacher_key, transform_key, transform_text
+from ..models.factory import logits_of
 from .image_view import ImageView
-from .ranks import gather, on_first, rank_and_world
+from .network_outputs import network_outputs
 
 
 class TeacherCache(torch.utils.data.Dataset):
@@ -104,130 +96,15 @@ def cache_teachers(
         ValueError: a random transform, or a folder with other logits; the error says which.
         OSError: the folder cannot be written, or has too little space.
     """
-    teachers, folder = list(teachers), Path(os.path.abspath(folder))
-    _refuse_arguments(view, teachers, dtype)
-    rank, world = rank_and_world()
-    transform = transform_key(view)  # first, since it is cheap beside reading all pictures
-    with eval_mode(*teachers):
-        networks = _with_inputs(view, teachers, student, dtype)
-        classes = _count_classes(view, networks)
-        key = {
-            "transform": transform,
-            "teachers": [network.key for network in networks],
-            "dtype": str(dtype),
-            "classes": classes,
-            "hint": transform_text(view),
-        }
-        _refuse_differing(gather(key, world))
-        files = CacheFiles(folder, (len(view), len(teachers), classes))
-        starts = on_first(lambda: files.claim({"data": data_key(view)} | key, batch_size), world)
-        blocks = [range(k, min(k + batch_size, len(view))) for k in starts[rank::world]]
-        _compute(view, networks, files, blocks, num_workers, show=rank == 0)
-    if world > 1:
-        dist.barrier()
-    return TeacherCache(view, files.logits)
-
-
-class _Teacher:
-    """A frozen network with its input adapter and its autocast."""
-
-    def __init__(
-        self, network: nn.Module, adapter: InputAdapter, key: str, dtype: torch.dtype | None
-    ) -> None:
-        self.network, self.key, self.dtype = network, key, dtype
-        self.parameter = next(network.parameters(), None)
-        self.device = torch.device("cpu") if self.parameter is None else self.parameter.device
-        self.adapter = adapter.to(self.device)
-
-    def logits(self, pixels: Tensor) -> Tensor:
-        """The logits of a batch as in the Trainer: float32 [B, C]."""
-        dtype = pixels.dtype if self.parameter is None else self.parameter.dtype
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            pixels = self.adapter(pixels.to(self.device))
-            return logits_of(self.network(pixels.to(dtype))).float()
-
-
-def _with_inputs(
-    view: ImageView,
-    teachers: list[nn.Module],
-    student: nn.Module | None,
-    dtype: torch.dtype | None,
-) -> list[_Teacher]:
-    given = None if student is None else normalization_of([view], [student, *teachers])
-    networks = []
-    for teacher in teachers:
-        adapter = InputAdapter(teacher, teacher if student is None else student, given)
-        key = teacher_key(teacher, None if student is None else adapter.reference)
-        networks.append(_Teacher(teacher, adapter, key, dtype))
-    return networks
-
-
-def _count_classes(view: ImageView, networks: list[_Teacher]) -> int:
-    """The number of classes, the same for all teachers. One that does not tell is asked."""
-    pixels = torch.as_tensor(view[0]["pixel_values"])[None]
-    counts = [class_count(n.network) or n.logits(pixels).shape[-1] for n in networks]
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"the teachers have different numbers of classes: {counts}; they cannot teach together"
-        )
-    return counts[0]
-
-
-def _compute(
-    view: ImageView,
-    teachers: list[_Teacher],
-    files: CacheFiles,
-    blocks: list[range],
-    num_workers: int,
-    show: bool,
-) -> None:
-    """Compute and store the logits of some blocks of rows."""
-    if not blocks:
-        return
-    loader = DataLoader(
+    files = network_outputs(
         view,
-        batch_sampler=blocks,  # type: ignore[arg-type]
+        list(teachers),
+        folder,
+        "teacher",
+        lambda teacher, pixels: logits_of(teacher(pixels)),
+        first=student,
+        batch_size=batch_size,
         num_workers=num_workers,
-        generator=torch.Generator(),  # the global one stays as it is
+        dtype=dtype,
     )
-    bar = tqdm(loader, "teacher logits", leave=False, disable=None if show else True)
-    for rows, batch in zip(blocks, bar, strict=True):
-        logits = [teacher.logits(batch["pixel_values"]).cpu() for teacher in teachers]
-        for k, values in enumerate(logits):
-            expected = [len(rows), files.shape[2]]
-            if list(values.shape) != expected:
-                raise ValueError(
-                    f"teacher {k} gave logits {list(values.shape)}, expected {expected}"
-                )
-            if values.isnan().any():
-                raise ValueError(
-                    f"teacher {k} gave NaN for rows {rows.start} to {rows.stop - 1}, which the "
-                    f"cache would keep: check its weights, and dtype={teachers[k].dtype}"
-                )
-        files.write(rows.start, torch.stack(logits, dim=1).numpy())
-
-
-def _refuse_arguments(
-    view: ImageView, teachers: list[nn.Module], dtype: torch.dtype | None
-) -> None:
-    if not isinstance(view, ImageView):
-        raise TypeError(
-            f"the view must be an ImageView, got {type(view).__name__}: choose rows in the data "
-            "set below it"
-        )
-    if not teachers:
-        raise ValueError("there are no teachers: nothing to cache")
-    if dtype not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(
-            f"dtype={dtype}: expected torch.bfloat16, torch.float16 or None (no autocast)"
-        )
-
-
-def _refuse_differing(keys: list[dict[str, Any]]) -> None:
-    """Refuse processes that would write into one cache for different things."""
-    if other := [part for part in PARTS[1:] if any(key[part] != keys[0][part] for key in keys)]:
-        values = [{part: key[part] for part in other} for key in keys]
-        raise ValueError(
-            f"the processes differ in {', '.join(other)}: {values}; they would mix their logits in "
-            "one cache"
-        )
+    return TeacherCache(view, files.values)

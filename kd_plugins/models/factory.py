@@ -114,3 +114,19 @@ def logits_of(output: Any) -> Tensor:
             f"a network must return logits, or an output with .logits; got {type(output).__name__}"
         )
     return output
+
+
+def feature_head(
+    dim: int, num_classes: int, hidden: int | None = 512, dropout: float = 0.5
+) -> nn.Sequential:
+    """A classifier [B, dim] -> [B, num_classes] for frozen features.
+
+    Args:
+        dim: length of the features.
+        num_classes: C.
+        hidden: width of the one hidden layer; None for a linear classifier.
+        dropout: before the last layer.
+    """
+    body = [] if hidden is None else [nn.Linear(dim, hidden), nn.ReLU()]
+    last = nn.Linear(dim if hidden is None else hidden, num_classes)
+    return nn.Sequential(*body, nn.Dropout(dropout), last)

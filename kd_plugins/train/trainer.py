@@ -203,8 +203,9 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
     ) -> Any:
         """The loss of a batch, as the hosted module computes it."""
         kind = "training" if self.model.training else "evaluation"
-        if kind not in self._first_batches and "pixel_values" in inputs:
-            self._first_batches[kind] = batch_range(inputs["pixel_values"])
+        pixels = inputs.get("pixel_values")
+        if kind not in self._first_batches and pixels is not None and pixels.dim() == 4:
+            self._first_batches[kind] = batch_range(pixels)
         outputs = model(**inputs)
         if self.model.training:
             for name, value in self.model.stats.items():  # on the device: nothing waits for it
