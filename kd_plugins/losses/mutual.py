@@ -144,8 +144,9 @@ class Mutual(Loss):
             if base.get("weight") is not None:
                 raise ValueError("class weights are given twice: to the mutual loss and to refine")
             base["weight"] = refine.class_weights
-            self.weighs_labels = True
         super().__init__(**base)
+        if labels:  # the weights act inside H(q~, p), wherever they were given
+            self.weighs_labels, refine.class_weights = True, self.class_weights
         self.normalize = validate.one_of("normalize", normalize, NORMALIZE)
         self.own = validate.number("own", own, "it is the weight of each peer's own loss")
         why = "one network has nobody to learn from"

@@ -55,6 +55,37 @@ class Net(nn.Module):
         return self.fc(self.drop(x.flatten(1)))
 
 
+class Staged(nn.Module):
+    """Pixels [B, 3, H, W] -> logits [B, C], with the maps of its stages, in timm's interface."""
+
+    def __init__(self, channels=(2, 3, 6), classes=CLASSES, seed=0):
+        super().__init__()
+        state = torch.random.get_rng_state()
+        torch.manual_seed(seed)
+        pairs = itertools.pairwise((3, *channels))
+        self.stages = nn.ModuleList(nn.Conv2d(a, b, 3, 2, padding=1) for a, b in pairs)
+        self.fc = nn.Linear(channels[-1], classes)
+        torch.random.set_rng_state(state)
+        self.num_features, self.num_classes = channels[-1], classes
+        self.feature_info = [{"num_chs": channel} for channel in channels]
+
+    def forward_intermediates(self, pixels, output_fmt="NCHW"):
+        maps = []
+        for stage in self.stages:
+            pixels = nn.functional.gelu(stage(pixels))
+            maps.append(pixels)
+        return pixels, maps
+
+    def forward_features(self, pixels):
+        return self.forward_intermediates(pixels)[0]
+
+    def forward_head(self, last):
+        return self.fc(last.mean((2, 3)))
+
+    def forward(self, pixels):
+        return self.forward_head(self.forward_features(pixels))
+
+
 def to_tensor(picture):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 128 - 1
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_contract import C, batch_for, make
+from helpers.contract import C, batch_for, make
 
 from kd_plugins import list_losses
 from kd_plugins.losses import loss_class

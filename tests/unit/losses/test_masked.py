@@ -1,16 +1,14 @@
-"""MaskedLoss: the contract of losses, values by hand, its state, and what it refuses."""
+"""MaskedLoss: values by hand, its state, and what it refuses."""
 
-import inspect
 import math
 
 import pytest
-import test_contract as contract
 import torch
+from helpers import contract
 from helpers import reference as naive
 from torch import nn
 
 from kd_plugins import CE, DML, GCE, SMKD, BootSoft, Loss, MaskedLoss, MyLC
-from kd_plugins.losses import registry
 
 
 class Hint(Loss):
@@ -41,44 +39,6 @@ TERMS = {
     "sum": lambda: 0.5 * GCE() + 2 * Taught(),
     "peers": DML,
 }
-MASK = [i % 3 != 1 for i in range(16)]
-CHECKS = [
-    pytest.param(
-        f, id=n, marks=[m for m in getattr(f, "pytestmark", ()) if m.name != "parametrize"]
-    )
-    for n, f in vars(contract).items()
-    if n.startswith("test_") and list(inspect.signature(f).parameters) == ["name"]
-]
-
-
-@pytest.fixture
-def registered(monkeypatch, term):
-    """MaskedLoss has no defaults, so it is not registered, except in these tests."""
-    monkeypatch.setitem(registry._REGISTRY, "selected", MaskedLoss)
-    monkeypatch.setitem(contract.ARGUMENTS, "mask", lambda c: MASK)
-    monkeypatch.setitem(contract.ARGUMENTS, "term", lambda c: TERMS[term]())
-
-
-@pytest.mark.parametrize("term", ["state", "teacher", "features"])
-@pytest.mark.parametrize("check", CHECKS)
-def test_it_keeps_the_contract_of_losses(registered, check):
-    check("selected")
-
-
-@pytest.mark.parametrize("term", ["state", "teacher", "features"])
-def test_it_keeps_the_rest_of_the_contract(registered):
-    for shape in [(contract.B, contract.C), (1, 2)]:
-        contract.test_extremes_are_finite("selected", shape)
-    contract.test_half_precision_inputs_are_the_same_numbers_in_float32("selected", torch.bfloat16)
-    contract.test_own_buffers_keep_their_precision("selected", "half")
-    contract.test_a_label_outside_the_classes_is_named("selected", -1)
-
-
-def test_the_contract_is_not_empty():
-    assert {
-        "test_compiles_whole_and_once_for_all_of_training",
-        "test_checkpoint_pickle_and_copy_keep_the_results",
-    } <= {check.id for check in CHECKS}
 
 
 @pytest.mark.parametrize("normalize", ["batch", "selected"])
@@ -138,7 +98,7 @@ def test_the_term_by_hand():
 
 def test_the_objective_of_the_paper():
     """CE on all samples plus distillation on the kept ones, computed by hand."""
-    loss = 0.7 * CE() + 2 * MaskedLoss(MASK, Taught())
+    loss = 0.7 * CE() + 2 * MaskedLoss(contract.MASK, Taught())
     x = contract.batch_for(loss, dtype=torch.float64)
     assert loss.required_inputs == {"teacher", "index"}
     z, t = x.logits[0], x.extra["teacher"]
@@ -146,20 +106,20 @@ def test_the_objective_of_the_paper():
     for i, (row, y) in enumerate(zip(z.tolist(), x.target.tolist(), strict=True)):
         p = naive.softmax(row)
         expected -= 0.7 * math.log(p[y]) / len(z)
-        if MASK[x.extra["index"][i]]:
+        if contract.MASK[x.extra["index"][i]]:
             for k in range(len(t)):
                 q = naive.softmax(t[k, i].tolist())
                 expected += (
                     2 * sum((a - b) ** 2 for a, b in zip(p, q, strict=True)) / len(t) / len(z)
                 )
     assert x(loss).item() == pytest.approx(expected, abs=1e-12)
-    kept = sum(MASK[i] for i in x.extra["index"]) / len(z)
+    kept = sum(contract.MASK[i] for i in x.extra["index"]) / len(z)
     assert loss.stats["maskedloss_1_kept"].item() == pytest.approx(kept) and 0 < kept < 1
 
 
 def test_halves_of_a_batch_are_the_batch():
     """So for two processes or accumulation steps; not with normalize="selected"."""
-    whole = {n: MaskedLoss(MASK, GCE(), normalize=n) for n in ("batch", "selected")}
+    whole = {n: MaskedLoss(contract.MASK, GCE(), normalize=n) for n in ("batch", "selected")}
     x = contract.batch_for(whole["batch"], dtype=torch.float64)
     halves = x.take([0, 1, 2, 3]), x.take([4, 5, 6, 7])
     mean = {n: sum(half(loss) for half in halves) / 2 for n, loss in whole.items()}
@@ -176,15 +136,15 @@ def test_state_of_the_term_sees_the_whole_batch():
     loss.eval()
     x(loss)
     assert loss.term.r == term.r
-    follows = MaskedLoss(MASK, SMKD())
+    follows = MaskedLoss(contract.MASK, SMKD())
     follows.set_progress(0.5)
     assert contract.batch_for(follows)(follows).isfinite() and "threshold" in follows.stats
 
 
 def test_the_mask_is_in_the_checkpoint():
-    saved, fresh = MaskedLoss(MASK, CE()), MaskedLoss([True] * 16, CE())
+    saved, fresh = MaskedLoss(contract.MASK, CE()), MaskedLoss([True] * 16, CE())
     fresh.load_state_dict(saved.state_dict())
-    assert fresh.mask.rows.tolist() == MASK and fresh.mask.rows.dtype == torch.bool
+    assert fresh.mask.rows.tolist() == contract.MASK and fresh.mask.rows.dtype == torch.bool
     x = contract.batch_for(saved)
     assert x(fresh) == x(saved) != x(MaskedLoss([True] * 16, CE()))
     with pytest.raises(RuntimeError, match="size mismatch"):
@@ -192,10 +152,10 @@ def test_the_mask_is_in_the_checkpoint():
 
 
 def test_the_caller_may_reuse_the_mask():
-    mask = torch.tensor(MASK)
+    mask = torch.tensor(contract.MASK)
     loss = MaskedLoss(mask, CE())
     mask.fill_(True)
-    assert loss.mask.rows.tolist() == MASK
+    assert loss.mask.rows.tolist() == contract.MASK
 
 
 def test_what_it_refuses():
@@ -205,23 +165,23 @@ def test_what_it_refuses():
         with pytest.raises(
             ValueError, match=f"index {wrong} is outside the table of num_samples=16"
         ):
-            MaskedLoss(MASK, CE())(z, y, index=torch.tensor(index))
+            MaskedLoss(contract.MASK, CE())(z, y, index=torch.tensor(index))
     with pytest.raises(TypeError, match="Whole is one number for the whole batch"):
-        MaskedLoss(MASK, Whole())(z, y, index=y)
+        MaskedLoss(contract.MASK, Whole())(z, y, index=y)
     for mask in ([0, 3, 5], [1.0, 0.0], torch.ones(2, 2, dtype=torch.bool)):
         with pytest.raises(ValueError, match="mask: expected a boolean per training sample"):
             MaskedLoss(mask, CE())
     for term in (nn.CrossEntropyLoss(), CE):
         with pytest.raises(TypeError, match="term: expected a loss"):
-            MaskedLoss(MASK, term)
+            MaskedLoss(contract.MASK, term)
     with pytest.raises(ValueError, match="normalize='all'"):
-        MaskedLoss(MASK, CE(), normalize="all")
+        MaskedLoss(contract.MASK, CE(), normalize="all")
     with pytest.raises(ValueError, match="num_classes=4"):  # as the term was made
-        MaskedLoss(MASK, BootSoft(num_classes=4))(z, y, index=y)
+        MaskedLoss(contract.MASK, BootSoft(num_classes=4))(z, y, index=y)
 
 
 def test_a_log_names_it_in_full():
-    assert repr(MaskedLoss(MASK, BootSoft(eps=0.3), normalize="selected")).startswith(
+    assert repr(MaskedLoss(contract.MASK, BootSoft(eps=0.3), normalize="selected")).startswith(
         "MaskedLoss(\n  normalize=selected"
     )
-    assert "BootSoft(eps=0.3, detach=False)" in repr(MaskedLoss(MASK, BootSoft(eps=0.3)))
+    assert "BootSoft(eps=0.3, detach=False)" in repr(MaskedLoss(contract.MASK, BootSoft(eps=0.3)))

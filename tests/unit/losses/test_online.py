@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 from helpers import reference as naive
-from test_contract import batch_for, make, on_a_fake_accelerator
+from helpers.contract import batch_for, make
+from helpers.devices import on_a_fake_accelerator
 
 from kd_plugins import (
     CE,

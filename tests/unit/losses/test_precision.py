@@ -10,8 +10,8 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.contract import make
 from helpers.tiny import CLASSES, ROWS, Net, difference, state, trainer, view
-from test_contract import make
 
 from kd_plugins import CE, KD, SMKD, MyLC, ProSelfLC, create_loss, list_losses
 from kd_plugins.losses import validate

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from helpers.contract import batch_for, leaves, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_contract import batch_for, leaves, make
 
 from kd_plugins import list_losses
 
@@ -16,7 +16,6 @@ DTYPES = {
     "float16": 3e4,
 }  # and the largest logit tried in them
 PATTERNS = ("random", "uniform", "certain", "one class for all", "two alike", "huge", "tiny")
-FEATURES_ONLY = {"fitnet", "at", "vid", "crd", "camkd_features"}  # these never look at the logits
 TARGETS = ("index", "one-hot", "soft", "with zeros", "uniform")
 
 
@@ -66,10 +65,10 @@ def targets_like(kind, b, classes, generator):
     "ignore:DMI on a batch:UserWarning"
 )  # smaller than the classes: its determinant is zero
 @pytest.mark.parametrize("name", list_losses())
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(case=inputs())
 def test_any_batch_gives_finite_figures(name, case):
-    """Forty of them for each loss, twice each, for the second sees the first's state."""
+    """Twelve of them for each loss, twice each: the second call reads the first's state."""
     b, classes, dtype = case["b"], case["classes"], getattr(torch, case["dtype"])
     generator = torch.Generator().manual_seed(case["seed"])
     loss = make(name, classes, progress=case["progress"])
@@ -117,15 +116,12 @@ def nonsense(draw):
     return word, bad[word]()
 
 
-@pytest.mark.filterwarnings("ignore:DMI on a batch:UserWarning")
-@pytest.mark.parametrize("name", list_losses())
-@settings(max_examples=15, deadline=None, derandomize=True, database=None)
+@pytest.mark.parametrize("name", ["ce", "kd", "smkd", "joint"])
+@settings(max_examples=40, deadline=None, derandomize=True, database=None)
 @given(case=nonsense())
 def test_nonsense_is_refused_in_words(name, case):
-    """With a ValueError or a TypeError of ours, not with whatever an operator of torch says."""
+    """By the base class, with an error of ours, not with whatever an operator of torch says."""
     word, (z, y) = case
-    if word == "NaN" and name in FEATURES_ONLY:
-        return
     loss = make(name, max(3, z.shape[-1]))
     x = batch_for(loss, max(2, len(z)), max(3, z.shape[-1]))
     with pytest.raises((ValueError, TypeError), match=word.split()[0]):

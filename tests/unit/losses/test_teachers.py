@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import reference as naive
-from test_contract import batch_for, on_a_fake_accelerator
+from helpers.contract import batch_for
+from helpers.devices import on_a_fake_accelerator
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from kd_plugins import AEKD, AVER, CAMKD, CE, EBKD, KD, LabelRevision
