@@ -6,7 +6,8 @@
 
 `--method` is a name from `kd_plugins.list_losses()`, or `cdr`. Methods of several stages (`STAGES`
 below) train one network, each stage in its own folder; `--stage_epochs 4 8` gives their lengths.
-Co-teaching forgets, and CDR drops, the share `--rate`, as in their papers.
+Co-teaching and JoCoR forget, and CDR drops, the share `--rate`, as in their papers. With
+`--method co_teaching --loss_args forget=null` nothing has to be known; the log has a `noise_rate`.
 
 `--data` is a hub id or a folder (parquet, or one folder per class). Run a killed command again: it
 continues from its last complete checkpoint. Expected with 10,000 pictures, two small networks and
@@ -84,7 +85,7 @@ def make_loss(s: Settings, name: str, known: dict):
     own = pairs("loss_args", s.loss_args) if name == s.method else {}
     if name == "smkd":
         own["refine"] = kd.create_loss(s.refine, **pairs("refine_args", s.refine_args))
-    elif name in ("co_teaching", "co_teaching_plus"):
+    elif name in ("co_teaching", "co_teaching_plus", "jocor"):
         own = {"forget": s.rate} | own
     elif name == "soft_labels":
         own["labels"] = known["labels"]
@@ -187,6 +188,8 @@ def main() -> dict:
         elif following in TRANSITION and "transition" not in known:
             loader = DataLoader(fit, args.eval_batch_size, num_workers=args.dataloader_num_workers)
             known["transition"] = kd.estimate_transition(models[0], loader, method=s.estimator)
+            if args.process_index == 0:
+                print(f"noise rate by it: {kd.estimate_noise_rate(known['transition']):.1%}")
 
     figures = trainer.evaluate(test) | trainer.evaluate(fit, metric_key_prefix="train")
     trainer.save_state()

@@ -14,6 +14,7 @@ from .dmi import DMI
 from .gradients import mask_noncritical_
 from .jocor import JoCoR
 from .masked import MaskedLoss
+from .mixture import GMMSelector, clean_probability, estimate_noise_rate
 from .mutual import SMKD, LowEntropy, Mutual, SelectAll, SelectNone, Selector
 from .online import DML, KDCL, MKD
 from .online_features import AFD, FFL, PCL
@@ -72,6 +73,7 @@ __all__ = [
     "ConfidencePenalty",
     "FitNet",
     "ForwardCorrection",
+    "GMMSelector",
     "JoCoR",
     "Joint",
     "LabelRevision",
@@ -95,7 +97,9 @@ __all__ = [
     "TfKDReg",
     "TfKDSelf",
     "TruncatedGCE",
+    "clean_probability",
     "create_loss",
+    "estimate_noise_rate",
     "list_losses",
     "loss_class",
     "mask_noncritical_",

@@ -12,6 +12,7 @@ from torch import Tensor
 from . import validate
 from .base import LossArguments
 from .functional import Prediction, cross_entropy
+from .mixture import GMMSelector
 from .mutual import Mutual, Selector
 from .refined import CE
 from .registry import register_loss
@@ -106,7 +107,8 @@ class CoTeaching(Mutual):
     peers are ours.
 
     Args:
-        forget, ramp, exponent: R(t), see :class:`SmallLoss`; ``forget`` is the noise rate.
+        forget, ramp, exponent: R(t), see :class:`SmallLoss`; ``forget`` is the noise rate. With
+            ``forget=None`` it is not known, and a :class:`GMMSelector` finds the samples (ours).
         num_peers: how many networks; two in the paper.
 
     >>> loss = CoTeaching(forget=0.5, ramp=0)
@@ -118,13 +120,13 @@ class CoTeaching(Mutual):
 
     def __init__(
         self,
-        forget: float = 0.2,
+        forget: float | None = 0.2,
         ramp: float = 0.05,
         exponent: float = 1.0,
         num_peers: int = 2,
         **base: Unpack[LossArguments],
     ) -> None:
-        select = SmallLoss(forget, ramp, exponent)
+        select = GMMSelector() if forget is None else SmallLoss(forget, ramp, exponent)
         super().__init__(CE(), select, own=0.0, normalize="selected", num_peers=num_peers, **base)
 
 

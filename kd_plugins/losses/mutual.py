@@ -24,9 +24,13 @@ NORMALIZE = ("batch", "selected")
 class Selector(KeepsPrecision):
     """Which samples a network may teach: ``(prediction, target [B, C]) -> mask [B]`` of booleans.
 
-    The prediction carries no gradient. A selector may leave diagnostics in ``stats``.
+    The prediction carries no gradient. A selector may leave diagnostics in ``stats``. One that
+    compares a batch with the rest of the training data names ``index`` in ``required_inputs``,
+    makes its table in :meth:`build` and writes :meth:`choose`.
     """
 
+    required_inputs: frozenset[str] = frozenset()
+    num_samples: int | None = None
     stats: dict[str, Tensor]
 
     def __init__(self) -> None:
@@ -35,6 +39,15 @@ class Selector(KeepsPrecision):
 
     def forward(self, pred: Prediction, target: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def choose(
+        self, preds: Sequence[Prediction], target: Tensor, index: Tensor | None = None
+    ) -> list[Tensor]:
+        """The mask [B] of each network; ``index`` [B] are positions in the training data."""
+        return [self(pred, target) for pred in preds]
+
+    def build(self, num_samples: int, num_peers: int) -> None:
+        """Make what depends on these sizes."""
 
 
 class SelectAll(Selector):
@@ -154,19 +167,28 @@ class Mutual(Loss):
         copies = [refine, *(copy.deepcopy(refine) for _ in range(num_peers - 1))]
         self.refine: Any = nn.ModuleList(copies)
         self.select = select
-        self.required_inputs, self.layers = refine.required_inputs, refine.layers
-        self.any_precision = labels
+        self.required_inputs = refine.required_inputs | select.required_inputs
+        self.layers, self.any_precision = refine.layers, labels
+        self.num_samples: Any = select.num_samples
+        if "index" in select.required_inputs:
+            self.needs = {"num_samples": "num_samples"}
+            self.complete()
+
+    def build(self) -> None:
+        self.select.build(self.num_samples, self.num_peers)
 
     def take_sizes(self, sizes: Sizes) -> None:
         self.settle("num_classes", sizes.num_classes)
+        self.settle("num_samples", sizes.num_samples)
         for k, refine in enumerate(self.refine):
             maps = sizes.feature_dims if sizes.feature_dims is None else [sizes.feature_dims[k]]
             refine.take_sizes(dataclasses.replace(sizes, feature_dims=maps))
+        self.complete()
 
     def per_sample(self, logits: Sequence[Tensor], target: Tensor, **inputs: Any) -> Tensor:
         preds = [Prediction.of(z) for z in logits]
         constants = [pred.constant() for pred in preds]
-        masks = [self.select(constant, target) for constant in constants]
+        masks = self.select.choose(constants, target, inputs.get("index"))
         weights = [mask.to(target.dtype) for mask in masks]
         self.log("selected", weights)
         self.stats |= self.select.stats
