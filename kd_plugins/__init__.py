@@ -24,6 +24,7 @@ _LAZY = {
     "cache_teachers": "data",
     "noisy_view": "data",
     "load_webvision": "data",
+    "apply_decisions": "audit",
     "contact_sheet": "audit",
     "correct_labels": "audit",
     "drop_suspects": "audit",
@@ -32,6 +33,7 @@ _LAZY = {
     "html_page": "audit",
     "influence_scores": "audit",
     "predict_probs": "audit",
+    "read_decisions": "audit",
     "select_lowest": "audit",
 }
 

@@ -1,4 +1,4 @@
-"""The command ``kd-plugins``: list the losses, train, find suspects, draw a run.
+"""The command ``kd-plugins``: list the losses, train, find suspects, correct them, draw a run.
 
 ``--help`` and ``list`` import neither transformers nor datasets.
 """
@@ -27,6 +27,8 @@ Train image classifiers on labels that are partly wrong, and find these labels.
   train DATA --models NAME ...   train one network, or several that teach each other
   suspects DATA --networks FOLDER ... | --dynamics FOLDER
                                  the labels that are probably wrong: table, page, pictures
+  apply DECISIONS DATA --out FOLDER
+                                 the data without the labels that you found wrong
   report RUN ...                 draw the curves of runs, also of one that is still going
 
 `kd-plugins COMMAND --help` describes a command. DATA is a hub id, a folder (a folder for each
@@ -34,6 +36,7 @@ class, or Parquet files) or a Parquet file.
 """
 TRAIN = "kd-plugins train DATA --models NAME [NAME ...] --loss NAME [options]"
 SUSPECTS = "kd-plugins suspects DATA (--networks FOLDER ... | --dynamics FOLDER) [options]"
+APPLY = "kd-plugins apply DECISIONS.csv DATA --out FOLDER [options]"
 DEFAULTS = {"output_dir": "runs/train", "report_to": "none", "save_total_limit": 2}
 DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
 
@@ -93,6 +96,23 @@ class SuspectSettings(DataSettings):
     count: int = field(default=500, metadata=_help("suspects on the page"))
     batch_size: int = field(default=256, metadata=_help("pictures in a batch"))
     num_workers: int = field(default=0, metadata=_help("processes that read pictures"))
+
+
+@dataclass
+class ApplySettings(DataSettings):
+    """What ``kd-plugins apply`` takes."""
+
+    decisions: str = field(default="", metadata=_help("the CSV file, if it is not the first word"))
+    out: str = field(default="", metadata=_help("folder to write; it must not exist"))
+    how: str = field(
+        default="correct", metadata=_help("what to do with wrong labels: correct, drop or weight")
+    )
+    weight: float = field(
+        default=0.1, metadata=_help("of rows with a wrong label, with --how weight")
+    )
+    split: str = field(
+        default="train", metadata=_help("the split in which the suspects were found")
+    )
 
 
 def list_command(argv: Sequence[str]) -> None:
@@ -217,6 +237,26 @@ def suspects_command(argv: Sequence[str]) -> None:
     print(f"{len(suspects)} of {len(rows)} labels are suspected:", *paths, sep="\n")
 
 
+def apply_command(argv: Sequence[str]) -> None:
+    """``kd-plugins apply``: write the data without the labels that were decided to be wrong."""
+    from . import audit, data
+    from .train import parse_settings
+
+    given = list(argv)
+    if given and not given[0].startswith("-"):
+        given = [*_data_first(given[1:]), "--decisions", given[0]]
+    (s,) = parse_settings(ApplySettings, defaults={}, args=given, usage=APPLY)
+    if not s.decisions or not s.out:
+        raise SystemExit(f"expected {APPLY}")
+    splits = data.load_data(_named_data(s))
+    _, _, label = data.load_rows(splits, s.split, s.image, s.label)
+    how = {"split": s.split, "how": s.how, "weight": s.weight, "label": label}
+    done = audit.write_corrected(splits, s.decisions, s.out, **how, source=s.data)
+    print(
+        f"{done['changed']} labels are wrong; {done['before']} rows, now {done['after']}: {s.out}"
+    )
+
+
 def report_command(argv: Sequence[str]) -> None:
     """``kd-plugins report``: :func:`kd_plugins.audit.plots.main`."""
     from .audit import plots
@@ -228,6 +268,7 @@ COMMANDS = {
     "list": list_command,
     "train": train_command,
     "suspects": suspects_command,
+    "apply": apply_command,
     "report": report_command,
 }
 
@@ -239,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(HELP, end="")
     elif command not in COMMANDS:
         raise _refusal(f"there is no command {command}", command, list(COMMANDS))
-    elif command in ("train", "suspects"):
+    elif command in ("train", "suspects", "apply"):
         from .train import run_main
 
         run_main(lambda: COMMANDS[command](rest))

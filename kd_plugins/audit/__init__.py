@@ -1,13 +1,16 @@
 """Audit data and runs: wrong labels, training dynamics, influence, metrics and pictures."""
 
+from .corrected_data import write_corrected
+from .corrections import apply_decisions, correct_labels, drop_suspects, read_decisions
 from .dynamics import read_dynamics, summarise
 from .estimate_transition import estimate_transition
 from .gallery import contact_sheet, html_page, write_suspects
 from .influence import influence_scores, select_lowest
 from .predict import predict_probs
-from .suspects import correct_labels, drop_suspects, find_suspects
+from .suspects import find_suspects
 
 __all__ = [
+    "apply_decisions",
     "contact_sheet",
     "correct_labels",
     "drop_suspects",
@@ -16,8 +19,10 @@ __all__ = [
     "html_page",
     "influence_scores",
     "predict_probs",
+    "read_decisions",
     "read_dynamics",
     "select_lowest",
     "summarise",
+    "write_corrected",
     "write_suspects",
 ]

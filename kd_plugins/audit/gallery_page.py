@@ -17,9 +17,8 @@ from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
-from .corrections import data_signature
+from .corrections import data_signature, refuse_row_numbers
 from .gallery_rows import fit, labels_of, pictures_of, shown_rows
-from .suspects import refuse_row_numbers
 
 SIDE, NEAR = 96, 40  # of thumbnails, and of neighbours, in pixels
 NEIGHBOURS = 4  # shown on a card
@@ -38,9 +37,9 @@ def html_page(
 ) -> Path:
     """Write the first suspects as an HTML file, in which you filter, sort and decide.
 
-    It saves the decisions as a CSV file for :func:`correct_labels` and :func:`drop_suspects`. The
-    page opens from disk. It contains the thumbnails (WebP, up to 96 px) and loads nothing; its
-    content security policy forbids it to. Text from the data is never read as HTML. It draws only what is on the screen, so
+    It saves the decisions as a CSV file for :func:`apply_decisions`. The page opens from disk. It
+    contains the thumbnails (WebP, up to 96 px) and loads nothing; its content security policy
+    forbids it to. Text from the data is never read as HTML. It draws only what is on the screen, so
     20,000 suspects are as quick as 200.
 
     The arguments are those of :func:`contact_sheet`. If the suspects have a column ``neighbours``

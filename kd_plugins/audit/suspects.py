@@ -1,10 +1,8 @@
-"""Find the labels that are probably wrong, and correct or drop them.
+"""Find the labels that are probably wrong.
 
 >>> probs = predict_probs(["runs/pair/peer_a", "runs/pair/peer_b"], view)  # doctest: +SKIP
 >>> suspects = find_suspects(view.labels, probs, class_names=view.class_names)  # doctest: +SKIP
 >>> html_page(suspects, train, "suspects.html")  # doctest: +SKIP
->>> decisions = Dataset.from_csv("decisions.csv")  # from the page  # doctest: +SKIP
->>> train = correct_labels(train, decisions)  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -18,8 +16,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset
 
-from ..data import noisy_view
-from ..data.labels import check_labels, class_indices, column_array
+from ..data.labels import check_labels, class_indices
 from .dynamics import summarise
 
 CHUNK = 1 << 16  # rows per temporary copy; one of 2.4 million rows would take 500 MB
@@ -91,83 +88,6 @@ def find_suspects(
     return Dataset(table, fingerprint=blake2b(content, digest_size=8).hexdigest())
 
 
-def correct_labels(
-    dataset: Dataset, suspects: Dataset, *, label: str = "label", corrected: str = "corrected_label"
-) -> Dataset:
-    """Add the column `corrected`: the proposed label where `label` is wrong, else `label`.
-
-    No picture is copied.
-
-    Args:
-        dataset: the data in which the suspects were found.
-        suspects: the result of `find_suspects`, or some of its rows; all of them are corrected. If
-            there is a column `decision`, as in the CSV file of `html_page`, only rows marked
-            "wrong" are corrected. Rows marked "fine" and undecided rows (empty) keep their label; a
-            warning counts the undecided ones.
-        label: the column of doubted labels.
-        corrected: the name of the new column.
-
-    Raises:
-        ValueError: the suspects have other labels than `dataset`, or two proposals or decisions for
-            one row, or a row marked "wrong" with its own label as the proposal.
-    """
-    index, proposed = _wrong_rows(suspects, dataset, label)
-    labels = np.array(column_array(dataset, label))
-    if (same := labels[index] == proposed).any():
-        raise ValueError(
-            f"row {index[same][0]} is marked wrong, but the proposed label is its own, "
-            f"{proposed[same][0]}: expected another class"
-        )
-    labels[index] = proposed
-    return noisy_view(dataset, labels, label=label, noisy=corrected)
-
-
-def drop_suspects(dataset: Dataset, suspects: Dataset, *, label: str = "label") -> Dataset:
-    """Remove the rows whose label is wrong. No picture is copied.
-
-    Arguments, decisions and errors are those of :func:`correct_labels`.
-    """
-    index, _ = _wrong_rows(suspects, dataset, label)
-    keep = np.ones(len(dataset), bool)
-    keep[index] = False
-    return dataset.select(np.flatnonzero(keep))
-
-
-def refuse_other_rows(suspects: Dataset, labels: np.ndarray, source: str) -> None:
-    """Raise ValueError if the suspects belong to other rows, or propose two labels for one row.
-
-    Args:
-        suspects: the result of `find_suspects`, or the decisions from the page.
-        labels: the labels of the data set [N].
-        source: where these labels come from, for the error message.
-    """
-    index, given, proposed = _rows_of(suspects)
-    refuse_row_numbers(index, len(labels))
-    if (other := given != labels[index]).any():
-        row, expected = index[other][0], given[other][0]
-        raise ValueError(
-            f"row {row} has label {labels[row]} in {source}, and {expected} among the suspects: "
-            "they belong to other data, another order or another column"
-        )
-    order = np.argsort(index, kind="stable")
-    row, proposed = index[order], proposed[order]
-    if (twice := (np.diff(row) == 0) & (np.diff(proposed) != 0)).any():
-        k = int(twice.argmax())
-        raise ValueError(
-            f"row {row[k]} has two proposals among the suspects, {proposed[k]} and "
-            f"{proposed[k + 1]}: expected one"
-        )
-
-
-def refuse_row_numbers(index: np.ndarray, size: int) -> None:
-    """Raise ValueError if a row number is outside a data set of this size."""
-    if (outside := (index < 0) | (index >= size)).any():
-        raise ValueError(
-            f"the suspects have row {index[outside][0]}, the data set {size} rows: they belong to "
-            "another data set"
-        )
-
-
 def _from_probs(labels: Any, probs: Any) -> dict[str, np.ndarray]:
     labels, probs = class_indices(labels), np.asarray(probs)
     fits = probs.ndim == 2 and probs.shape[1] > 1 and labels.shape == probs.shape[:1]
@@ -213,43 +133,3 @@ def _from_dynamics(dynamics: Any) -> dict[str, np.ndarray]:
     agreed = columns["proposed"] == columns["label"]
     columns["p_proposed"] = np.where(agreed, columns["p_label"], confidence)
     return columns
-
-
-def _rows_of(suspects: Dataset) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row numbers, given labels and proposed labels of the suspects."""
-    return (
-        column_array(suspects, "index"),
-        column_array(suspects, "label"),
-        column_array(suspects, "proposed"),
-    )
-
-
-def _wrong_rows(suspects: Dataset, dataset: Dataset, label: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows whose label is wrong, and the labels proposed for them."""
-    refuse_other_rows(suspects, column_array(dataset, label), f"column {label!r}")
-    index, given, proposed = _rows_of(suspects)
-    wrong = proposed != given
-    if "decision" in suspects.column_names:
-        wrong = _decided_wrong(index, suspects["decision"][:])
-    return index[wrong], proposed[wrong]
-
-
-def _decided_wrong(index: np.ndarray, decisions: Sequence[str | None]) -> np.ndarray:
-    """Where the decision is "wrong" [N]. Unknown and contradictory decisions are refused."""
-    found: dict[int, str] = {}
-    for row, decision in zip(index.tolist(), decisions, strict=True):
-        decision = decision or ""
-        if decision not in ("wrong", "fine", ""):
-            raise ValueError(
-                f"row {row} has the decision {decision!r}: expected 'wrong', 'fine', or nothing "
-                "if it is undecided"
-            )
-        if found.setdefault(row, decision) != decision:
-            raise ValueError(
-                f"row {row} has two decisions, {found[row]!r} and {decision!r}: expected one"
-            )
-    if undecided := list(found.values()).count(""):
-        warnings.warn(
-            f"{undecided} of {len(found)} suspects are undecided and keep their label", stacklevel=4
-        )
-    return np.array([found[row] == "wrong" for row in index.tolist()], bool)

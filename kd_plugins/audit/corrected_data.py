@@ -1,0 +1,111 @@
+"""Write a data set after decisions, beside files that tell what was changed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Mapping
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from datasets import Dataset
+
+from ..data.labels import column_array
+from ..data.parquet_files import write_parquet
+from .corrections import NO_CLASS, apply_decisions, changes_of, data_signature, read_decisions
+
+
+def write_corrected(
+    splits: Mapping[str, Dataset],
+    decisions: str | Path,
+    folder: str | Path,
+    *,
+    split: str = "train",
+    how: str = "correct",
+    weight: float = 0.1,
+    label: str = "label",
+    source: str = "",
+) -> dict[str, int]:
+    """Apply decisions to one split, and write all splits as Parquet, complete or not at all.
+
+    Beside the data are ``changes.csv`` (row, label before and after, decision),
+    ``provenance.json`` (which decisions, which data, how) and a copy of the decisions.
+
+    Args:
+        splits: of the data set.
+        decisions: the CSV file of the page.
+        folder: to be made.
+        split: in which the suspects were found.
+        how, weight, label: see :func:`apply_decisions`.
+        source: where the data come from, for the provenance.
+
+    Returns:
+        The number of rows ``before`` and ``after``, and of those ``changed``, by name.
+
+    Raises:
+        ValueError: the folder exists and is not empty; and what :func:`apply_decisions` raises.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: name a new folder, so that nothing is mixed up")
+    table, rows = read_decisions(decisions), splits[split]
+    settings: dict[str, Any] = {"how": how, "weight": weight, "label": label}
+    applied = apply_decisions(rows, table, **settings)
+    # `load_dataset` expects the same columns in all splits.
+    others = {
+        name: apply_decisions(part, table.select([]), **settings)
+        for name, part in splits.items()
+        if name != split and label in part.column_names
+    }
+    part = folder.with_name(f"{folder.name}.{uuid4().hex}.part")
+    try:
+        write_parquet({**splits, **others, split: applied}, part)
+        changed = _write_changes(rows, table, part / "changes.csv", how, label)
+        figures = {"before": len(rows), "after": len(applied), "changed": changed}
+        told: dict[str, Any] = {"data": source, "split": split, "label": label, "how": how}
+        told |= {"weight": weight} if how == "weight" else {}
+        told |= {"data_before": _signature(rows, label), "data_after": _signature(applied, label)}
+        _write_provenance(part, decisions, told | figures)
+        if folder.exists():
+            folder.rmdir()
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return figures
+
+
+def _write_provenance(folder: Path, decisions: str | Path, told: dict[str, Any]) -> None:
+    """Write which decisions were applied, and ``told``."""
+    content = Path(decisions).read_bytes()
+    (folder / "decisions.csv").write_bytes(content)
+    by = {"decisions": Path(decisions).name, "decisions_sha256": sha256(content).hexdigest()}
+    whole = {"kd_plugins": version("kd-plugins")} | by | told
+    (folder / "provenance.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+
+
+def _write_changes(rows: Dataset, decisions: Dataset, path: Path, how: str, label: str) -> int:
+    """Write a line for each row that was changed; return their number."""
+    names = getattr(rows.features[label], "names", None)
+    decided = dict(zip(decisions["index"][:], decisions["decision"][:], strict=True))
+    changes = changes_of(decisions, rows, label)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["row", "from", "from_name", "to", "to_name", "decision", "done"])
+        for row, given, new in zip(*(values.tolist() for values in changes), strict=True):
+            done = {"correct": "corrected", "drop": "dropped", "weight": "weighted"}[how]
+            to = ["", ""]
+            if new != NO_CLASS:
+                to = [new, names[new] if names else ""]
+            elif how == "correct":
+                done = "dropped"
+            before = [row, given, names[given] if names else ""]
+            writer.writerow([*before, *to, decided[row], done])
+    return len(changes.rows)
+
+
+def _signature(rows: Dataset, label: str) -> str:
+    return data_signature(len(rows), column_array(rows, label))
