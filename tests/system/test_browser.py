@@ -8,9 +8,10 @@ import time
 import datasets
 import numpy as np
 import pytest
-from helpers.suspects import HOSTILE, odd_suspects
+from helpers.suspects import HOSTILE, encoded, odd_suspects
+from PIL import Image
 
-from kd_plugins import correct_labels, html_page
+from kd_plugins import cli, correct_labels, find_suspects, html_page
 
 FLAGS = [
     "--headless",
@@ -230,3 +231,183 @@ def test_light_and_dark(browser, tmp_path, scheme):
         text = luminance(browser.execute_script(colour, css, "color"))
         assert (max(text, ground) + 0.05) / (min(text, ground) + 0.05) >= 4.5, css
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+# ------------------------------------------------------------------------ keys, files, many rows
+
+NAMES = [f"class_{k}" for k in range(12)]
+
+
+def many(size):
+    """Pictures of one grey each, all with label 0 to 2, and class label + 1 proposed for all."""
+    grey = [encoded(Image.new("L", (4, 4), k)) for k in range(256)]
+    labels = np.arange(size) % 3
+    image = [{"bytes": grey[k % 256], "path": None} for k in range(size)]
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES)}
+    )
+    data = datasets.Dataset.from_dict({"image": image, "label": labels}, features=features)
+    probs = np.full((size, 12), 0.1 / 10, np.float32)
+    probs[np.arange(size), labels] = np.linspace(0.01, 0.4, size)
+    probs[np.arange(size), labels + 1] = 0.9 - probs[np.arange(size), labels]
+    return data, find_suspects(labels, probs, class_names=NAMES)
+
+
+def opened(browser, page):
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    browser.get(page.as_uri())
+    requests(browser), browser.get_log("browser")
+
+
+def press(browser, *keys):
+    for key in keys:
+        browser.switch_to.active_element.send_keys(key)
+
+
+def focused(browser):
+    return browser.execute_script(
+        "return document.activeElement.querySelector('.row')?.textContent ?? ''"
+    )
+
+
+def saved(browser):
+    """The CSV file that the page saves, as a path."""
+    for old in browser.downloads.glob("*.csv"):
+        old.unlink()
+    browser.find_element("css selector", "#export").click()
+    return until(lambda: next(browser.downloads.glob("*.csv"), None))
+
+
+def count_of(browser):
+    return browser.find_element("css selector", "#count").text
+
+
+def test_twenty_decisions_by_keyboard_are_applied(browser, tmp_path, monkeypatch, capsys):
+    """Page -> keys -> CSV -> kd-plugins apply -> load_dataset: the labels are as decided."""
+    from selenium.webdriver.common.keys import Keys
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    data, suspects = many(40)
+    data.to_parquet(tmp_path / "train.parquet")
+    opened(browser, html_page(suspects, data, tmp_path / "page.html"))
+    browser.find_element("css selector", ".card").send_keys(Keys.HOME)
+    expected = {}
+    for k, row in enumerate(suspects.select(range(20))):
+        index, label = row["index"], row["label"]
+        assert focused(browser) == f"row {index}"
+        if k % 5 == 0:  # a third class, found by a part of its name
+            press(browser, "o", *"_11", Keys.ENTER)
+            expected[index] = 11
+        elif k == 19:  # no class at all: the last of the list, which is the only one left
+            press(browser, "o", *"nothing", Keys.ARROW_DOWN, Keys.ENTER)
+            expected[index] = None
+        else:
+            press(browser, "wfsw"[k % 4])
+            expected[index] = row["proposed"] if "wfsw"[k % 4] == "w" else label
+    assert count_of(browser) == "40 of 40" + COUNTS.format(7, 4, 5, 4, 20)
+    file = saved(browser)
+    assert browser.get_log("browser") == []
+    shutil.move(file, tmp_path / "decisions.csv")
+
+    out = tmp_path / "better"
+    decisions, source = str(tmp_path / "decisions.csv"), str(tmp_path / "train.parquet")
+    cli.main(["apply", decisions, source, "--out", str(out)])
+    assert f"40 rows, now 39: {out}" in capsys.readouterr().out
+    better = datasets.load_dataset(str(out))["train"]
+    wanted = {k: expected.get(k, label) for k, label in enumerate(data["label"])}
+    wanted = {k: label for k, label in wanted.items() if label is not None}
+    assert dict(zip(better["original_row"], better["label"], strict=True)) == wanted
+    assert sum(a != b for a, b in zip(better["label"], better["given_label"], strict=True)) == 11
+    # The result is other data: the same decisions do not fit it.
+    with pytest.raises(SystemExit):
+        cli.main(["apply", decisions, str(out), "--out", str(tmp_path / "again")])
+    assert "made for data of 40 rows, these have 39" in capsys.readouterr().err
+
+
+def test_undo_and_a_file_that_is_loaded_again(browser, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+
+    data, suspects = many(30)
+    page = html_page(suspects, data, tmp_path / "page.html", title="undo")
+    opened(browser, page)
+    press(browser, Keys.HOME, "w", "f", "s", "w")
+    assert count_of(browser) == "30 of 30" + COUNTS.format(2, 1, 0, 1, 26)
+    press(browser, "u", "u")
+    assert focused(browser) == f"row {suspects[2]['index']}"  # the decision that came back
+    press(browser, "f")
+    browser.find_element("css selector", "#undo").click()
+    assert count_of(browser) == "30 of 30" + COUNTS.format(1, 1, 0, 0, 28)
+    press(browser, "o", *"_7", Keys.ENTER)
+    press(browser, "o", Keys.ENTER, Keys.ESCAPE)  # Enter without a choice does nothing
+    file = saved(browser)
+    marks = {card[0]: card[3] for card in browser.execute_script(SHOWN) if card[3]}
+    assert sorted(marks.values()) == ["class_7", "fine", "wrong"]
+    lines = file.read_text().splitlines()
+    foreign = tmp_path / "foreign.csv"
+    foreign.write_text("\n".join([*lines, lines[1].replace("-", "-0"), "99,0,1,wrong,1,", ""]))
+
+    browser.execute_script("localStorage.clear()")
+    browser.refresh()
+    assert "0 wrong" in count_of(browser)
+    browser.find_element("css selector", "#file").send_keys(str(foreign))
+    until(lambda: "Loaded 3 decisions; 2 others are not of this page" in count_of(browser))
+    assert {c[0]: c[3] for c in browser.execute_script(SHOWN) if c[3]} == marks
+    press(browser, "u")
+    assert "0 wrong" in count_of(browser)
+
+
+def test_filters_by_pair_and_decision(browser, tmp_path):
+    from selenium.webdriver.common.keys import Keys
+    from selenium.webdriver.support.select import Select
+
+    data, suspects = many(30)
+    opened(browser, html_page(suspects, data, tmp_path / "page.html", title="filters"))
+    pairs = Select(browser.find_element("css selector", "#pair"))
+    assert [o.text for o in pairs.options][1:] == [
+        f"class_{k} \u2192 class_{k + 1} (10)" for k in range(3)
+    ]
+    pairs.select_by_index(2)
+    shown = browser.execute_script(SHOWN)
+    assert len(shown) == 10 and {tuple(card[1:3]) for card in shown} == {("class_1", "class_2")}
+    Select(browser.find_element("css selector", "#decision")).select_by_value("open")
+    browser.find_elements("css selector", ".card")[3].send_keys("f")  # leaves the list at once
+    assert focused(browser) == f"row {shown[4][0]}" and count_of(browser).startswith("9 of 30")
+    press(browser, Keys.END, "s", "w")
+    rest = [card[0] for card in browser.execute_script(SHOWN)]
+    assert rest == [shown[k][0] for k in (0, 1, 2, 4, 5, 6, 7)]
+    press(browser, "u", "u", "u")
+    assert [card[0] for card in browser.execute_script(SHOWN)] == [card[0] for card in shown]
+    pairs.select_by_index(0)
+    assert count_of(browser).startswith("30 of 30")
+
+
+def test_of_many_rows_only_those_on_the_screen_are_drawn(browser, tmp_path):
+    """3,000 suspects, on a wide and on a narrow screen; the last is one key away."""
+    from selenium.webdriver.common.keys import Keys
+
+    data, suspects = many(3000)
+    page = html_page(suspects, data, tmp_path / "page.html", count=3000)
+    last = f"row {suspects[2999]['index']}"
+    for width in (1200, 390):
+        opened(browser, page)
+        size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": False}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        browser.refresh()
+        room = "const e = document.documentElement; return [e.scrollWidth, innerWidth]"
+        drawn = "return document.querySelectorAll('#cards li').length"
+        wide, inner = browser.execute_script(room)
+        assert inner == width and wide <= width  # nothing has to be scrolled to the side
+        assert 0 < browser.execute_script(drawn) < 120
+        press(browser, Keys.END)
+        assert focused(browser) == last
+        card = browser.switch_to.active_element
+        bottom = browser.find_element("css selector", "footer").rect["y"]
+        assert card.is_displayed() and card.rect["y"] + card.rect["height"] <= bottom + 1
+        press(browser, Keys.ARROW_UP, Keys.ARROW_LEFT, "w", Keys.HOME)
+        assert focused(browser) == f"row {suspects[0]['index']}"
+        assert browser.execute_script("return scrollY") < 600
+        browser.execute_script("scrollTo(0, document.body.scrollHeight / 2)")
+        middle = until(lambda: [r[0] for r in browser.execute_script(SHOWN)][50:51])
+        place = suspects["index"][:].index(middle[0])
+        assert 1000 < place < 2000 and browser.execute_script(drawn) < 120
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
