@@ -10,6 +10,8 @@ from .distill import AEKD, AVER, CAMKD, EBKD, KD, LabelRevision
 from .distill_camkd import CAMKDFeatures
 from .distill_contrast import CRD
 from .distill_features import AT, VID, FitNet
+from .distill_logits import DIST, DKD, NKD, WTTM
+from .distill_relations import PKT, RKD, SP
 from .dmi import DMI
 from .gradients import mask_noncritical_
 from .jocor import JoCoR
@@ -43,6 +45,8 @@ __all__ = [
     "CAMKD",
     "CE",
     "CRD",
+    "DIST",
+    "DKD",
     "DMI",
     "DML",
     "EBKD",
@@ -55,14 +59,19 @@ __all__ = [
     "MKD",
     "NCE",
     "NFL",
+    "NKD",
     "PCL",
+    "PKT",
     "RCE",
+    "RKD",
     "S2E",
     "SAT",
     "SCE",
     "SELC",
     "SMKD",
+    "SP",
     "VID",
+    "WTTM",
     "BackwardCorrection",
     "BiTempered",
     "BootHard",

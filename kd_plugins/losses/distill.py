@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import validate
 from .base import Loss, LossArguments
-from .functional import cross_entropy, entropy, kl, log_softmax, simplex_qp
+from .functional import cross_entropy, entropy, kl, log_softmax, simplex_qp, standardized
 from .registry import register_loss
 
 SCALES = ("paper", "code")
@@ -22,23 +22,49 @@ class KD(Loss):
 
     This is the term alone; ``0.1 * CE() + 0.9 * KD()`` is a whole objective. T² keeps the size of
     the gradient as T changes. With several teachers k it is AVER. A loss with other weights writes
-    :meth:`weights`.
+    :meth:`weights`; one that compares otherwise writes :meth:`divergence`.
 
     Args:
         temperature: T of teachers and student. CA-MKD and CRD's comparison use 4, with weights
             1 / 1 and 0.1 / 0.9 on cross-entropy / KD.
+        standardize: Sun et al.'s logit standardisation: each row of logits, of teachers and
+            student, is shifted to mean 0 and scaled to deviation 1 before it is divided by T. Their
+            usual setting is T = 2 with weights 0.1 / 9.
 
     References:
         Hinton et al., "Distilling the knowledge in a neural network", 2015 (arXiv 1503.02531).
+        Sun et al., "Logit standardization in knowledge distillation", CVPR 2024 (arXiv 2403.01427).
+
+    Notes:
+        Standardised, the term does not see the size of the student's logits; only cross-entropy
+        sets it, so keep a small weight on that. The gradient grows as the deviation of a row falls,
+        and two classes have none. As in the authors' code the deviation is that of C - 1 degrees of
+        freedom plus 1e-7, and the gradient passes through it. A row of equal logits has no
+        gradient; in the code it is of the order of 1e7.
 
     >>> z = torch.tensor([[2.0, 0.0, -1.0]])
     >>> KD()(z, torch.tensor([0]), teacher=z)
     tensor(0.)
     """
 
-    def __init__(self, temperature: float = 4.0, **base: Unpack[LossArguments]) -> None:
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        standardize: bool = False,
+        **base: Unpack[LossArguments],
+    ) -> None:
         super().__init__(**base)
         self.temperature = validate.positive("temperature", temperature, "logits are divided by it")
+        self.standardize = standardize
+
+    def soften(self, logits: Tensor) -> Tensor:
+        """log softmax(z / T) of logits [..., C], standardised first if asked."""
+        logits = standardized(logits) if self.standardize else logits
+        return log_softmax(logits / self.temperature)
+
+    def divergence(self, student: Tensor, target: Tensor, lesson: Tensor) -> Tensor:
+        """What a student pays per teacher and sample [T, B]; arguments as in :meth:`weights`."""
+        return self.temperature**2 * kl(lesson, student)
 
     def weights(self, student: Tensor, target: Tensor, teacher: Tensor, lesson: Tensor) -> Tensor:
         """w [T, B] of two teachers or more, with sum 1 over T; always taken as constants.
@@ -57,12 +83,12 @@ class KD(Loss):
         return 1.0
 
     def per_sample(self, logits: Tensor, target: Tensor, teacher: Tensor) -> Tensor:
-        return self.learn(logits, target, teacher, log_softmax(teacher / self.temperature))
+        return self.learn(logits, target, teacher, self.soften(teacher))
 
     def learn(self, logits: Tensor, target: Tensor, teacher: Tensor, lesson: Tensor) -> Tensor:
         """:meth:`per_sample`, where the student learns ``lesson`` instead of the teachers."""
-        student = log_softmax(logits / self.temperature)
-        divergence = self.temperature**2 * kl(lesson, student)  # [T, B]
+        student = self.soften(logits)
+        divergence = self.divergence(student, target, lesson)
         weight = torch.ones_like(divergence)  # of one teacher; the published weights are 0 / 0
         if len(teacher) > 1:
             with torch.no_grad():
@@ -80,6 +106,7 @@ class AVER(KD):
 
     Args:
         temperature: T of teachers and student.
+        standardize: as in :class:`KD`.
 
     References:
         Zhang et al., CA-MKD, ICASSP 2022 (arXiv 2201.00007), the baseline AVER.
@@ -90,9 +117,13 @@ class _Doubting(KD):
     """w_k = (1 - d_k) / (K - 1), where d_k is teacher k's share of the doubt, Σ_k d_k = 1."""
 
     def __init__(
-        self, temperature: float = 4.0, scale: str = "paper", **base: Unpack[LossArguments]
+        self,
+        temperature: float = 4.0,
+        scale: str = "paper",
+        standardize: bool = False,
+        **base: Unpack[LossArguments],
     ) -> None:
-        super().__init__(temperature, **base)
+        super().__init__(temperature, standardize, **base)
         self.scale = validate.one_of("scale", scale, SCALES)
 
     def doubt(self, target: Tensor, teacher: Tensor) -> Tensor:
@@ -113,6 +144,7 @@ class EBKD(_Doubting):
     Args:
         temperature: T of teachers and student, not of the weights.
         scale: ``"paper"``: weights with sum 1; ``"code"``: times (K - 1)/K.
+        standardize: as in :class:`KD`; the weights stay as they are.
 
     References:
         Kwon et al., "Adaptive knowledge distillation based on entropy", ICASSP 2020, as the
@@ -147,6 +179,7 @@ class CAMKD(_Doubting):
     Args:
         temperature: T of teachers and student, not of the weights.
         scale: ``"paper"``: weights with sum 1; ``"code"``: times 1/K.
+        standardize: as in :class:`KD`; the weights stay as they are.
 
     References:
         Zhang et al., "Confidence-aware multi-teacher knowledge distillation", ICASSP 2022
@@ -187,6 +220,7 @@ class AEKD(KD):
         temperature: T of teachers and student.
         cap: the largest weight, in (0, 1]; 1 is no bound. The authors' code has 0.6, with weights
             1 / 0.9 on cross-entropy / AEKD.
+        standardize: as in :class:`KD`; d_k is then the gradient by the standardised logits.
 
     References:
         Du et al., "Agree to disagree: adaptive ensemble knowledge distillation in gradient space",
@@ -200,9 +234,13 @@ class AEKD(KD):
     """
 
     def __init__(
-        self, temperature: float = 4.0, cap: float = 0.6, **base: Unpack[LossArguments]
+        self,
+        temperature: float = 4.0,
+        cap: float = 0.6,
+        standardize: bool = False,
+        **base: Unpack[LossArguments],
     ) -> None:
-        super().__init__(temperature, **base)
+        super().__init__(temperature, standardize, **base)
         self.cap = validate.fraction("cap", cap, "the largest weight", with_zero=False)
 
     def weights(self, student: Tensor, target: Tensor, teacher: Tensor, lesson: Tensor) -> Tensor:
@@ -216,18 +254,19 @@ class AEKD(KD):
 class LabelRevision(Loss):
     """Label Revision: a KD term on p' = b p + (1 - b) q instead of each teacher's p.
 
-    Here p = softmax(z_k / T) and b = eta / (p_max - p_y + 1). In p', which the student learns, the
+    Here p = softmax(z_k / T), as the term softens it, and b = eta / (p_max - p_y + 1). In p', which the student learns, the
     label's class leads by at least 1 - eta, and by exactly that where the teacher is wrong. A
     teacher is wrong where its largest class is not the target's. Where it is right, b = eta: it is
     mixed with the label as well, unless ``apply_to="wrong"``. For targets that are distributions
     p_y = Σ_c q_c p_c; the lead is promised for hard labels only.
 
-    ``term`` weighs the teachers. EBKD and CA-MKD weigh them by their own output, since revised all
+    ``term`` weighs the teachers, and compares. EBKD and CA-MKD weigh them by their own output, since revised all
     of them would know the label; AEKD weighs them by the gradients of the revised terms.
     ``stats["revised"]`` is the share of the teachers' answers that were wrong.
 
     Args:
-        term: ``KD``, ``AVER``, ``EBKD``, ``AEKD`` or ``CAMKD``; None is ``KD(temperature)``.
+        term: any loss on the teachers' logits that derives from ``KD``: ``AVER``, ``EBKD``,
+            ``AEKD``, ``CAMKD``, ``DKD``, ``DIST``, ``NKD``, ``WTTM``; None is ``KD(temperature)``.
         eta: in (0, 1); towards 1, p is revised just enough; towards 0, p' is the label.
         temperature: T, if ``term`` is None; None is 4.
         apply_to: ``"all"``, or ``"wrong"`` for the teachers' wrong answers only.
@@ -257,7 +296,8 @@ class LabelRevision(Loss):
         term = KD(4.0 if temperature is None else temperature) if term is None else term
         if not isinstance(term, KD):
             raise TypeError(
-                f"term={term!r}: expected KD, AVER, EBKD, AEKD or CAMKD; add other losses to it"
+                f"term={term!r}: expected KD, AVER, EBKD, AEKD, CAMKD, DKD, DIST, NKD or WTTM; "
+                "add other losses to it"
             )
         own = {"reduction": term.reduction, "weight": term.class_weights}
         super().__init__(**{"num_classes": term.num_classes} | own | base)
@@ -281,7 +321,7 @@ class LabelRevision(Loss):
         return torch.where(wrong.unsqueeze(-1), revised, log_p)
 
     def per_sample(self, logits: Tensor, target: Tensor, teacher: Tensor) -> Tensor:
-        lesson = self.revise(log_softmax(teacher / self.term.temperature), target)
+        lesson = self.revise(self.term.soften(teacher), target)
         self.term.stats = {}
         loss = self.term.learn(logits, target, teacher, lesson)
         self.collect(self.term)

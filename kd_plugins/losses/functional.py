@@ -32,6 +32,16 @@ def log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=-1, dtype=full_dtype(logits))
 
 
+def label_of(target: Tensor) -> Tensor:
+    """The class with the most mass as a mask: distributions [B, C] -> booleans [B, C].
+
+    A NaN does not show in it: a loss that reads nothing else of the target adds
+    ``0 * target.sum(-1)``.
+    """
+    classes = torch.arange(target.shape[-1], device=target.device)
+    return classes == target.argmax(-1, keepdim=True)
+
+
 def full_dtype(z: Tensor) -> torch.dtype:
     """The precision of a loss: float64 for float64, else float32."""
     return torch.float64 if z.dtype == torch.float64 else torch.float32
@@ -58,6 +68,31 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p ‖ q) = Σ_c p_c (log p_c - log q_c) per sample: ([..., C], [..., C]) -> [...]."""
     p = log_p.exp()
     return torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
+
+
+def centred(x: Tensor, dim: int = -1) -> Tensor:
+    """x less its mean over ``dim``. What is constant but for rounding is 0, without a gradient.
+
+    Whoever divides by the spread would otherwise make a gradient of 1e7 of rounding errors.
+    """
+    spread = x - x.mean(dim, keepdim=True)
+    with torch.no_grad():
+        rounding = 16 * torch.finfo(x.dtype).eps * x.abs().amax(dim, keepdim=True)
+        flat = spread.abs().amax(dim, keepdim=True) <= rounding  # False for NaN, which stays
+    return torch.where(flat, 0.0, spread)
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Each row with mean 0 and deviation 1, (z - mean z) / (1e-7 + std z): [..., C] -> [..., C].
+
+    The deviation is that of C - 1 degrees of freedom. A row of equal logits becomes 0.
+
+    >>> standardized(torch.tensor([[3.0, 5.0, 7.0]]))
+    tensor([[-1.,  0.,  1.]])
+    """
+    spread = centred(logits)
+    norm = torch.linalg.vector_norm(spread, dim=-1, keepdim=True)
+    return spread / (1e-7 + norm / math.sqrt(logits.shape[-1] - 1))
 
 
 def softened_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:

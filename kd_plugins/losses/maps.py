@@ -37,6 +37,14 @@ def map_at(name: str, maps: Sequence[Tensor], layer: int, batch_size: int) -> Te
     return found
 
 
+def vectors_at(name: str, maps: Sequence[Tensor], layer: int, batch_size: int) -> Tensor:
+    """The features of one layer as vectors [B, D]: a map is pooled, vectors are as they are."""
+    found = at_layer(name, maps, layer)
+    if found.dim() == 2 and len(found) == batch_size:
+        return found
+    return pooled(map_at(name, maps, layer, batch_size))
+
+
 def pooled(features: Tensor) -> Tensor:
     """Means over the positions of a map: [B, D, h, w] -> [B, D]."""
     return features.flatten(2).mean(2)

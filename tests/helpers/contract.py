@@ -16,12 +16,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 from helpers.tiny import Staged
 from kd_plugins import (
     CE,
+    DIST,
+    DKD,
     DML,
     GCE,
     KD,
     MKD,
+    NKD,
+    RKD,
     SMKD,
     FitNet,
+    LabelRevision,
     LowEntropy,
     MaskedLoss,
     Mutual,
@@ -72,6 +77,14 @@ def build_masked(term, **settings):
     return lambda classes, **kwargs: MaskedLoss(MASK, term(), **settings | kwargs)
 
 
+def build_with(cls, **options):
+    return lambda classes, **kwargs: cls(**options | kwargs)
+
+
+def build_revised(term):
+    return lambda classes, **kwargs: LabelRevision(term(), **kwargs)
+
+
 COMPOSED = {
     "sum": build_sum((0.5, MyLC), (2, GCE), (1, ProSelfLC)),
     "sum-taught": build_sum((0.1, CE), (0.9, KD), (0.5, FitNet)),
@@ -81,9 +94,14 @@ COMPOSED = {
     "mutual-unrefined": build_mutual(GCE, lambda: LowEntropy(1.2, b2=0.0)),
     "mutual-sum": build_mutual(lambda: 0.5 * MyLC() + CE(), LowEntropy),
     "mutual-features": build_mutual(FitNet, SelectAll),
+    "kd-standardized": build_with(KD, temperature=2.0, standardize=True),
+    "dkd-growing": build_with(DKD, warmup=0.9, standardize=True),
+    "revised-dist": build_revised(lambda: DIST(standardize=True)),
+    "revised-nkd": build_revised(NKD),
     "masked": build_masked(MyLC),
     "masked-taught": build_masked(KD, normalize="selected"),
     "masked-features": build_masked(FitNet),
+    "masked-relations": build_masked(RKD),
     "masked-peers": build_masked(DML),
 }
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.tiny import CLASSES, Net, arguments, rows, to_tensor, view
+from helpers.tiny import CLASSES, arguments, rows, to_tensor, view
 from torch import nn
 
 from kd_plugins import SMKD, DynamicsCallback, MutualDistillationTrainer, MyLC, find_suspects
