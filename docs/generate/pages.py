@@ -15,6 +15,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 FAMILIES = {  # module of kd_plugins.losses -> title; a module that is not here has its own name
     "refined": "Corrected labels",
+    "self_trust": "Corrected labels, by trust in the network",
     "robust": "Robust losses",
     "bi_tempered": "Robust losses, with two temperatures",
     "transition": "Transition matrices",

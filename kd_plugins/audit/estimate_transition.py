@@ -87,9 +87,9 @@ def anchor(probs: Tensor, quantile: float | None = None) -> Tensor:
 def dual_t(probs: Tensor, labels: Tensor, quantile: float | None = 0.97) -> Tensor:
     """Dual-T estimate T = T_club T_spade; rows sum to 1.
 
-    T_club[i, l] = P(predicted l | clean i) is the anchor estimate. T_spade[l, j], the share of noisy
-    label j among the samples predicted l, is counted; counting errs less than the posterior of a
-    network that is too sure of itself. On an exact posterior, :func:`anchor` is the exact one.
+    T_club[i, l] = P(predicted l | clean i) is the anchor estimate. T_spade[l, j], the share of
+    noisy label j among the samples predicted l, is counted; counting errs less than the posterior
+    of a network that is too sure of itself. On an exact posterior, :func:`anchor` is the exact one.
 
     Args:
         probs: softmax outputs [N, C] of a network trained on the noisy labels.

@@ -73,8 +73,8 @@ def write_suspects(
 ) -> list[Path]:
     """Write suspects as a table (Parquet and CSV), an HTML page and a contact sheet.
 
-    The arguments are those of :func:`html_page`. Without matplotlib there is no contact sheet, and a
-    warning says so. Returns the paths.
+    The arguments are those of :func:`html_page`. Without matplotlib there is no contact sheet, and
+    a warning says so. Returns the paths.
     """
     folder = Path(folder)
     columns: dict[str, Any] = {"image": image, "label": label}

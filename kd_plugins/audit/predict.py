@@ -57,8 +57,8 @@ def predict_probs(
     """
     if not isinstance(view, ImageView | FeatureView):
         raise TypeError(
-            f"view: expected an ImageView or a FeatureView, got {type(view).__name__}; select rows in the data set "
-            "below it, because row i of the result is row i of the view"
+            f"view: expected an ImageView or a FeatureView, got {type(view).__name__}; select rows "
+            "in the data set below it, because row i of the result is row i of the view"
         )
     models = [models] if isinstance(models, nn.Module | str | Path) else list(models)
     if not models:

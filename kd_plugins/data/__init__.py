@@ -1,4 +1,4 @@
-"""Data: label noise, pictures with repeatable augmentation, WebVision, cached teachers and features."""
+"""Data: label noise, pictures, repeatable augmentation, WebVision, cached teachers and features."""
 
 from .._moved import moved_names
 from .feature_cache import FeatureView, cache_features

@@ -72,8 +72,8 @@ class CacheFiles:
                     _create(path, dtype, shape)
             done = np.load(self.done)
         logger.info(
-            f"{self.values.name} {list(self.shape)} takes {self.size / 1e6:.1f} MB in {self.folder}; "
-            f"{np.count_nonzero(done)} of {len(done)} rows are there."
+            f"{self.values.name} {list(self.shape)} takes {self.size / 1e6:.1f} MB in "
+            f"{self.folder}; {np.count_nonzero(done)} of {len(done)} rows are there."
         )
         starts = range(0, len(done), batch_size)
         return [start for start in starts if not done[start : start + batch_size].all()]
@@ -105,8 +105,8 @@ class CacheFiles:
             raise ValueError(
                 f"the {self.kind} cache in {self.folder} differs in {', '.join(other)}: it was "
                 f"made for { ({part: saved.get(part) for part in shown}) }, asked for is "
-                f"{ ({part: current[part] for part in shown}) }. Its {self.values.stem} are not those "
-                f"of these networks for these pixels. {ANOTHER}"
+                f"{ ({part: current[part] for part in shown}) }. Its {self.values.stem} are not "
+                f"those of these networks for these pixels. {ANOTHER}"
             )
 
     def _read_key(self) -> dict[str, Any]:

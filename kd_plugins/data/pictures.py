@@ -70,7 +70,7 @@ def load_pictures(
 
 
 def load_data(name: str) -> datasets.DatasetDict:
-    """All splits of a data set: a hub id, a folder as ``datasets.load_dataset`` takes it, or a file.
+    """All splits of a data set: a hub id, a folder for ``datasets.load_dataset``, or a file.
 
     Raises:
         ValueError: it cannot be loaded. The error of ``datasets`` is its cause.

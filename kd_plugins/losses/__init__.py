@@ -20,19 +20,11 @@ from .mixture import GMMSelector, clean_probability, estimate_noise_rate
 from .mutual import SMKD, LowEntropy, Mutual, SelectAll, SelectNone, Selector
 from .online import DML, KDCL, MKD
 from .online_features import AFD, FFL, PCL
-from .refined import (
-    CE,
-    BootHard,
-    BootSoft,
-    ConfidencePenalty,
-    LabelSmoothing,
-    MyLC,
-    ProSelfLC,
-    Refined,
-)
+from .refined import CE, BootHard, BootSoft, ConfidencePenalty, LabelSmoothing, Refined
 from .registry import create_loss, list_losses, loss_class, register_loss
 from .robust import APL, GCE, MAE, NCE, NFL, RCE, SCE, TruncatedGCE
 from .sample_memory import Joint, SoftLabels
+from .self_trust import MyLC, ProSelfLC
 from .teacher_free import TfKDReg, TfKDSelf
 from .transition import BackwardCorrection, ForwardCorrection, TRevision
 

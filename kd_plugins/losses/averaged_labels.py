@@ -162,8 +162,8 @@ class SELC(_Averaged):
         self.require_sizes()
         if unseen := int((self.averages.rows.sum(-1) == 0).sum()):
             raise ValueError(
-                f"{unseen} of {self.num_samples} samples were not seen after begin={self.begin} and "
-                "have no corrected label: train an epoch over all of them, with drop_last=False"
+                f"{unseen} of {self.num_samples} samples were not seen after begin={self.begin} "
+                "and have no corrected label: train an epoch over all of them, with drop_last=False"
             )
         return self.averages.rows.clone()
 
@@ -191,7 +191,7 @@ class SELC(_Averaged):
 
 @register_loss("sat")
 class SAT(SELC):
-    """Self-adaptive training, L_i = w_i H(s_i, p_i) with w_i = max_c s_ic / mean over the batch of it.
+    """Self-adaptive training, L_i = w_i H(s_i, p_i), where w_i is max_c s_ic over its mean.
 
     The labels s_i are those of :class:`SELC`. Samples whose label has become unsure weigh less. The
     weights carry no gradient. Their mean is over the batch of a process, so the loss depends on how

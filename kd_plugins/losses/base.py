@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Self, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,9 @@ from torch.utils._pytree import tree_map
 
 from . import validate
 from .functional import as_probs, full_dtype
-from .state import KeepsPrecision, Progress
+from .sizes import NeedsSizes
+from .sizes import Sizes as Sizes
+from .state import Progress
 
 INPUTS = ("teacher", "features", "teacher_features", "index")  # beside logits and target
 REDUCTIONS = ("mean", "sum", "none")
@@ -29,17 +30,7 @@ class LossArguments(TypedDict, total=False):
     weight: Tensor | Sequence[float] | None
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What :meth:`Loss.bind` knows of data and networks; None is unknown."""
-
-    num_samples: int | None = None
-    num_classes: int | None = None
-    feature_dims: Sequence[Sequence[int]] | None = None  # per network, of each of its maps
-    teacher_feature_dims: Sequence[Sequence[int]] | None = None
-
-
-class Loss(KeepsPrecision):
+class Loss(NeedsSizes):
     """A drop-in for ``nn.CrossEntropyLoss``: ``loss(logits [B, C], target [B] or [B, C])``.
 
     A new loss writes :meth:`per_sample` and nothing else. What it reads beside logits and target is
@@ -56,7 +47,6 @@ class Loss(KeepsPrecision):
         num_peers: 1 for a loss of one network; K for one that takes a sequence of K logits.
         layers: which maps of ``features`` and ``teacher_features`` it reads.
         ema_decay: if set, ``teacher`` is the peers themselves with weights averaged at this decay.
-        needs: sizes without which it cannot run: attribute -> the argument of :meth:`bind`.
         stats: detached 0-d diagnostics of the last forward, by name.
         selection: None, or the samples that each peer taught in the last forward: a mask [B] and
             the targets [B, C].
@@ -66,7 +56,6 @@ class Loss(KeepsPrecision):
     num_peers: int = 1
     layers: tuple[int, ...] = (-1,)
     ema_decay: float | None = None
-    needs: Mapping[str, str] = {}
     any_precision = False  # per_sample takes logits of 16 bits as they are
     weighs_labels = False  # per_sample applies the class weights itself
     stats: dict[str, Tensor]
@@ -104,7 +93,6 @@ class Loss(KeepsPrecision):
             self.num_classes = len(weight)
         self.register_buffer("class_weights", weight, persistent=False)
         self.stats, self.selection = {}, None
-        self._built = False
 
     # ------------------------------------------------------------------------------------- calling
 
@@ -196,67 +184,7 @@ class Loss(KeepsPrecision):
         pairs = zip(self.selection, part.selection, strict=True)  # taught by one part or the other
         self.selection = [(a | b, torch.where(a.unsqueeze(-1), q, r)) for (a, q), (b, r) in pairs]
 
-    # ------------------------------------------------------------------------------ sizes, progress
-
-    def bind(
-        self,
-        num_samples: int | None = None,
-        num_classes: int | None = None,
-        feature_dims: Sequence[Sequence[int]] | None = None,
-        teacher_feature_dims: Sequence[Sequence[int]] | None = None,
-    ) -> Self:
-        """Fill in what the constructor left open, here and in all parts; returns the loss.
-
-        Args:
-            num_samples: rows of the training data.
-            num_classes: C.
-            feature_dims: for each network the channels of its maps (``models.feature_dims``).
-            teacher_feature_dims: the same for each teacher.
-
-        Raises:
-            ValueError: a size contradicts one that the loss was made for.
-        """
-        self.take_sizes(Sizes(num_samples, num_classes, feature_dims, teacher_feature_dims))
-        return self
-
-    def take_sizes(self, sizes: Sizes) -> None:
-        """What :meth:`bind` does. A loss with more sizes calls :meth:`settle` for them first."""
-        self.settle("num_samples", sizes.num_samples)
-        self.settle("num_classes", sizes.num_classes)
-        for part in parts_of(self):
-            part.take_sizes(sizes)
-        self.complete()
-
-    def settle(self, name: str, value: Any) -> None:
-        """Set the attribute ``name``, if it is one of ``needs`` and open; refuse another value."""
-        own = getattr(self, name, None)
-        if value is None or own == value:
-            return
-        if own is not None:
-            raise ValueError(
-                f"{type(self).__name__} was made for {name}={own}, and the data or the networks "
-                f"have {name}={value}"
-            )
-        if name in self.needs:
-            setattr(self, name, value)
-
-    def require_sizes(self) -> None:
-        """Raise if some of ``needs`` are still open."""
-        if missing := [name for name in self.needs if getattr(self, name) is None]:
-            call = ", ".join(f"{argument}=..." for argument in {self.needs[n]: 0 for n in missing})
-            raise RuntimeError(
-                f"{type(self).__name__} does not know {' and '.join(missing)}: pass it to the "
-                f"constructor or call loss.bind({call}); MutualDistillationTrainer does"
-            )
-
-    def complete(self) -> None:
-        """Call :meth:`build` once all of ``needs`` are known. The last line of a constructor."""
-        if not self._built and all(getattr(self, name) is not None for name in self.needs):
-            self._built = True
-            self.build()
-
-    def build(self) -> None:
-        """Make the tables and parameters whose sizes are in ``needs``. A subclass writes it."""
+    # ------------------------------------------------------------------------------------ progress
 
     def set_progress(self, progress: float) -> None:
         """Tell this loss and all its parts how far training is: t/Γ in [0, 1]."""
@@ -347,15 +275,6 @@ def _terms(loss: Loss) -> list[tuple[float, Loss]]:
     return (
         list(zip(loss.weights, loss.terms, strict=True)) if isinstance(loss, Sum) else [(1.0, loss)]
     )
-
-
-def parts_of(module: nn.Module) -> Iterator[Loss]:
-    """The losses that a loss is made of; not the parts of these."""
-    for child in module.children():
-        if isinstance(child, Loss):
-            yield child
-        else:
-            yield from parts_of(child)
 
 
 def _full(z: Tensor) -> Tensor:

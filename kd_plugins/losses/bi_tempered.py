@@ -17,7 +17,8 @@ STEPS = 8  # of Newton's method: Σ p = 1 up to rounding for t <= 4, C <= 20,000
 
 @register_loss("bi_tempered")
 class BiTempered(Loss):
-    """Bi-tempered logistic loss, L = Σ_c q_c (log_t1 q_c - log_t1 p_c) - (q_c^(2-t1) - p_c^(2-t1)) / (2 - t1).
+    """Bi-tempered logistic loss, a cross-entropy with two temperatures,
+    L = Σ_c q_c (log_t1 q_c - log_t1 p_c) - (q_c^(2-t1) - p_c^(2-t1)) / (2 - t1).
 
     log_t(x) = (x^(1-t) - 1) / (1 - t), and p_c = exp_t2(z_c - g) with the g that makes Σ_c p_c = 1.
     t1 < 1 bounds the loss by 1 / (1 - t1), so that an outlier far from the boundary costs little.

@@ -1,4 +1,4 @@
-"""Networks that learn from the samples that another one finds easy: Co-teaching, Co-teaching+, S2E."""
+"""Networks that learn from what another one finds easy: Co-teaching, Co-teaching+, S2E."""
 
 from __future__ import annotations
 
@@ -20,17 +20,11 @@ from .state import KeepsPrecision, Progress
 
 
 class SmallLoss(Selector):
-    """The k = int((1 - R(t)) B) samples of smallest H(q, p), R(t) = forget · min((t / ramp)^exponent, 1).
+    """The k = int((1 - R(t)) B) samples of smallest H(q, p).
 
-    R is the share left out. It is 0 at first, when no network knows right from wrong, and ``forget``
-    from ``ramp`` on. If k = 0, nothing is selected. Of equal losses the earlier sample goes first.
-
-    Source: Han et al., Co-teaching, NeurIPS 2018; t in [0, 1], so T_k = 10 of 200 epochs is
-    ramp = 0.05.
-    Differs: the authors' code counts epochs, rises linearly to forget^exponent and jumps to
-    ``forget`` after, and is NaN at k = 0. Here the exponent bends a ramp that ends at ``ramp``; with
-    exponent = 1 all are the same. k is rounded down with a tolerance of 1e-6 B, so that
-    int((1 - 0.2) 10) is 8 in any precision.
+    R(t) = forget · min((t / ramp)^exponent, 1) is the share left out. It is 0 at first, when no
+    network knows right from wrong, and ``forget`` from ``ramp`` on. If k = 0, nothing is selected.
+    Of equal losses the earlier sample goes first.
 
     Args:
         forget: share left out in the end, in [0, 1); the noise rate in the paper.
@@ -38,6 +32,16 @@ class SmallLoss(Selector):
         exponent: shape of the ramp, 1 in the paper's main results.
         keep: progress (0-d tensor) -> share kept (0-d tensor), in place of the three, such as
             :class:`S2ESchedule`.
+
+    References:
+        Han et al., "Co-teaching: robust training of deep neural networks with extremely noisy
+        labels", NeurIPS 2018. t is in [0, 1], so T_k = 10 of 200 epochs is ramp = 0.05.
+
+    Notes:
+        The authors' code counts epochs, rises linearly to forget^exponent and jumps to ``forget``
+        after, and is NaN at k = 0. Here the exponent bends a ramp that ends at ``ramp``; with
+        exponent = 1 all are the same. k is rounded down with a tolerance of 1e-6 B, so that
+        int((1 - 0.2) 10) is 8 in any precision.
 
     >>> pred = Prediction.of(torch.tensor([[0.0, 1.0], [3.0, 0.0]]))
     >>> SmallLoss(forget=0.5, ramp=0)(pred, torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
@@ -96,20 +100,23 @@ def smallest(losses: Tensor, k: Tensor, among: Tensor) -> Tensor:
 
 @register_loss("co_teaching")
 class CoTeaching(Mutual):
-    """Co-teaching, L = Σ_k Σ_{j≠k} mean of H(q, p_k) over the (1 - R(t)) B samples easiest for peer j.
+    """Co-teaching, L = Σ_k Σ_{j≠k} mean of H(q, p_k) over the (1 - R(t)) B easiest for peer j.
 
     Each network learns on what its peer chose, and on nothing else. A wrong label that one has come
     to believe is not fed back to itself. ``forget=0`` is plain cross-entropy of each.
-
-    Source: Han et al., "Co-teaching: robust training of deep neural networks with extremely noisy
-    labels", NeurIPS 2018.
-    Differs: the authors' code divides the mean over the k samples by k once more. More than two
-    peers are ours.
 
     Args:
         forget, ramp, exponent: R(t), see :class:`SmallLoss`; ``forget`` is the noise rate. With
             ``forget=None`` it is not known, and a :class:`GMMSelector` finds the samples (ours).
         num_peers: how many networks; two in the paper.
+
+    References:
+        Han et al., "Co-teaching: robust training of deep neural networks with extremely noisy
+        labels", NeurIPS 2018.
+
+    Notes:
+        The authors' code divides the mean over the k samples by k once more. More than two peers
+        are ours.
 
     >>> loss = CoTeaching(forget=0.5, ramp=0)
     >>> a = torch.tensor([[0.0, 9.0], [0.0, 0.0]])
@@ -138,16 +145,18 @@ class CoTeachingPlus(Mutual):
     predict alike teaches neither anything and makes them one network. Before progress ``start`` it
     is Co-teaching. Where the networks agree on the whole batch, both learn from all of it.
 
-    Source: Yu et al., "How does disagreement help generalization against label corruption?", ICML
-    2019.
-    Differs: the authors' code takes the cross-entropy of a softmax of the softmax, loses a sample
-    each time that number 0 of the data set comes, divides the mean by k once more (by B where all
-    agree), and compares epoch · batch with the step. As there, k = 0 takes all n.
-
     Args:
         forget, ramp, exponent: R(t), see :class:`SmallLoss`; ``forget`` is the noise rate.
         start: progress up to which it is Co-teaching: 5 of 200 epochs on CIFAR-100; 0.1 (20) on
             CIFAR-10, 0 on MNIST, 0.5 (100) on Tiny-ImageNet.
+
+    References:
+        Yu et al., "How does disagreement help generalization against label corruption?", ICML 2019.
+
+    Notes:
+        The authors' code takes the cross-entropy of a softmax of the softmax, loses a sample each
+        time that number 0 of the data set comes, divides the mean by k once more (by B where all
+        agree), and compares epoch · batch with the step. As there, k = 0 takes all n.
     """
 
     select: SmallLoss
@@ -196,18 +205,21 @@ class S2ESchedule(KeepsPrecision):
     f_1 = exp(-b2 t^b1) + b3 (t/T)^b4, f_2 = exp(-b2 t^b1) + b3 ln(1 + t^b4) / ln(1 + T^b4),
     f_3 = (1 + b2 t)^-b1 + b3 (t/T)^b4, f_4 = (1 + b2 t)^-b1 + b3 ln(1 + t^b4) / ln(1 + T^b4).
 
-    Source: Yao et al., "Searching to exploit memorization effect in learning with noisy labels",
-    ICML 2020.
-    Unsaid there: the two decays and the two growths are in the authors' code; that they pair into
-    these four is from memory of the paper and could not be confirmed. The code adds a third decay,
-    gives all of them one growth, and keeps at least 1 in 100. The default values are ours, not
-    searched: from 1 over 0.85 after 10 epochs to 0.80 at the end.
-
     Args:
         alpha: weights of the four, not negative, with sum 1.
         beta: for each of the four (b1, b2, b3, b4), not negative; searched in [0, 1], [0, 0.5],
             [0, 0.5] and [0, 2] in the code.
         horizon: T, the number of epochs in which t is counted.
+
+    References:
+        Yao et al., "Searching to exploit memorization effect in learning with noisy labels", ICML
+        2020.
+
+    Notes:
+        The two decays and the two growths are in the authors' code. That they pair into these four
+        could not be confirmed. The code adds a third decay, gives all of them one growth, and keeps
+        at least 1 in 100. The default values are ours, not searched: from 1 over 0.85 after 10
+        epochs to 0.80 at the end.
 
     >>> S2ESchedule()(torch.tensor([0.0, 1.0]))
     tensor([1.0000, 0.7983])
@@ -248,19 +260,22 @@ class S2ESchedule(KeepsPrecision):
 
 @register_loss("s2e")
 class S2E(Mutual):
-    """Co-teaching on a schedule that was searched: each peer chooses its (1 - R(t)) B easiest samples.
+    """Co-teaching on a searched schedule: each peer chooses its (1 - R(t)) B easiest samples.
 
     1 - R(t) = Σ_i alpha_i f_i(t). The schedule is given. To search for it, train many times and
     score each run on clean held-out data, in a loop around this loss.
 
-    Source: Yao et al., "Searching to exploit memorization effect in learning with noisy labels",
-    ICML 2020.
-    Differs: the authors' code divides the mean over the k samples by k once more. See
-    :class:`S2ESchedule` for the rest.
-
     Args:
         keep: progress (0-d tensor) -> share kept; None is ``S2ESchedule()``.
         num_peers: how many networks; two in the paper.
+
+    References:
+        Yao et al., "Searching to exploit memorization effect in learning with noisy labels", ICML
+        2020.
+
+    Notes:
+        The authors' code divides the mean over the k samples by k once more. See
+        :class:`S2ESchedule` for the rest.
     """
 
     def __init__(

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validate
-from .base import Loss, LossArguments, Sizes
+from .base import Loss, LossArguments
 from .maps import at_layer, map_at, same_size
 from .registry import register_loss
+from .sizes import Sizes
 
 Maps = Sequence[Tensor]  # of one network, shallow to deep
 TeacherMaps = Sequence[Maps]

@@ -96,7 +96,7 @@ def standardized(logits: Tensor) -> Tensor:
 
 
 def softened_kl(teacher: Tensor, student: Tensor, temperature: float) -> Tensor:
-    """T² KL(softmax(teacher / T) ‖ softmax(student / T)) of logits: ([..., C], [..., C]) -> [...]."""
+    """T² KL(softmax(teacher / T) ‖ softmax(student / T)): logits ([..., C], [..., C]) -> [...]."""
     lesson, answer = log_softmax(teacher / temperature), log_softmax(student / temperature)
     return temperature**2 * kl(lesson, answer)
 
@@ -135,7 +135,8 @@ def simplex_qp(gram: Tensor, cap: float = 1.0) -> Tensor:
         raise ValueError(f"simplex_qp: expected a matrix [K, K], got {list(gram.shape)}")
     if not cap * size >= 1.0 - 1e-9:
         raise ValueError(
-            f"cap={cap}: {size} weights of at most {cap} cannot sum to 1; expected at least 1/{size}"
+            f"cap={cap}: {size} weights of at most {cap} cannot sum to 1; expected at least "
+            f"1/{size}"
         )
     g = gram.double()
     scale = g.diagonal().abs().amax()
@@ -163,7 +164,7 @@ def simplex_qp(gram: Tensor, cap: float = 1.0) -> Tensor:
 
 
 class Prediction:
-    """Predictions p [..., C], by their logarithms. What follows is computed when it is first read."""
+    """Predictions p [..., C], by their logarithms. The rest is computed when it is first read."""
 
     def __init__(self, log_p: Tensor, positive: bool | None = None) -> None:
         self.log_p = log_p

@@ -27,8 +27,8 @@ def mask_noncritical_(parameters: Iterable[Tensor], noise_rate: float) -> None:
         Xia et al., "Robust early-learning: hindering the memorization of noisy labels", ICLR 2021.
 
     Notes:
-        The paper has a schedule for the factor of the critical gradients. The authors' code replaces
-        it by the constant 1 - tau, and so does this function.
+        The paper has a schedule for the factor of the critical gradients. The authors' code
+        replaces it by the constant 1 - tau, and so does this function.
 
     >>> w = torch.nn.Parameter(torch.tensor([[1.0, 1.0], [1.0, 1.0]]))
     >>> w.grad = torch.tensor([[4.0, -3.0], [2.0, 1.0]])

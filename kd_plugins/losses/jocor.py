@@ -17,7 +17,7 @@ from .registry import register_loss
 
 @register_loss("jocor")
 class JoCoR(Loss):
-    """JoCoR, L = mean over the (1 - R(t)) B smallest L_i of L_i = (1 - λ) Σ_k H(q, p_k) + λ Σ_{j≠k} KL(p_j ‖ p_k).
+    """JoCoR, L = mean of the (1 - R(t)) B smallest (1 - λ) Σ_k H(q, p_k) + λ Σ_{j≠k} KL(p_j ‖ p_k).
 
     The networks choose their samples together, by the loss that both reduce. A sample on which they
     disagree has a large one, and is left out. Each network gets the gradient of both divergences.
@@ -37,7 +37,8 @@ class JoCoR(Loss):
         co-regularization", CVPR 2020.
 
     Notes:
-        k = 0 gives 0; in the authors' code it is NaN. Of equal losses the earlier sample goes first.
+        k = 0 gives 0; in the authors' code it is NaN. Of equal losses the earlier sample goes
+        first.
 
     >>> loss = JoCoR(lambda_=0.5, forget=0.5, ramp=0)
     >>> a = torch.tensor([[0.0, 0.0], [0.0, 9.0]])

@@ -22,19 +22,22 @@ class MaskedLoss(Loss):
     ``l1 * CE() + l2 * MaskedLoss(mask, LabelRevision())``. The term sees the whole batch, so its
     state does not depend on the mask. The mask is in the checkpoint, whose mask wins.
 
-    Source: Lan et al., "Improve knowledge distillation via label revision and data selection", IEEE
-    TCDS 2025 (arXiv 2404.03693), its split of the data; the text could be read in part only.
-    Unsaid there: whether the distillation is a mean over the batch or over the kept part. Here it
-    is over the batch, so that a mask that keeps everything is the term alone.
-
     Args:
         mask: [N] booleans, one per row of the training data, the same on all processes. ``index``
             counts in them.
         term: the loss for the kept samples, one number per sample, whatever it reads.
-        normalize: ``"batch"``, or ``"selected"`` for a mean over the kept samples of the batch. That
-            depends on how a batch is cut over processes and accumulation steps; without a kept
+        normalize: ``"batch"``, or ``"selected"`` for a mean over the kept samples of the batch.
+            That depends on how a batch is cut over processes and accumulation steps; without a kept
             sample it is 0.
         **base: see :class:`Loss`; as in the term if not given.
+
+    References:
+        Lan et al., "Improve knowledge distillation via label revision and data selection", IEEE
+        TCDS 2025 (arXiv 2404.03693), its split of the data. The text could be read in part only.
+
+    Notes:
+        The paper does not say whether the distillation is a mean over the batch or over the kept
+        part. Here it is over the batch, so that a mask that keeps everything is the term alone.
 
     >>> from kd_plugins import CE
     >>> loss = MaskedLoss([True, False, False], CE())

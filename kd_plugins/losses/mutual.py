@@ -1,4 +1,4 @@
-"""Several networks that learn together: who teaches what (selectors), and what is taught (labels)."""
+"""Several networks that learn together: selectors say who teaches, refined labels what."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import validate
-from .base import Loss, LossArguments, Sizes, peer_name
+from .base import Loss, LossArguments, peer_name
 from .functional import Prediction, logistic
-from .refined import MyLC, Refined
+from .refined import Refined
 from .registry import register_loss
+from .self_trust import MyLC
+from .sizes import Sizes
 from .state import KeepsPrecision, Progress
 
 NORMALIZE = ("batch", "selected")
@@ -72,12 +74,17 @@ class LowEntropy(Selector):
     negative eta select nothing, eta < 1 with b2 = 0 everything. At eta = 1 rounding decides about
     uniform rows: use ``SelectAll()``.
 
-    Source: Li et al., SMKD, IJCNN 2023, the static and the progressive threshold.
-    Unsaid there: t/Γ is the progress in steps. H is exact (0 log 0 = 0), so chi = 0 selects nothing.
-
     Args:
         eta: the larger, the stricter; 1 to 4 in the paper.
         b2: change of the threshold over training; the paper publishes its sign only.
+
+    References:
+        Li et al., "Selective mutual knowledge distillation", IJCNN 2023 (arXiv 2106.01489), the
+        static and the progressive threshold.
+
+    Notes:
+        t/Γ is the progress in steps, which the paper leaves open. H is exact (0 log 0 = 0), so
+        chi = 0 selects nothing.
 
     >>> pred = Prediction.of(torch.tensor([[5.0, 0.0], [0.1, 0.0]]))
     >>> LowEntropy(eta=2, b2=0)(pred, torch.zeros(2, 2))
@@ -123,11 +130,6 @@ class Mutual(Loss):
     selected samples with their labels. Each peer gets its own ``features``, and every other input
     as it is.
 
-    Source: Li et al., SMKD, IJCNN 2023, equations 4 to 6 and Algorithm 1.
-    Differs: Algorithm 1 as printed swaps the two counts and divides by zero where nothing is
-    selected. Here each direction has its own count, and an empty selection is a zero that stays
-    connected to the graph.
-
     Args:
         refine: the peers' loss. Each peer gets its own copy, and so its own state.
         select: which samples a peer may teach.
@@ -136,6 +138,15 @@ class Mutual(Loss):
             on how a batch is cut over processes and accumulation steps. ``"selected"``: n is the
             number of selected samples, as in Algorithm 1.
         num_peers: how many networks.
+
+    References:
+        Li et al., "Selective mutual knowledge distillation", IJCNN 2023 (arXiv 2106.01489),
+        equations 4 to 6 and Algorithm 1.
+
+    Notes:
+        Algorithm 1 as printed swaps the two counts and divides by zero where nothing is selected.
+        Here each direction has its own count, and an empty selection is a zero that stays connected
+        to the graph.
     """
 
     num_peers = 2
@@ -255,16 +266,20 @@ class SMKD(Mutual):
     b2 ≠ 0 the progressive one (SMKD-P). ``eta=math.inf`` is zero knowledge (independent training),
     ``eta<1, b2=0`` all knowledge.
 
-    Source: Li et al., "Selective mutual knowledge distillation", IJCNN 2023 (arXiv 2106.01489),
-    equations 4 to 6.
-    Differs: see :class:`Mutual`. By default the mean is over the batch (equations 4 and 5), not
-    over the selected samples (Algorithm 1: ``normalize="selected"``).
-    Unsaid there: b1, b2 and learning rates; eta is searched per noise rate in {1, 2, 3, 4}.
-
     Args:
         refine: the label modification; None is ``MyLC()``.
-        eta, b2: the threshold, see :class:`LowEntropy`.
+        eta, b2: the threshold, see :class:`LowEntropy`. eta is searched per noise rate in
+            {1, 2, 3, 4} in the paper.
         normalize, num_peers: see :class:`Mutual`.
+
+    References:
+        Li et al., "Selective mutual knowledge distillation", IJCNN 2023 (arXiv 2106.01489),
+        equations 4 to 6.
+
+    Notes:
+        By default the mean is over the batch (equations 4 and 5), not over the selected samples
+        (Algorithm 1: ``normalize="selected"``). The paper does not publish b1, b2 and the learning
+        rates. See also :class:`Mutual`.
 
     >>> loss = SMKD(eta=2, b2=-6)
     >>> loss.set_progress(0.25)

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import validate
-from .base import LossArguments, Sizes
+from .base import LossArguments
 from .functional import cross_entropy, log_softmax, softened_kl
 from .maps import at_layer, map_at, pooled, same_size
 from .online import PeerLoss
 from .registry import register_loss
+from .sizes import Sizes
 from .state import Progress
 
 PeerMaps = Sequence[Sequence[Tensor]]  # per peer, shallow to deep

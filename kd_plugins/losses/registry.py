@@ -31,7 +31,7 @@ def register_loss(name: str) -> Callable[[L], L]:
 
 
 def create_loss(name: str, **kwargs: Any) -> Loss:
-    """The loss registered as ``name``, made with ``kwargs``: exactly ``cls(**kwargs)``, nothing dropped.
+    """The loss registered as ``name``, made with ``kwargs``: exactly ``cls(**kwargs)``.
 
     >>> create_loss("label_smoothing", eps=0.2)
     LabelSmoothing(eps=0.2)
@@ -80,7 +80,7 @@ def summarise_loss(name: str) -> LossSummary:
     cls = loss_class(name)
     doc = " ".join((cls.__doc__ or "").split())
     formula = " ".join((cls.__doc__ or "").split("\n\n")[0].split())
-    source = re.split("References: |Source: ", doc, maxsplit=1)[-1]
-    source = re.split(r"\. | Notes:| Unsaid| >>> ", source, maxsplit=1)[0].rstrip(".")
+    source = doc.split("References: ", maxsplit=1)[-1]
+    source = re.split(r"\. | Notes:| >>> ", source, maxsplit=1)[0].rstrip(".")
     logits = "logits of each peer" if cls.num_peers > 1 else "logits"
     return LossSummary(name, formula, [logits, "target", *sorted(cls.required_inputs)], source)

@@ -60,7 +60,7 @@ class KeepsPrecision(nn.Module):
     def moves_state(self) -> bool:
         """Whether state may change now: in training mode with gradients enabled.
 
-        A validation pass under ``no_grad`` leaves it alone. Ask before entering ``no_grad`` yourself.
+        A validation pass under ``no_grad`` leaves it alone. Ask before you enter ``no_grad``.
         """
         return self.training and torch.is_grad_enabled()
 
@@ -77,8 +77,9 @@ class KeepsPrecision(nn.Module):
 class RunningMean(KeepsPrecision):
     """Mean over the last samples: of all up to ``window`` samples, then exponential.
 
-    m <- m + (n / N) (mean of the batch - m) with N = min(samples seen, window), for n samples in the
-    batch over all ranks. It counts samples, so that a short last batch weighs less than a full one.
+    m <- m + (n / N) (mean of the batch - m) with N = min(samples seen, window), for n samples in
+    the batch over all ranks. It counts samples, so that a short last batch weighs less than a full
+    one.
     """
 
     mean: Tensor
@@ -96,7 +97,7 @@ class RunningMean(KeepsPrecision):
 
     @torch.no_grad()
     def update(self, values: Tensor) -> None:
-        """Count values [B] in. Those that are not finite are left out: a NaN would stay for ever."""
+        """Count values [B] in, except those that are not finite: a NaN would stay for ever."""
         known = values - values  # 0, or NaN for what is not finite
         sums = torch.stack([(values + known).nansum(), (known == 0).sum()])
         total, n = sum_over_ranks(sums.to(self.mean.dtype)).unbind()

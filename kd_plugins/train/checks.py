@@ -159,8 +159,8 @@ def _refuse_peers(peers: Sequence[nn.Module], teachers: Sequence[nn.Module], los
         )
     if loss.num_peers == 1 and count > 1:
         raise ValueError(
-            f"{name} is a loss for one network and there are {count}: Mutual({name}(), SelectNone()) "
-            "trains them side by side, SMKD(...) lets them teach each other"
+            f"{name} is a loss for one network and there are {count}: Mutual({name}(), "
+            "SelectNone()) trains them side by side, SMKD(...) lets them teach each other"
         )
     if loss.num_peers != count:
         raise ValueError(

@@ -119,7 +119,8 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 from kd_plugins.losses import Loss, register_loss, validate
-from kd_plugins.losses.base import LossArguments, Sizes
+from kd_plugins.losses.base import LossArguments
+from kd_plugins.losses.sizes import Sizes
 from kd_plugins.losses.functional import cross_entropy
 """  # what the files of losses import
 
