@@ -6,18 +6,23 @@ from .dynamics import read_dynamics, summarise
 from .estimate_transition import estimate_transition
 from .gallery import contact_sheet, html_page, write_suspects
 from .influence import influence_scores, select_lowest
+from .out_of_sample import out_of_sample
 from .predict import predict_probs
+from .ranking import LabelNoise, estimate_label_noise
 from .suspects import find_suspects
 
 __all__ = [
+    "LabelNoise",
     "apply_decisions",
     "contact_sheet",
     "correct_labels",
     "drop_suspects",
+    "estimate_label_noise",
     "estimate_transition",
     "find_suspects",
     "html_page",
     "influence_scores",
+    "out_of_sample",
     "predict_probs",
     "read_decisions",
     "read_dynamics",

@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from ..data.labels import check_labels, class_indices
 from .dynamics import summarise
+from .ranking import LabelNoise
 
 CHUNK = 1 << 16  # rows per temporary copy; one of 2.4 million rows would take 500 MB
 
@@ -27,6 +28,7 @@ def find_suspects(
     probs: Any = None,
     *,
     dynamics: Any = None,
+    noise: LabelNoise | None = None,
     class_names: Sequence[str] | None = None,
     all_rows: bool = False,
 ) -> Dataset:
@@ -34,7 +36,7 @@ def find_suspects(
 
     Suppose labels are wrong equally often in every class, are replaced by each other class equally
     often, and p is right. Then the probability that y is wrong falls with p_y and depends on
-    nothing else, so no other ranking is better.
+    nothing else, so no other ranking is better. `noise` needs only the last of these assumptions.
 
     Args:
         labels: the doubted labels [N]: `view.labels`, or a column as an array.
@@ -42,6 +44,8 @@ def find_suspects(
             out, with a warning.
         dynamics: instead of both, the folder that `DynamicsCallback` wrote, or a summary of it
             (`summarise`), which can ignore early epochs.
+        noise: instead of these, the result of `estimate_label_noise`. Its score is the probability
+            that the label is wrong. It ranks best if labels are not wrong at random.
         class_names: `view.class_names`, for the columns `label_name` and `proposed_name`.
         all_rows: also rank the samples whose label is the most probable class. AUROC needs them.
 
@@ -67,10 +71,15 @@ def find_suspects(
     >>> [(row["index"], row["proposed"], round(row["score"], 2)) for row in suspects]
     [(1, 2, 0.9), (2, 0, 0.7)]
     """
-    given = (labels is not None, probs is not None, dynamics is not None)
-    if given not in ((True, True, False), (False, False, True)):
-        raise ValueError("expected labels and probs, or dynamics alone: a score has one source")
-    columns = _from_probs(labels, probs) if dynamics is None else _from_dynamics(dynamics)
+    given = [name is not None for name in (labels, probs, dynamics, noise)]
+    if given not in ([True, True, False, False], [False, False, True, False], [False] * 3 + [True]):
+        raise ValueError(
+            "expected labels and probs, or dynamics alone, or noise alone: a score has one source"
+        )
+    if noise is not None:
+        columns = _from_noise(noise)
+    else:
+        columns = _from_probs(labels, probs) if dynamics is None else _from_dynamics(dynamics)
     columns["score"] = np.clip(1 - columns["p_label"], 0, 1)
     order = np.argsort(columns["p_label"], kind="stable")  # NaN last
     kept = np.isfinite(columns["p_label"])
@@ -120,6 +129,16 @@ def _from_probs(labels: Any, probs: Any) -> dict[str, np.ndarray]:
         )
     columns = {"index": np.arange(len(labels)), "label": labels, "proposed": proposed}
     return columns | {"p_label": p_label, "p_proposed": p_proposed}
+
+
+def _from_noise(noise: LabelNoise) -> dict[str, np.ndarray]:
+    return {
+        "index": np.arange(len(noise.labels)),
+        "label": noise.labels,
+        "proposed": noise.proposed,
+        "p_label": (1 - noise.p_wrong).astype(np.float32),
+        "p_proposed": noise.p_proposed.astype(np.float32),
+    }
 
 
 def _from_dynamics(dynamics: Any) -> dict[str, np.ndarray]:

@@ -1,0 +1,320 @@
+"""How probable it is that each label is wrong: a model of the noise, fitted to probabilities.
+
+>>> probs = np.array([[0.99, 0.01]] * 50 + [[0.01, 0.99]] * 50)
+>>> labels = np.array([0] * 50 + [1] * 40 + [0] * 10)  # the last ten are wrong
+>>> noise = estimate_label_noise(labels, probs)
+>>> noise.p_wrong[[0, 50, 90]].round(2), int(noise.proposed[90]), round(noise.count()[0])
+(array([0.  , 0.  , 0.95]), 1, 10)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch.nn.functional import normalize
+from tqdm.auto import tqdm
+
+from ..data.labels import check_labels, class_indices
+from ..losses import validate
+
+ROWS = 4096  # per temporary copy
+PRIORS = (2.0, 5.0, 20.0, 100.0, 500.0, 1e6)  # weights of the prior of T, in samples of a class
+
+
+@dataclass(frozen=True)
+class LabelNoise:
+    """The result of :func:`estimate_label_noise`; made by it.
+
+    Attributes:
+        labels: the given labels [N].
+        p_wrong: the probability that the label is wrong [N]; NaN for a row without probabilities.
+        proposed: the most probable class [N].
+        p_proposed: its probability [N].
+        transition: T [C, C], T[i, j] = P(given label j | true class i).
+        draws: the share of wrong labels among those given as each class, in each resampling of the
+            data [draws, C].
+    """
+
+    labels: np.ndarray
+    p_wrong: np.ndarray
+    proposed: np.ndarray
+    p_proposed: np.ndarray
+    transition: np.ndarray
+    draws: np.ndarray
+
+    def count(self, confidence: float = 0.9) -> tuple[float, float, float]:
+        """How many labels are wrong: estimate, lower and upper end of the interval.
+
+        The interval says how far the estimate would move with another sample of the data. It does
+        not contain the errors of the model of the noise.
+        """
+        validate.fraction("confidence", confidence, "it is the share of intervals that hold")
+        sizes = self._sizes()
+        return _interval(np.nansum(self.p_wrong), self.draws @ sizes, confidence)
+
+    def count_by_class(self, confidence: float = 0.9) -> list[tuple[float, float, float]]:
+        """The same among the labels given as each class."""
+        wrong = np.nan_to_num(self.p_wrong)
+        total = np.bincount(self.labels, wrong, len(self.transition))
+        draws = self.draws * self._sizes()
+        return [_interval(*pair, confidence) for pair in zip(total, draws.T, strict=True)]
+
+    def worst_pairs(self, count: int = 10) -> list[tuple[int, int, float]]:
+        """The largest T[i, j] off the diagonal, as (true class i, given label j, T[i, j])."""
+        off = self.transition * (1 - np.eye(len(self.transition)))
+        order = np.argsort(-off, axis=None, kind="stable")[:count]
+        rows, columns = np.unravel_index(order, off.shape)
+        return [(int(i), int(j), float(off[i, j])) for i, j in zip(rows, columns, strict=True)]
+
+    def _sizes(self) -> np.ndarray:
+        known = self.labels[np.isfinite(self.p_wrong)]
+        return np.bincount(known, minlength=len(self.transition))
+
+
+def estimate_label_noise(
+    labels: ArrayLike,
+    probs: Any,
+    features: np.ndarray | None = None,
+    *,
+    neighbours: int = 20,
+    bank: int = 16_384,
+    draws: int = 100,
+    seed: int = 0,
+) -> LabelNoise:
+    """The probability that each label is wrong, 1 - q_y T[y, y] / Σ_i q_i T[i, y].
+
+    q is what the pictures say about the class, T what the labels of all samples say about the
+    noise, T[i, j] = P(given label j | true class i). T is fitted to the given labels by expectation
+    maximisation. So a label that is often given to pictures of class i is doubted more where q
+    says i. With features, q is the geometric mean of a sample's own probabilities and of the mean
+    of its neighbours' probabilities, normalised.
+
+    Args:
+        labels: the doubted labels [N].
+        probs: the result of :func:`out_of_sample`, or other out-of-sample probabilities [N, C].
+            Rows of NaN are left out.
+        features: floats [N, D]; without them q is `probs`.
+        neighbours: how many of the samples with the largest cosine of features are asked.
+        bank: they are looked for among so many samples, drawn at random if there are more. Time
+            grows with N times this number.
+        draws: resamplings (bootstrap) for the intervals of :meth:`LabelNoise.count`.
+        seed: of the bank and of the draws.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    References:
+        Dawid and Skene, "Maximum likelihood estimation of observer error-rates using the EM
+        algorithm", Applied Statistics 28, 1979. Northcutt, Jiang and Chuang, "Confident learning",
+        JAIR 70, 2021, for the joint of given and true labels. The pooling is ours.
+
+    Notes:
+        The prior of T is symmetric noise. Its weight is the one of six with which T, fitted to
+        half of the labels, explains the other half best. Probabilities of networks that saw these
+        labels hide the noise: T then approaches the identity.
+    """
+    labels, probs = class_indices(labels), np.asarray(probs)
+    _refuse(labels, probs, features)
+    known = np.flatnonzero(np.isfinite(probs).all(1))
+    order = known[np.argsort(labels[known], kind="stable")]  # class by class
+    q = _scratch((len(order), probs.shape[1]))
+    for part, rows in _parts(order):
+        q[part] = _normalised(probs[rows])
+    if features is not None:
+        q = _pool(q, features, order, min(neighbours, len(order) - 1), bank, seed)
+    model, shares = _fitted(q, labels[order], draws, seed)
+    p_wrong, p_proposed = np.full((2, len(labels)), np.nan)
+    proposed = labels.copy()
+    p_wrong[order], proposed[order], p_proposed[order] = model.posterior()
+    return LabelNoise(labels, p_wrong, proposed, p_proposed, model.transition[..., 0], shares)
+
+
+class _NoiseModel:
+    """T of the noise, fitted K times to differently weighted samples: [C, C, K].
+
+    Args:
+        q: the probabilities of the samples [N, C], class by class of the given label.
+        labels: the given labels [N], sorted.
+        weigh: a slice of samples -> their weights [n, K].
+        priors: the weight of the prior in each fit, in samples of a class [K]. The prior of T is
+            symmetric noise, of the rate that the fit itself has.
+        start: T to begin with.
+    """
+
+    def __init__(
+        self,
+        q: np.ndarray,
+        labels: np.ndarray,
+        weigh: Callable[[slice], np.ndarray],
+        priors: ArrayLike,
+        start: np.ndarray | None = None,
+    ) -> None:
+        self.q, self.weigh, classes = q, weigh, q.shape[1]
+        self.ends = np.searchsorted(labels, np.arange(classes + 1))
+        self.priors = np.asarray(priors, np.float64)
+        start = _symmetric(classes, np.array(0.3)) if start is None else start
+        self.transition = np.repeat(start[..., None], len(self.priors), axis=2)
+        self.wrong = np.zeros((len(self.priors), classes))
+
+    def fit(self, steps: int = 200, tolerance: float = 1e-4) -> None:
+        """Steps of expectation maximisation, until no entry of T moves by the tolerance."""
+        for _ in tqdm(range(steps), "noise", leave=False, disable=None):
+            before = self.transition
+            self._step()
+            if np.abs(self.transition - before).max() < tolerance:
+                break
+
+    def _step(self) -> None:
+        """Expect the number of samples for each pair of classes, and take T from it."""
+        joint = np.zeros_like(self.transition)  # true class i, given label j
+        for part, j in self._blocks():
+            column = self.transition[:, j]  # [C, K]
+            ratio = self.weigh(part) / np.maximum(self.q[part] @ column, 1e-30)
+            joint[:, j] += column * (self.q[part].T @ ratio)
+        right, given = np.einsum("iik->ik", joint), joint.sum(0)
+        self.wrong = (1 - right / np.maximum(given, 1e-30)).T
+        rate = 1 - right.sum(0) / given.sum(0)
+        joint += self.priors * _symmetric(len(joint), rate)
+        self.transition = joint / joint.sum(1, keepdims=True)
+
+    def log_likelihood(self, weigh: Callable[[slice], np.ndarray]) -> np.ndarray:
+        """Of the given labels with these weights [K]."""
+        total = np.zeros(len(self.priors))
+        for part, j in self._blocks():
+            density = np.maximum(self.q[part] @ self.transition[:, j], 1e-30)
+            total += (weigh(part) * np.log(density)).sum(0)
+        return total
+
+    def posterior(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """P(label is wrong), the most probable class and its probability, by the first T."""
+        wrong, best = np.empty((2, len(self.q)))
+        proposed = np.empty(len(self.q), np.int64)
+        for part, j in self._blocks():
+            r = _normalised(self.q[part] * self.transition[:, j, 0])
+            wrong[part], best[part] = 1 - r[:, j], r.max(1)
+            # Of equally probable classes the given one stands.
+            proposed[part] = np.where(r[:, j] >= best[part], j, r.argmax(1))
+        return wrong, proposed, best
+
+    def _blocks(self) -> Iterator[tuple[slice, int]]:
+        """Slices of samples with one given label each."""
+        for j, (first, last) in enumerate(zip(self.ends[:-1], self.ends[1:], strict=True)):
+            for start in range(first, last, ROWS):
+                yield slice(start, min(start + ROWS, last)), j
+
+
+def _fitted(
+    q: np.ndarray, labels: np.ndarray, draws: int, seed: int
+) -> tuple[_NoiseModel, np.ndarray]:
+    """The model fitted to all samples, and the shares of wrong labels in resamplings [draws, C]."""
+    prior = _best_prior(q, labels)
+    model = _NoiseModel(q, labels, lambda part: np.ones((_length(part), 1)), [prior])
+    model.fit()
+
+    def drawn(part: slice) -> np.ndarray:
+        rng = np.random.default_rng((seed, part.start))  # the same draw at each step
+        return rng.poisson(1.0, (_length(part), draws)).astype(np.float64)
+
+    resampled = _NoiseModel(q, labels, drawn, [prior] * draws, model.transition[..., 0])
+    if draws:
+        resampled.fit(steps=20, tolerance=1e-3)
+    return model, resampled.wrong
+
+
+def _best_prior(q: np.ndarray, labels: np.ndarray) -> float:
+    """The weight with which T, fitted to half of the labels, explains the other half best."""
+
+    def half(first: int) -> Callable[[slice], np.ndarray]:
+        return lambda part: (np.arange(part.start, part.stop) % 2 == first)[:, None] * 1.0
+
+    total = np.zeros(len(PRIORS))
+    for first in (0, 1):
+        model = _NoiseModel(q, labels, half(first), PRIORS)
+        model.fit(steps=50, tolerance=1e-3)
+        total += model.log_likelihood(half(1 - first))
+    return PRIORS[int(total.argmax())]
+
+
+def _symmetric(classes: int, rate: np.ndarray) -> np.ndarray:
+    """Symmetric noise of some rates [...]: [C, C, ...]."""
+    eye = np.eye(classes).reshape(classes, classes, *[1] * rate.ndim)
+    return eye * (1 - rate) + (1 - eye) * rate / (classes - 1)
+
+
+def _length(part: slice) -> int:
+    return part.stop - part.start
+
+
+def _pool(
+    q: np.ndarray, features: np.ndarray, order: np.ndarray, count: int, bank: int, seed: int
+) -> np.ndarray:
+    """The geometric mean of q and of the mean q of the nearest neighbours in the bank."""
+    chosen = np.arange(len(order))
+    if len(order) > bank:
+        chosen = np.sort(np.random.default_rng(seed).choice(len(order), bank, replace=False))
+    known = torch.from_numpy(np.array(q[chosen]))
+    keys = _directions(features, order[chosen])
+    pooled = _scratch(q.shape)
+    bar = tqdm(total=len(order), desc="neighbours", leave=False, disable=None)
+    for part, rows in _parts(order):
+        cosine = _directions(features, rows) @ keys.T
+        self_ = np.searchsorted(chosen, np.arange(part.start, part.stop))
+        is_in = chosen[np.minimum(self_, len(chosen) - 1)] == np.arange(part.start, part.stop)
+        cosine[np.flatnonzero(is_in), self_[is_in]] = -2.0  # no sample is its own neighbour
+        nearest = cosine.topk(min(count, len(chosen) - 1)).indices
+        mean = known[nearest].mean(1).numpy()
+        pooled[part] = _normalised(np.sqrt((q[part] + 1e-6) * (mean + 1e-4)))
+        bar.update(len(rows))
+    bar.close()
+    return pooled
+
+
+def _directions(features: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+    return normalize(torch.from_numpy(np.array(features[rows], np.float32)))
+
+
+def _parts(order: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    for start in range(0, len(order), ROWS):
+        yield slice(start, min(start + ROWS, len(order))), order[start : start + ROWS]
+
+
+def _scratch(shape: Sequence[int]) -> np.ndarray:
+    """An array in a nameless file, which may be larger than the memory."""
+    with TemporaryFile() as file:  # the map keeps it until it goes itself
+        return np.memmap(file, np.float32, "w+", shape=tuple(shape))
+
+
+def _normalised(p: np.ndarray) -> np.ndarray:
+    return p / np.maximum(p.sum(1, keepdims=True), 1e-30)
+
+
+def _interval(value: float, draws: np.ndarray, confidence: float) -> tuple[float, float, float]:
+    if not len(draws):
+        return float(value), float("nan"), float("nan")
+    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(value), float(low), float(high)
+
+
+def _refuse(labels: np.ndarray, probs: np.ndarray, features: np.ndarray | None) -> None:
+    fits = probs.ndim == 2 and probs.shape[1] > 1 and labels.shape == probs.shape[:1]
+    if not fits or probs.dtype.kind != "f":
+        raise ValueError(
+            f"probs: expected floats [N, C] for labels {list(labels.shape)}, got {probs.dtype} "
+            f"{list(probs.shape)}"
+        )
+    check_labels(labels, probs.shape[1])
+    if features is not None and (features.ndim != 2 or len(features) != len(labels)):
+        raise ValueError(
+            f"features: expected floats [{len(labels)}, D], one row for each label, got "
+            f"{list(features.shape)}"
+        )
+    if not np.isfinite(probs).all(1).any():
+        raise ValueError("probs: every row has a NaN, so there is nothing to fit the noise to")
+    low, high = float(np.nanmin(probs)), float(np.nanmax(probs))
+    validate.check(low >= 0 and high <= 1.001, "probs", (low, high), "numbers in [0, 1]")
