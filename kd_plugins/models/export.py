@@ -14,6 +14,9 @@ import torch
 from PIL.Image import Resampling
 from safetensors.torch import save_model
 
+from .factory import logits_of
+from .inputs import fixed_size
+
 
 def library_of(model: Any) -> str:
     """What loads an exported network: ``"timm"`` (and transformers), ``"transformers"``, or for
@@ -45,6 +48,11 @@ def export(
             ``mean``, ``std``, ``crop_pct``, ``interpolation``, as ``ImageView.input_config()``
             returns them. It becomes what ``timm.data.resolve_data_config`` and
             ``AutoImageProcessor`` find; without it they find what the network came with.
+
+    Raises:
+        ValueError: a timm network that does not come back from the folder with the same logits.
+            timm before 1.0.31 forgets the arguments of ``create_model``; :func:`make_model` keeps
+            them.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,14 +73,79 @@ def _export_timm(model: Any, folder: Path, names: list[str] | None, data: dict[s
     # safetensors does not save channels_last
     packed = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     known = {"label_names": names} if names else None
-    timm.models.save_for_hf(
-        packed, str(folder), model_config=known, data_config=data, safe_serialization=True
-    )
-    # transformers passes num_classes itself and fails on a second one in model_args
+    timm.models.save_for_hf(packed, str(folder), model_config=known, safe_serialization=True)
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config.get("model_args", {}).pop("num_classes", None)
+    arguments = config.get("model_args") or _arguments(model)
+    arguments.pop("num_classes", None)  # transformers passes it itself and fails on a second one
+    config["model_args"] = arguments
+    config["pretrained_cfg"] = _pretrained_cfg(model, config["pretrained_cfg"], data)
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    try:
+        _compare(packed, folder, config["pretrained_cfg"]["input_size"])
+    except Exception:
+        path.unlink()  # nobody loads another network by mistake
+        raise
+
+
+def _arguments(model: Any) -> dict[str, Any]:
+    """What ``timm.create_model`` was given, as far as it is known: timm < 1.0.31 forgets it."""
+    known = {k: v for k, v in getattr(model, "_model_args", {}).items() if _is_json(v)}
+    channels, *source = model.pretrained_cfg["input_size"]
+    if (own := getattr(model, "in_chans", channels)) != channels:
+        known["in_chans"] = own
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size and tuple(size) != tuple(source):
+        known["img_size"] = size
+    return known
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _pretrained_cfg(model: Any, known: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+    """``known`` as it describes the network now, with how its pictures are prepared."""
+    cfg = {k: v for k, v in known.items() if k != "label_offset"} | {"custom_load": False}
+    channels, *size = known["input_size"]
+    channels = getattr(model, "in_chans", channels)
+    if channels not in (1, 3):
+        cfg["first_conv"] = None  # timm < 1.0.31 would make it again, at random
+    if own := fixed_size(model):
+        size = own
+        cfg.pop("test_input_size", None)
+    if "input_size" in data:
+        cfg.pop("test_input_size", None)
+    if "crop_pct" in data:
+        cfg.pop("test_crop_pct", None)
+    return cfg | {"input_size": (channels, *size)} | data
+
+
+def _compare(model: Any, folder: Path, input_size: Sequence[int]) -> None:
+    """Load the network from its folder and refuse it if its logits differ."""
+    model = model.cpu().float().eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        x = torch.rand(1, *input_size).cpu()
+        try:
+            again = timm.create_model(f"local-dir:{folder}", pretrained=True).cpu().float().eval()
+            ours, theirs = (logits_of(network(x)).nan_to_num() for network in (model, again))
+            # one machine, one algorithm: even a resampled position embedding shows
+            same = bool((ours - theirs).abs().max() <= 1e-5 * ours.abs().max())
+            found = "its logits differ"
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            same, found = False, f"{type(error).__name__}: {error}"
+    if not same:
+        raise ValueError(
+            f"{type(model).__name__} does not come back from {folder} ({found}). Either a layer "
+            "was replaced after timm.create_model, or its arguments are not known: timm < 1.0.31 "
+            f"forgets them ({timm.__version__} is installed), make_model(name, num_classes, "
+            "**arguments) of kd_plugins.models keeps them. model.safetensors holds the weights; "
+            "config.json is left out, since it would describe another network"
+        )
 
 
 def _export_transformers(

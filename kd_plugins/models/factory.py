@@ -14,12 +14,18 @@ from torch import Tensor, nn
 from . import cifar_resnet  # noqa: F401  timm then knows resnet18_cifar
 
 
-def make_model(model: str | nn.Module, num_classes: int | None) -> nn.Module:
+def make_model(model: str | nn.Module, num_classes: int | None, **arguments: Any) -> nn.Module:
     """A network from a timm name, a folder or a hub id, or the module itself.
 
     A bare timm name is initialised at random. ``local-dir:PATH`` and ``hf-hub:ID`` bring their
     weights, with a new head if theirs has another number of classes. For other pretrained weights
     pass the module: ``timm.create_model(..., pretrained=True)``.
+
+    Args:
+        model: the name or the module.
+        num_classes: of a network that is given by name.
+        **arguments: of ``timm.create_model``, such as ``img_size=64``. They are remembered for
+            :func:`kd_plugins.models.export`, which timm itself does from 1.0.31 on.
     """
     if isinstance(model, nn.Module):
         return model
@@ -29,7 +35,7 @@ def make_model(model: str | nn.Module, num_classes: int | None) -> nn.Module:
             "training data has no ClassLabel; pass a module with its head instead"
         )
     _refuse_unknown(model, "a timm name")
-    return _create(model, model, pretrained=":" in model, num_classes=num_classes)
+    return _create(model, model, pretrained=":" in model, num_classes=num_classes, **arguments)
 
 
 def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn.Module:
@@ -74,7 +80,7 @@ def _create(name: str, source: str, **kwargs: Any) -> nn.Module:
     timm's own error advises to unpickle them.
     """
     try:
-        return timm.create_model(name, **kwargs)
+        network: Any = timm.create_model(name, **kwargs)
     except (SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "weights_only" not in str(error):
             raise
@@ -82,6 +88,10 @@ def _create(name: str, source: str, **kwargs: Any) -> nn.Module:
             f"the weights of {source} are not read: expected safetensors, or a pickle of tensors "
             "(weights_only). Any other may run the code of its author: convert where you trust it"
         ) from error
+    if not hasattr(network, "_model_args"):  # timm < 1.0.31
+        loading = ("pretrained", "checkpoint_path")
+        network._model_args = {k: v for k, v in kwargs.items() if k not in loading}
+    return network
 
 
 def class_count(model: nn.Module) -> int | None:

@@ -192,18 +192,29 @@ class PeerModule(nn.Module):
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
-    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """Trade compute for memory in every peer; the Trainer calls this."""
+        options = activation_checkpointing_kwargs
         for peer in self.peers:
             if hasattr(peer, "set_grad_checkpointing"):
                 peer.set_grad_checkpointing(True)
             elif hasattr(peer, "activation_checkpointing_enable"):
-                peer.activation_checkpointing_enable(**kwargs)
+                peer.activation_checkpointing_enable(options, **kwargs)
+            elif hasattr(peer, "gradient_checkpointing_enable"):  # transformers < 5.23
+                peer.gradient_checkpointing_enable(options)
             else:
                 raise ValueError(
                     f"{type(peer).__name__} has no activation checkpointing: switch it off in the "
                     "arguments"
                 )
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """The same under the name that the Trainer of transformers < 5.23 calls."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs)
 
 
 class Teachers(list[nn.Module]):

@@ -36,7 +36,7 @@ class InputAdapter(nn.Module):
         super().__init__()
         self.own, of_first = normalization(model), normalization(first)
         self.reference = given or of_first
-        self.size = _fixed_size(model)
+        self.size = fixed_size(model)
         self._keep("of_floats", self.own if self.own != of_first else None, self.reference)
         self._keep("of_bytes", self.own or ((0.0,), (1.0,)), ((0.0,), (1.0,)), 255.0)
 
@@ -108,7 +108,7 @@ def normalization(model: nn.Module) -> Normalization | None:
     return tuple(cfg["mean"]), tuple(cfg["std"])
 
 
-def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
+def fixed_size(model: nn.Module) -> tuple[int, int] | None:
     """(height, width) if the network takes one size only, as a ViT or a Swin does."""
     model = getattr(model, "timm_model", model)  # as transformers wraps it
     embed = getattr(model, "patch_embed", None)

@@ -74,3 +74,12 @@ class MutualTrainingArguments(TrainingArguments):
             timeout = timedelta(seconds=self.ddp_timeout)
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timeout)
         super().__post_init__()
+
+    @property
+    def device(self) -> torch.device:
+        """As of transformers, but without the number that a CPU gets among several processes.
+
+        torch < 2.14 cannot load a checkpoint to "cpu:0".
+        """
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device

@@ -24,11 +24,11 @@ from .sizes import bind_sizes
 
 try:
     from timm.task import ClassificationTask
-    from timm.task import resume_task_checkpoint as _resume  # noqa: F401  tells timm >= 1.0.31
+    from timm.task import resume_task_checkpoint as _resume  # noqa: F401  came with get_task_state
 except ImportError as error:
     raise ImportError(
         f"{__name__} needs timm.task with get_task_state, which keeps the state of a loss in the "
-        f"checkpoint: timm >= 1.0.31. timm {timm.__version__} is installed ({timm.__file__}): "
+        f"checkpoint: timm >= 1.0.27. timm {timm.__version__} is installed ({timm.__file__}): "
         f"{error}"
     ) from error
 

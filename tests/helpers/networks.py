@@ -1,10 +1,10 @@
 """Small networks, batches and losses for the tests of `kd_plugins.models`."""
 
-import timm
 import torch
 
 from helpers.tiny import CLASSES, SIZE
 from kd_plugins import Loss
+from kd_plugins.models import make_model
 
 
 def pixels(n=6, size=SIZE):
@@ -17,11 +17,11 @@ def labels(n=6):
 
 def timm_vit(img_size=16, dynamic_img_size=False):
     size = {"img_size": img_size, "patch_size": 8, "dynamic_img_size": dynamic_img_size}
-    return timm.create_model("test_vit", num_classes=CLASSES, **size)
+    return make_model("test_vit", CLASSES, **size)
 
 
 def timm_conv():
-    return timm.create_model("resnet10t", channels=(8, 8, 8, 8), num_classes=CLASSES)
+    return make_model("resnet10t", CLASSES, channels=(8, 8, 8, 8))
 
 
 def with_cfg(model, mean, std):

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import timm
 import torch
 from helpers.cards import card_accuracy, loaded_by_card, predictor
 from helpers.tiny import trainer, vit
@@ -12,6 +11,7 @@ from transformers import ResNetConfig, ResNetForImageClassification, pipeline
 
 from kd_plugins import CE, SMKD
 from kd_plugins.data import ImageView
+from kd_plugins.models import make_model
 
 MEAN, STD = (0.9, 0.1, 0.4), (0.1, 0.3, 0.15)  # nobody's default
 SIZE, CLASSES = 24, 3
@@ -35,12 +35,12 @@ def view(n, seed, of_bytes):
 
 
 def timm_conv():
-    return timm.create_model("resnet10t", channels=(8, 8, 8, 8), num_classes=CLASSES)
+    return make_model("resnet10t", CLASSES, channels=(8, 8, 8, 8))
 
 
 def timm_vit():
     torch.manual_seed(1)
-    return timm.create_model("test_vit", img_size=16, patch_size=8, num_classes=CLASSES)
+    return make_model("test_vit", CLASSES, img_size=16, patch_size=8)
 
 
 def hf_vit():

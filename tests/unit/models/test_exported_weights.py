@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification
 
 from kd_plugins import CE, Mutual, SelectAll
-from kd_plugins.models import PeerModule, export
+from kd_plugins.models import PeerModule, export, logits_of
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -19,6 +19,10 @@ NAMES = ["ant", "bee", "cat"]
 EXPORTED = {
     "timm conv net": (timm_conv, 32),
     "timm ViT with its own size": (timm_vit, 16),
+    "timm ViT whose size timm < 1.0.31 forgets": (
+        lambda: timm.create_model("test_vit", num_classes=CLASSES, img_size=64),
+        64,
+    ),
     "ResNet for small pictures": (
         lambda: timm.create_model("resnet10_cifar", num_classes=CLASSES),
         32,
@@ -78,3 +82,34 @@ def test_export_of_any_other_module(tmp_path):
     again = Net(seed=9, bn=True).eval()
     again.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert difference(state(model), state(again)) == 0
+
+
+def test_a_network_that_does_not_come_back_is_refused(tmp_path):
+    """timm rebuilds it without the change, and the logits of every picture are others."""
+    model = spoil(timm_conv())
+    model.act1 = torch.nn.Tanh()  # has no weights: nothing else would show it
+    with pytest.raises(ValueError, match=r"ResNet does not come back.*its logits differ"):
+        export(model, tmp_path, NAMES)
+    model.fc = torch.nn.Linear(8, CLASSES + 4)  # num_classes still names the first number
+    with pytest.raises(ValueError, match=r"(?s)does not come back.*size mismatch"):
+        export(model, tmp_path, NAMES)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_export_for_other_channels(channels, tmp_path):
+    model = spoil(timm.create_model("test_vit", num_classes=CLASSES, in_chans=channels))
+    export(model, tmp_path, NAMES)
+    x = torch.randn(2, channels, 160, 160)
+    for again in (
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True),
+        AutoModelForImageClassification.from_pretrained(tmp_path),
+    ):
+        torch.testing.assert_close(logits_of(again.eval()(x)), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_export_draws_no_random_numbers(tmp_path):
+    """It may happen in the middle of a training, which must then go on as it would have."""
+    model, before = timm_conv(), torch.get_rng_state()
+    export(model, tmp_path)
+    assert torch.equal(before, torch.get_rng_state()) and model.training

@@ -1,6 +1,7 @@
 """The Trainer: a run is a plain loop, what it logs, precision, compiling, NaN."""
 
 import copy
+import dataclasses
 import json
 import logging
 
@@ -29,7 +30,7 @@ from torch import nn
 from kd_plugins import CE, MKD, SMKD, LabelSmoothing, Loss, Mutual, MyLC, ProSelfLC, SelectNone
 from kd_plugins.data import ImageView
 from kd_plugins.losses import validate
-from kd_plugins.train import last_checkpoint
+from kd_plugins.train import MutualTrainingArguments, last_checkpoint
 
 
 class FromTeacher(Loss):
@@ -343,9 +344,10 @@ def test_activation_checkpointing_by_argument(tmp_path):
         timm.create_model("test_vit", img_size=16, patch_size=8, num_classes=CLASSES)
         for _ in range(2)
     ]
-    run = trainer(
-        tmp_path, models, train=view(8), num_train_epochs=1, activation_checkpointing=True
-    )
+    fields = {field.name for field in dataclasses.fields(MutualTrainingArguments)}
+    # transformers < 5.23 has the second name only
+    name = min(fields & {"activation_checkpointing", "gradient_checkpointing"})
+    run = trainer(tmp_path, models, train=view(8), num_train_epochs=1, **{name: True})
     run.train()
     assert all(m.grad_checkpointing for m in models)
 
