@@ -1,79 +1,111 @@
-"""Tests that need more than one process. No clock decides over a result, however busy the
-machine."""
+"""Tests that need more than one process. No clock decides a result, however busy the machine is.
+
+The processes are forks of the test process. What is imported stays imported, so they start at once.
+"""
 
 import json
+import multiprocessing
 import os
+import runpy
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
+from accelerate.state import AcceleratorState
 
 TESTS = Path(__file__).parents[1]
-# for a process that is started: package and helpers
+# for a process that imports the package and the helpers anew
 PYTHONPATH = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 
-RANK = """
-import json, sys, torch, torch.distributed as dist
-torch.set_num_threads(1)
-rank, world, store, inputs = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-if world > 1:
-    at = {"init_method": "file://" + store, "rank": rank, "world_size": world}
-    dist.init_process_group("gloo", **at)
-steps, seen = torch.load(inputs), []
-def mine(parts):
-    return torch.cat(parts) if world == 1 else parts[rank]
-"""
+
+def child(work, *args, log=os.devnull, env=()):
+    """A process that calls ``work(*args)``. What it prints goes into the file ``log``."""
+
+    def run():
+        os.environ.update(env)
+        AcceleratorState._reset_state(reset_partial_state=True)  # it says how many processes run
+        with open(log, "w", buffering=1, encoding="utf-8") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+            sys.stdout = sys.stderr = out
+            work(*args)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
-def outputs(commands, folder, env=None):
-    """What commands print that run side by side. If one fails, the others are ended, and it says
-    why."""
-    running, files = [], []
+def side_by_side(processes, logs):
+    """What the processes print. If one fails, the others are ended, and its log says why."""
     try:
-        for k, command in enumerate(commands):
-            files.append([folder / f"{k}.out", folder / f"{k}.err"])
-            with files[-1][0].open("w") as out, files[-1][1].open("w") as err:
-                running.append(subprocess.Popen(command, stdout=out, stderr=err, env=env))
-        while None in (codes := [process.poll() for process in running]) and not any(codes):
-            time.sleep(0.02)
+        while None in (codes := [p.exitcode for p in processes]) and not any(codes):
+            time.sleep(0.01)
     finally:
-        for process in running:
+        for process in processes:
             process.kill()
-            process.wait()
-    for code, (_, err) in zip(codes, files, strict=True):
-        assert code in (0, None), err.read_text(encoding="utf-8")[-4000:]
-    return [out.read_text(encoding="utf-8") for out, _ in files]
+            process.join()
+    texts = [log.read_text(encoding="utf-8") for log in logs]
+    for code, text in zip(codes, texts, strict=True):
+        assert code in (0, None), text[-4000:]
+    return texts
 
 
-def on_ranks(work, steps, folder):
-    """What ``work`` leaves in ``seen`` on each of two processes, and on one alone; it finds
-    ``steps``, ``rank``, ``mine``."""
-    torch.save(steps, folder / "steps")
-    end = "\nprint(json.dumps(seen))\nif world > 1:\n    dist.destroy_process_group()\n"
-    python = [sys.executable, "-c", f"{RANK}{work}{end}"]
-    given = [str(folder / "store"), str(folder / "steps")]
-    ranks = [[*python, rank, world, *given] for rank, world in (("0", "2"), ("1", "2"), ("0", "1"))]
-    return [json.loads(text.splitlines()[-1]) for text in outputs(ranks, folder)]
+def in_group(work, folder, ranks=((0, 2), (1, 2))):
+    """What ``work(rank, world)`` returns as JSON, in processes that are one gloo group or alone."""
+
+    def run(rank, world):
+        if world > 1:
+            at = {"init_method": f"file://{folder / 'store'}", "rank": rank, "world_size": world}
+            torch.distributed.init_process_group("gloo", **at)
+        print(json.dumps(work(rank, world)))
+        if world > 1:
+            torch.distributed.destroy_process_group()
+
+    logs = [folder / f"{rank}-of-{world}.log" for rank, world in ranks]
+    running = [child(run, *which, log=log) for which, log in zip(ranks, logs, strict=True)]
+    return [json.loads(text.splitlines()[-1]) for text in side_by_side(running, logs)]
+
+
+def on_ranks(code, steps, folder):
+    """What code leaves in ``seen`` on each of two processes, and on one alone.
+
+    It finds ``steps``, ``rank``, ``world`` and ``mine``, the part of this process.
+    """
+
+    def work(rank, world):
+        names = {"torch": torch, "steps": steps, "seen": [], "rank": rank, "world": world}
+        names["mine"] = lambda parts: torch.cat(parts) if world == 1 else parts[rank]
+        exec(code, names)
+        return names["seen"]
+
+    return in_group(work, folder, [(0, 2), (1, 2), (0, 1)])
 
 
 def launch(script, folder, world=2):
-    """``python script folder`` on that many processes under torchrun; they have to end well."""
+    """``script folder`` on that many processes, with the variables that torchrun sets.
+
+    Returns what each process printed. All of them have to end well.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    env = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world)]
-    command += ["--master_port", port, script, str(folder)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done
+
+    def run():
+        sys.argv = [script, str(folder)]
+        runpy.run_path(script, run_name="__main__")
+
+    logs, running = [folder / f"rank{rank}.log" for rank in range(world)], []
+    for rank, log in enumerate(logs):
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
+        env |= {"LOCAL_WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        running.append(child(run, log=log, env=env))
+    return side_by_side(running, logs)
 
 
 def leave():
-    """The end of a process that ``launch`` started.
+    """The end of a process that ``launch`` or torchrun started.
 
     A thread of gloo that still holds its last work when Python shuts down aborts the process
     (pytorch/pytorch#190489), the more often the busier the machine. So Python does not shut down.

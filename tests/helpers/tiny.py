@@ -1,10 +1,8 @@
-"""Tiny networks, pictures and Trainers for the tests of the hosting; as a script, a run that is
-killed half way."""
+"""Tiny networks, pictures and Trainers for the tests of the hosting."""
 
 import itertools
 import os
 import signal
-import sys
 
 import numpy as np
 import torch
@@ -273,8 +271,3 @@ def plain(folder, loss, model=None, train=None, *, callbacks=None, **kwargs):
         compute_loss_func=as_compute_loss_func(loss),
         callbacks=[ProgressCallback(loss), *(callbacks or [])],
     )
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    hard(sys.argv[1], [Killed()]).train()

@@ -4,7 +4,6 @@ written, data that change."""
 import ast
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import random
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
+from helpers.processes import child
 from helpers.tiny import (
     CLASSES,
     Net,
@@ -50,9 +50,6 @@ from kd_plugins.train.run_folder import STATE, is_finished
 from kd_plugins.train.timm import StatefulClassificationTask
 
 STEPS = 60
-fork = multiprocessing.get_context(
-    "fork"
-)  # what is imported stays imported: a start takes no seconds
 
 
 def mutual(folder):
@@ -70,19 +67,6 @@ def stock(folder):
     run.train(resume_from_checkpoint=last_checkpoint(folder))
     run.save_model(str(folder / "end"))
     save_file(loss.state_dict(), folder / "end" / "loss.safetensors")
-
-
-def child(work, *args):
-    """A process of its own, that is told nothing of its parent's death or life."""
-
-    def quiet():
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, 1), os.dup2(null, 2)
-        work(*args)
-
-    process = fork.Process(target=quiet)
-    process.start()
-    return process
 
 
 def step_of(folder):

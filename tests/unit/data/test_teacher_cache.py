@@ -7,7 +7,7 @@ import os
 import pickle
 import random
 import shutil
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -16,14 +16,14 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features
 from datasets import Image as HFImage
-from helpers.processes import TESTS, outputs
+from helpers.processes import child, in_group
 from helpers.tiny import CLASSES, ROWS, Net, difference, rows, state, to_tensor, trainer, view
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
 from kd_plugins import CE, KD, PCL, Loss
-from kd_plugins.data import ImageView, TeacherCache, cache_teachers
+from kd_plugins.data import ImageView, TeacherCache, cache_files, cache_teachers, teacher_cache
 from kd_plugins.models import PeerModule
 from kd_plugins.models.input_config import normalization_of
 
@@ -552,47 +552,36 @@ def test_files_that_are_lost_or_cut_short(tmp_path):
     assert read(tmp_path) == whole
 
 
-KILLED = """
-import os, signal, sys
-import torch
-torch.set_num_threads(1)
-from helpers.tiny import Net, view
-from kd_plugins.data import cache_files, cache_teachers, teacher_cache
+def traced(folder, kill=None):
+    """How many lines of the cache run until ``folder`` is filled. The process ends at ``kill``."""
+    files = {cache_files.__file__, teacher_cache.__file__}
+    names, seen = {"claim", "_create", "_write", "logits"}, 0
 
-def run(name, kill=None):
-    seen = 0
     def trace(frame, event, arg):
         nonlocal seen
-        if frame.f_code.co_filename not in FILES or frame.f_code.co_name not in NAMES:
+        if frame.f_code.co_filename not in files or frame.f_code.co_name not in names:
             return None
         seen += event == "line"
         if seen == kill:
             os.kill(os.getpid(), signal.SIGKILL)
         return trace
-    sys.settrace(trace)
-    cache_teachers(view(18), [Net(1), Net(2)], os.path.join(sys.argv[1], name), batch_size=4)
-    sys.settrace(None)
-    return seen
 
-FILES = {cache_files.__file__, teacher_cache.__file__}
-NAMES = {"claim", "_create", "_write", "logits"}
-lines = run("whole")
-for n in range(40):
-    child = os.fork()
-    if not child:
-        run(str(n), 1 + n * (lines - 1) // 39)
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-"""
+    usual = sys.gettrace()
+    sys.settrace(trace)
+    cache_teachers(view(18), [Net(1), Net(2)], folder, batch_size=4)
+    sys.settrace(usual)
+    return seen
 
 
 def test_killed_at_any_moment_it_resumes_to_the_same_bytes(tmp_path):
     """SIGKILL at 40 lines, from the key to the last mark: marked rows are right and are kept."""
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=True, env=env)
+    lines = traced(tmp_path / "whole")
     whole, marked = np.load(tmp_path / "whole" / "logits.npy"), []
     for n in range(40):
         folder, kept = tmp_path / str(n), np.zeros(18, np.uint8)
+        killed = child(traced, folder, 1 + n * (lines - 1) // 39)
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL
         if (folder / "done.npy").exists():
             kept = np.load(folder / "done.npy")
             assert (np.load(folder / "logits.npy")[kept == 1] == whole[kept == 1]).all()
@@ -604,46 +593,35 @@ def test_killed_at_any_moment_it_resumes_to_the_same_bytes(tmp_path):
     assert marked == sorted(marked) and set(marked) == {0, 4, 8, 12, 16, 18}
 
 
-RANK = """
-import json, os, sys
-import torch
-import torch.distributed as dist
-torch.set_num_threads(1)
-from helpers.tiny import Net, view
-from kd_plugins.data import cache_teachers
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method="file://" + folder + "/store", rank=rank, world_size=2)
-errors, calls = [], []
-def attempt(name, teacher, **kwargs):
-    teacher.register_forward_hook(lambda *args: calls.append(len(args[1][0])))
-    try:
-        return cache_teachers(view(18), [teacher], folder + "/" + name, batch_size=4, **kwargs)
-    except (ValueError, OSError) as error:
-        errors.append(str(error))
-cached = attempt("shared", Net(1))
-equal = bool((cached.teacher_logits[:].any(-1)).all())
-first = list(calls)
-attempt("shared", Net(1))
-attempt("shared", Net(2))
-attempt("mixed", Net(rank))
-attempt("file/c", Net(1))
-print(json.dumps([first, calls, equal, errors]))
-dist.destroy_process_group()
-"""
-
-
 def test_two_processes_share_the_work(tmp_path):
     """They write the bytes of one process, and raise the same errors."""
     (tmp_path / "file").write_text("")
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path])}
-    commands = [[sys.executable, "-c", RANK, str(rank), str(tmp_path)] for rank in range(2)]
-    texts = outputs(commands, tmp_path, env)
-    results = [json.loads(text.splitlines()[-1]) for text in texts]
+
+    def work(rank, world):
+        errors, calls = [], []
+
+        def attempt(name, teacher):
+            teacher.register_forward_hook(lambda *args: calls.append(len(args[1][0])))
+            try:
+                return cache_teachers(view(18), [teacher], tmp_path / name, batch_size=4)
+            except (ValueError, OSError) as error:
+                errors.append(str(error))
+
+        cached = attempt("shared", Net(1))
+        filled = bool(cached.teacher_logits[:].any(-1).all())
+        first = list(calls)
+        attempt("shared", Net(1))
+        attempt("shared", Net(2))
+        attempt("mixed", Net(rank))
+        attempt("file/c", Net(1))
+        return [first, calls, filled, errors]
+
+    results = in_group(work, tmp_path)
     assert [r[0] for r in results] == [[4, 4, 2], [4, 4]] and [r[1] for r in results] == [
         r[0] for r in results
     ]
-    for *_, equal, errors in results:
-        assert equal and len(errors) == 3
+    for *_, filled, errors in results:
+        assert filled and len(errors) == 3
         assert "differs in teachers" in errors[0] and "processes differ in teachers" in errors[1]
         assert "takes 216 bytes and cannot be written: Not a directory" in errors[2]
     single = cache_teachers(view(18), [Net(1)], tmp_path / "single", batch_size=4)

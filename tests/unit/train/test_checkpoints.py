@@ -1,15 +1,12 @@
 """A run that goes on from a checkpoint is the run that was not interrupted, bit by bit."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.processes import PYTHONPATH
-from helpers.tiny import Net, Recorder, difference, hard, state, trainer, view
+from helpers.processes import child
+from helpers.tiny import Killed, Net, Recorder, difference, hard, state, trainer, view
 from safetensors.torch import load_file
 
 from kd_plugins.train import last_checkpoint
@@ -60,10 +57,9 @@ def test_run_depends_on_every_source_of_chance(whole, tmp_path):
 
 
 def test_killed_run_resumes_bit_equal(whole, tmp_path):
-    env = os.environ | {"PYTHONPATH": PYTHONPATH}
-    command = [sys.executable, "-m", "helpers.tiny", str(tmp_path)]
-    killed = subprocess.run(command, env=env, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    killed = child(lambda: hard(tmp_path, [Killed()]).train())
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-8")
     run = hard(tmp_path)
     run.train(resume_from_checkpoint=True)
