@@ -24,7 +24,7 @@ from .refined import CE, BootHard, BootSoft, ConfidencePenalty, LabelSmoothing, 
 from .registry import create_loss, list_losses, loss_class, register_loss
 from .robust import APL, GCE, MAE, NCE, NFL, RCE, SCE, TruncatedGCE
 from .sample_memory import Joint, SoftLabels
-from .self_trust import MyLC, ProSelfLC
+from .self_trust import MyLC, ProSelfLC, calibrated_certainty
 from .teacher_free import TfKDReg, TfKDSelf
 from .transition import BackwardCorrection, ForwardCorrection, TRevision
 
@@ -98,6 +98,7 @@ __all__ = [
     "TfKDReg",
     "TfKDSelf",
     "TruncatedGCE",
+    "calibrated_certainty",
     "clean_probability",
     "create_loss",
     "estimate_noise_rate",

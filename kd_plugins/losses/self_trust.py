@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Unpack
 
@@ -19,6 +20,28 @@ from .state import Progress, RunningMean, eval_mode, sum_over_ranks
 WINDOW = 10_000  # samples, for MyLC without a window in a loop that does not bind
 
 
+def calibrated_certainty(noise_rate: float, num_classes: int) -> float:
+    """r* = 1 - [h(t) + t ln(C - 1)] / ln C: certainty of a model calibrated to wrong labels.
+
+    Where a share t of the labels is wrong, uniformly over the other classes, such a model predicts
+    1 - t for one class and t / (C - 1) for each other. Its entropy is h(t) + t ln(C - 1), with
+    h(t) = -t ln t - (1 - t) ln(1 - t).
+
+    Args:
+        noise_rate: t, in [0, 1).
+        num_classes: C.
+
+    >>> round(calibrated_certainty(0.4, 10), 2), round(calibrated_certainty(0.4, 100), 2)
+    (0.33, 0.45)
+    """
+    t = validate.fraction("noise_rate", noise_rate, "it is a share of the labels", with_one=False)
+    validate.count("num_classes", num_classes, "one class leaves nothing to be unsure of", least=2)
+    if t == 0:
+        return 1.0
+    entropy = -t * math.log(t) - (1 - t) * math.log(1 - t) + t * math.log(num_classes - 1)
+    return 1.0 - entropy / math.log(num_classes)
+
+
 class _SelfTrust(Refined):
     """q~ = (1 - eps) q + eps p with eps = g l(p) per sample: trust in the model times certainty."""
 
@@ -26,13 +49,13 @@ class _SelfTrust(Refined):
         super().__init__(**base)
         self.detach = detach
 
-    def trust(self, certainty: Tensor) -> Tensor:
+    def trust(self, certainty: Tensor, num_classes: int) -> Tensor:
         """g in [0, 1], 0-d, given l(p) [B]."""
         raise NotImplementedError
 
     def refine(self, pred: Prediction, target: Tensor) -> Tensor:
         certainty = pred.certainty.detach()  # eps is a constant, also where q~ is not
-        eps = self.trust(certainty).to(certainty.dtype) * certainty
+        eps = self.trust(certainty, pred.num_classes).to(certainty.dtype) * certainty
         self.log("eps", eps)
         return target.lerp(pred.p, eps.unsqueeze(-1))
 
@@ -70,7 +93,7 @@ class ProSelfLC(_SelfTrust):
         self.shift = validate.number("shift", shift, "it is the progress at which the trust is 0.5")
         self.progress = Progress()
 
-    def trust(self, certainty: Tensor) -> Tensor:
+    def trust(self, certainty: Tensor, num_classes: int) -> Tensor:
         return logistic(self.progress.get(self) - self.shift, self.b1)
 
 
@@ -84,7 +107,12 @@ class MyLC(_SelfTrust):
 
     Args:
         b1: steepness of g; 0 makes g = 0.5. Not published; 10 is the middle of ProSelfLC's search.
-        rho: the mean certainty at which g = 0.5.
+        rho: the mean certainty at which g = 0.5; 0.5 in the paper. ``"auto"`` goes beyond it: the
+            certainty of a model that is calibrated to the noise, :func:`calibrated_certainty`. A
+            larger one means that wrong labels are learned by heart, and with few classes the
+            paper's 0.5 comes after that.
+        noise_rate: for ``rho="auto"``, the share of wrong labels, known or estimated
+            (``estimate_noise_rate``).
         window: samples over which r is a mean. None is the number of rows of the training data
             (the paper's "all samples") once :meth:`bind` tells it, and 10,000 without it.
         detach: q~ is a constant.
@@ -108,14 +136,23 @@ class MyLC(_SelfTrust):
     def __init__(
         self,
         b1: float = 10.0,
-        rho: float = 0.5,
+        rho: float | str = 0.5,
         window: int | None = None,
         detach: bool = True,
+        noise_rate: float | None = None,
         **base: Unpack[LossArguments],
     ) -> None:
         super().__init__(detach, **base)
         self.b1 = validate.number("b1", b1, "it is the steepness of the trust")
-        self.rho = validate.fraction("rho", rho, "it is the mean certainty at which trust is 0.5")
+        if rho == "auto":
+            why = "rho='auto' follows from the share of wrong labels"
+            noise_rate = validate.fraction("noise_rate", noise_rate, why, with_one=False)
+        elif noise_rate is not None:
+            raise ValueError(f"noise_rate={noise_rate} is for rho='auto' and would be ignored")
+        else:
+            why = "it is the mean certainty at which trust is 0.5"
+            rho = validate.fraction("rho", rho, why)
+        self.rho, self.noise_rate = rho, noise_rate
         self.running = RunningMean(WINDOW if window is None else window)
         self._window_open = window is None
 
@@ -139,11 +176,14 @@ class MyLC(_SelfTrust):
         if self._window_open and sizes.num_samples is not None:
             self.running.window, self._window_open = sizes.num_samples, False
 
-    def trust(self, certainty: Tensor) -> Tensor:
+    def trust(self, certainty: Tensor, num_classes: int) -> Tensor:
         if self.moves_state:
             self.running.update(certainty)
         self.log("mean_certainty", self.mean_certainty)
-        return logistic(self.running.mean - self.rho, self.b1)
+        rho: Any = self.rho
+        if self.noise_rate is not None:
+            rho = calibrated_certainty(self.noise_rate, num_classes)
+        return logistic(self.running.mean - rho, self.b1)
 
     @torch.no_grad()
     def prime(self, model: nn.Module, loader: Iterable[Any]) -> Tensor:

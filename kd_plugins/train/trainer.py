@@ -30,6 +30,7 @@ from .checks import (
     refuse_pairing,
     refuse_shared,
 )
+from .collapse import CollapseCallback
 from .evaluation import RankingTrainer
 from .optimizer import clip_each, peer_optimizer, stepped
 from .publish import PublishingTrainer
@@ -120,6 +121,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         super().__init__(args=args, train_dataset=train_dataset, eval_dataset=evals, **hf)
         self.label_names = ["labels"]
         self.add_callback(ScheduleCallback())
+        self.add_callback(CollapseCallback())
         if self.pop_callback(TrainerBar):
             self.add_callback(ShortBar)
 

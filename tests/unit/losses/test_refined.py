@@ -8,6 +8,7 @@ from helpers import reference as naive
 
 from kd_plugins import CE, BootHard, BootSoft, ConfidencePenalty, LabelSmoothing, MyLC, ProSelfLC
 from kd_plugins.losses.functional import Prediction
+from kd_plugins.losses.self_trust import calibrated_certainty
 
 LN3 = math.log(3)
 P = [[0.95, 0.01, 0.04], [0.2, 0.5, 0.3]]  # two samples, three classes
@@ -325,8 +326,41 @@ def test_negative_label_smoothing_is_the_published_sum(eps):
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"), [({"rho": 1.5}, "rho=1.5"), ({"window": 0}, "window=0")]
+    ("kwargs", "message"),
+    [
+        ({"rho": 1.5}, "rho=1.5"),
+        ({"window": 0}, "window=0"),
+        ({"rho": "auto", "noise_rate": 1.0}, "noise_rate=1.0"),
+        ({"noise_rate": 0.4}, "noise_rate=0.4 is for rho='auto'"),
+    ],
 )
 def test_mylc_refuses(kwargs, message):
     with pytest.raises(ValueError, match=message):
         MyLC(**kwargs)
+
+
+def test_mylc_auto_asks_for_the_noise_rate():
+    with pytest.raises((TypeError, ValueError), match="noise_rate=None"):
+        MyLC(rho="auto")
+
+
+def test_calibrated_certainty_is_that_of_the_distribution_which_it_describes():
+    for t, classes in ((0.4, 10), (0.2, 100), (0.5, 2), (0.0, 5)):
+        p = torch.full((classes,), t / (classes - 1), dtype=torch.float64)
+        p[0] = 1 - t
+        certain = Prediction(p.log()).certainty
+        assert calibrated_certainty(t, classes) == pytest.approx(float(certain), abs=1e-12)
+    assert calibrated_certainty(0.9, 10) == pytest.approx(0.0, abs=1e-12)  # labels say nothing
+
+
+def test_mylc_auto_trusts_by_half_where_the_model_is_calibrated_to_the_noise():
+    t, classes = 0.4, 10
+    log_p = torch.full((1, classes), t / (classes - 1)).log()
+    log_p[0, 0] = torch.tensor(1 - t).log()
+    auto = MyLC(rho="auto", noise_rate=t)
+    auto(log_p, torch.tensor([1]))
+    r = calibrated_certainty(t, classes)
+    assert float(auto.stats["eps"]) == pytest.approx(0.5 * r, abs=1e-5)
+    same = MyLC(rho=r)
+    torch.testing.assert_close(same(log_p, torch.tensor([1])), auto(log_p, torch.tensor([1])))
+    assert "rho=auto" in repr(auto) and "noise_rate=0.4" in repr(auto)
