@@ -1023,3 +1023,26 @@ def test_rows_of_the_benchmark_that_want_a_gpu():
         loss.set_progress(0.5)
         values.append(call(loss))
     assert len(values) > 30 and all(value.isfinite() for value in values)
+
+
+def test_train_heads(tmp_path, pictures, monkeypatch, capsys):
+    """Features once, then heads by name; a second command trains only what is new."""
+    network = timm.create_model("resnet10_cifar", num_classes=10)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    argv = ["train_heads.py", "--data", pictures, "--backbone", "resnet10_cifar"]
+    argv += ["--weights", tmp_path / "weights.pth", "--size", 32, "--seeds", 0, 1]
+    argv += ["--features", tmp_path / "features", "--output_dir", tmp_path / "run"]
+    argv += ["--num_train_epochs", 1, "--use_cpu", "True", "--noise", "symmetric:0.25"]
+    start(monkeypatch, *argv, "--methods", "ce", "smkd:rho=auto,eta=1", "co_teaching", "elr")
+    assert "| method | symmetric:0.25 |" in (out := capsys.readouterr().out)
+    assert out.count("/8 symmetric:0.25") == 8
+    assert (tmp_path / "run" / "results.png").stat().st_size > 5000
+    log = tmp_path / "run" / "results.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    assert {row["wrong"] for row in rows} == {0.25}
+    assert {row["method"] for row in rows} == {"ce", "smkd:rho=auto,eta=1", "co_teaching", "elr"}
+    log.write_text(log.read_text()[:-20])  # a kill while the last line was written
+    start(monkeypatch, *argv, "--methods", "ce", "elr", "gce:q=0.5")
+    assert capsys.readouterr().out.count("/6 symmetric:0.25 ") == 3  # and none of the others
+    with pytest.raises((TypeError, ValueError), match="did you mean q"):
+        start(monkeypatch, *argv, "--methods", "gce:p=0.5")

@@ -1,0 +1,188 @@
+"""Compare methods on frozen features: every method, noise and seed in seconds a run, on a CPU.
+
+    python recipes/train_heads.py --data ethz/food101 --backbone efficientnet_b0.ra_in1k \\
+        --methods ce gce smkd smkd:eta=1 --noise symmetric:0.4 pair_flip:0.4 --seeds 0 1 2
+
+The features of a pretrained timm network are computed once and kept in `--features`. Each run
+trains heads of one hidden layer on them: one, or two where the method teaches peers. Runs are
+written to `output_dir/results.jsonl` as they end; those that are there are not repeated. At the end
+stand a table (`results.md`) and a picture (`results.png`): test accuracy in per cent, mean ±
+deviation over the seeds, at the last epoch. A pair counts as the mean of its two networks.
+
+`--methods all` takes every loss that needs no teacher and no feature maps. Methods that need the
+noise rate (Co-teaching, JoCoR) or the transition matrix are told the true one. With
+`--dropout 0 --num_train_epochs 60` the heads memorise. docs/frozen-features.md has figures.
+"""
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import timm
+import torch
+from transformers import PrinterCallback, set_seed
+from transformers.hf_argparser import HfArg
+
+import kd_plugins as kd
+from kd_plugins.audit.plots import markdown, mean_std
+from kd_plugins.data import FeatureView
+from kd_plugins.models import feature_head
+
+DEFAULTS = {"output_dir": "runs/heads", "report_to": "none", "save_strategy": "no"}
+DEFAULTS |= {"logging_strategy": "no", "disable_tqdm": True, "optim": "adamw_torch"}
+DEFAULTS |= {"optim_args": None, "learning_rate": 1e-3, "weight_decay": 0.0}
+DEFAULTS |= {"num_train_epochs": 30, "per_device_train_batch_size": 256}
+DEFAULTS |= {"per_device_eval_batch_size": 1024, "dataloader_pin_memory": False}
+
+
+@dataclass
+class Settings:
+    data: str = HfArg(default="uoft-cs/cifar100", help="hub id or folder")
+    image: str | None = HfArg(default=None, help="column of pictures, if there are several")
+    label: str | None = HfArg(default=None, help="column of classes, if there are several")
+    where: str | None = HfArg(default=None, help="train only on rows where this column is true")
+    backbone: str = HfArg(default="efficientnet_b0.ra_in1k", help="timm name")
+    weights: str | None = HfArg(default=None, help="file with the backbone's weights")
+    size: int = HfArg(default=0, help="side of the pictures in px; 0: as the backbone expects")
+    features: str = HfArg(default="runs/features", help="folder for the features of these data")
+    methods: list[str] = HfArg(default_factory=lambda: ["all"], help="NAME, or NAME:q=0.7,k=2")
+    noise: list[str] = HfArg(default_factory=lambda: ["symmetric:0.4"], help="NAME:RATE or COLUMN")
+    seeds: list[int] = HfArg(default_factory=lambda: [0, 1, 2], help="of noise, weights, order")
+    hidden: int = HfArg(default=128, help="width of the hidden layer")
+    dropout: float = HfArg(default=0.5, help="before the last layer")
+    holdout: bool = HfArg(default=False, help="evaluate on a tenth of the noisy training data")
+
+
+def make_loss(method: str, rate: float, transition) -> kd.Loss:
+    """The loss that `NAME:argument=value,...` names; of smkd, MyLC's arguments too."""
+    name, _, text = method.partition(":")
+    given = dict(pair.split("=") for pair in text.split(",") if pair)
+    own = {key: json.loads(v) if v[:1] in "-.0123456789" else v for key, v in given.items()}
+    if name in ("co_teaching", "co_teaching_plus", "jocor"):
+        own = {"forget": rate} | own
+    elif name in ("forward_correction", "backward_correction"):
+        own = {"transition": torch.as_tensor(transition)} | own
+    elif name in ("mylc", "smkd") and own.get("rho") == "auto":
+        own |= {"noise_rate": rate}
+    if name == "smkd":
+        inner = {key: own.pop(key) for key in ("rho", "b1", "noise_rate") if key in own}
+        own["refine"] = kd.MyLC(**inner)
+    return kd.create_loss(name, **own)
+
+
+def every_method() -> list[str]:
+    """All losses that a head can train with: labels and rows, but no maps and no teachers."""
+    later = ("soft_labels", "t_revision", "dmi")  # stages of longer methods
+    names = [name for name in kd.list_losses() if name not in later]
+    return [name for name in names if kd.loss_class(name).required_inputs <= {"index"}]
+
+
+def cached(s: Settings, split: str, rows) -> FeatureView:
+    """The features of a split, with its clean labels."""
+    overlay = {"file": s.weights} if s.weights else None
+    known = {"pretrained": True, "num_classes": 0, "pretrained_cfg_overlay": overlay}
+    network = timm.create_model(s.backbone, **known).to(memory_format=torch.channels_last)
+    size = {"input_size": (3, s.size, s.size), "crop_pct": 1.0} if s.size else {}
+    cfg = timm.data.resolve_data_config(size, model=network)
+    columns = {"image": s.image, "label": s.label, "clean": s.label}
+    view = kd.ImageView(rows, timm.data.create_transform(**cfg), **columns)
+    return kd.cache_features(view, network, Path(s.features, split), batch_size=64)
+
+
+def run(s: Settings, args, method: str, noise, data, test, seed: int) -> dict:
+    """Train the heads of one method; its figures."""
+    args.seed = seed
+    set_seed(seed)
+    wrong = float((data.labels != data.clean_labels).mean())
+    loss = make_loss(method, wrong, noise)
+    sizes = data.features.shape[1], data.num_classes
+    heads = [feature_head(*sizes, s.hidden, s.dropout) for _ in range(loss.num_peers)]
+    trainer = kd.MutualDistillationTrainer(heads, loss, args, train_dataset=data)
+    trainer.remove_callback(PrinterCallback)  # one line a run is enough
+    trainer.train()
+    figures = trainer.evaluate(test) | trainer.evaluate(data, metric_key_prefix="train")
+    names = ["eval_accuracy", "eval_accuracy_ensemble", "train_memorised", "train_corrected"]
+    return {"wrong": wrong} | {name: figures[name] for name in names if name in figures}
+
+
+def with_noise(s: Settings, train, clean, test, name: str, seed: int) -> tuple:
+    """The noise, the features with wrong labels, and what they are evaluated on."""
+    kind, _, rate = name.partition(":")
+    noise = kd.data.noise_by_name(train, kind, float(rate or 0), s.label)
+    noisy = kd.data.noisy_view(train, noise, seed=seed, label=s.label, noisy="given")
+    data = clean.with_labels(noisy.with_format("numpy")["given"][:])
+    if s.holdout:  # its labels are the given ones: nobody has clean labels to choose with
+        kept, out = kd.data.hold_out(data.labels, seed)
+        test = FeatureView(data.features[out], data.labels[out], class_names=data.class_names)
+        columns = data.features[kept], data.labels[kept], data.clean_labels[kept]
+        data = FeatureView(*columns, data.class_names)
+    return noise, data, test
+
+
+def read(log: Path) -> dict[tuple, dict]:
+    """The runs that are done; a line that was cut short by a kill is not."""
+    done = {}
+    for line in log.read_text().splitlines() if log.exists() else []:
+        with suppress(ValueError):
+            row = json.loads(line)
+            done[row["noise"], row["seed"], row["method"]] = row
+    return done
+
+
+def report(rows: list[dict], noises: list[str], folder: Path) -> None:
+    """A table, and a picture with a panel a noise: a dot is a seed, the line is cross-entropy."""
+    import matplotlib.pyplot as plt
+
+    table: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        table.setdefault(row["method"], {n: [] for n in noises})
+        table[row["method"]].setdefault(row["noise"], []).append(row["eval_accuracy"])
+    order = sorted(table, key=lambda m: -fmean(fmean(v or [0]) for v in table[m].values()))
+    cells = [[m, *(mean_std(table[m][n]) if table[m][n] else "" for n in noises)] for m in order]
+    text = markdown(["method", *noises], cells)
+    (folder / "results.md").write_text(text + "\n")
+    print(text)
+
+    size = (2.6 * len(noises) + 1.5, 0.22 * len(order) + 1)
+    figure, axes = plt.subplots(1, len(noises), figsize=size, sharey=True, squeeze=False)
+    for axis, noise in zip(axes[0], noises, strict=True):
+        for height, method in enumerate(reversed(order)):
+            values = [100 * v for v in table[method][noise]]
+            axis.plot(values, [height] * len(values), "o", color="#0072B2", ms=4, alpha=0.7)
+        if table.get("ce", {}).get(noise):
+            axis.axvline(100 * fmean(table["ce"][noise]), color="#D55E00")
+        axis.set(title=noise, yticks=range(len(order)), yticklabels=order[::-1])
+        axis.set_xlabel("test accuracy [%]")
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(folder / "results.png", dpi=120, bbox_inches="tight")
+
+
+def main() -> None:
+    s, args = kd.train.parse_settings(Settings, kd.MutualTrainingArguments, defaults=DEFAULTS)
+    methods = [m for name in s.methods for m in (every_method() if name == "all" else [name])]
+    for method in methods:  # a mistyped one is refused before the features are computed
+        make_loss(method, 0.1, torch.eye(2))
+    train, test, s.image, s.label = kd.data.load_pictures(s.data, s.image, s.label, where=s.where)
+    clean, test = cached(s, "train", train), cached(s, "test", test)
+    may_grow = ("methods", "noise", "seeds")
+    kd.train.claim_folder(args, **{k: v for k, v in vars(s).items() if k not in may_grow})
+    log = Path(args.output_dir, "results.jsonl")
+    done = read(log)
+    todo = [(n, seed, m) for n in s.noise for seed in s.seeds for m in methods]
+    for number, (name, seed, method) in enumerate(todo, start=1):
+        if (name, seed, method) in done:
+            continue
+        noise, data, unseen = with_noise(s, train, clean, test, name, seed)
+        row = {"method": method, "noise": name, "seed": seed}
+        row |= run(s, args, method, noise, data, unseen, seed)
+        with log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        done[name, seed, method] = row
+        print(f"{number}/{len(todo)} {name} {method} seed {seed}: {row['eval_accuracy']:.1%}")
+    report([done[key] for key in todo], s.noise, Path(args.output_dir))
+
+
+if __name__ == "__main__":
+    kd.train.run_main(main)
