@@ -63,7 +63,8 @@ class CE(Refined):
     Notes:
         ``nn.CrossEntropyLoss`` divides a mean with class weights by the weights of the batch for
         class indices, and by B for distributions. Here it is the weights of the batch for both, so
-        that one-hot rows and indices give the same. There is no ``ignore_index``.
+        that one-hot rows and indices give the same. There is no ``ignore_index``: leave these
+        samples out, ``keep = target != -100; loss(logits[keep], target[keep])``.
 
     >>> import torch
     >>> CE()(torch.tensor([[0.0, 0.0]]), torch.tensor([1]))
@@ -71,11 +72,6 @@ class CE(Refined):
     """
 
     def __init__(self, label_smoothing: float = 0.0, **base: Unpack[LossArguments]) -> None:
-        if "ignore_index" in base:
-            raise TypeError(
-                "CE has no argument 'ignore_index': MaskedLoss(mask, CE()) leaves out samples, and "
-                "rows without a label are best removed from the data set"
-            )
         super().__init__(**base)
         why = "it is the weight of the uniform distribution"
         self.label_smoothing = validate.fraction("label_smoothing", label_smoothing, why)

@@ -16,6 +16,7 @@ from torch import Tensor
 V = TypeVar("V")
 
 MASS_TOLERANCE = 0.01  # of the sum of a target's row: bfloat16 rounds to 2^-9 of each entry
+LEAVE_OUT = "to leave samples out: keep = target != -100; loss(logits[keep], target[keep])"
 
 
 # --------------------------------------------------------------------------------------- arguments
@@ -130,6 +131,8 @@ def unknown_argument(cls: type, name: str, known: Iterable[str]) -> TypeError:
     names = list(dict.fromkeys([*own, *known]))
     meant = difflib.get_close_matches(name, names, n=1) or (own if len(own) == 1 else [])
     hint = f"; did you mean {meant[0]}?" if meant else f"; it has {', '.join(names)}"
+    if name == "ignore_index":
+        hint = f"; {LEAVE_OUT}"
     return TypeError(f"{cls.__name__} has no argument {name!r}{hint}")
 
 
@@ -161,6 +164,12 @@ def logits(name: str, value: Any, num_peers: int, num_classes: int | None) -> li
                 f"{name}: all peers must have logits of one shape [B, C], got {shape_of(value)}"
             )
     shape = shape_of(peers[0])
+    if peers[0].dim() > 2:
+        raise ValueError(
+            f"{name} expects logits [B, C], got {shape}. For logits [B, C, ...] with labels "
+            "[B, ...], each position is a sample: loss(logits.movedim(1, -1).flatten(0, -2), "
+            "target.flatten())"
+        )
     if peers[0].dim() != 2 or peers[0].shape[1] < 2:
         raise ValueError(f"{name} expects logits [B, C] with C >= 2, got {shape}")
     if integers := [z.dtype for z in peers if not z.is_floating_point()]:
@@ -206,6 +215,7 @@ def _refuse_labels(name: str, labels: Tensor, num_classes: int) -> None:
         raise ValueError(
             f"{name}: label {labels[wrong][0].item()} at position {wrong.nonzero()[0].item()} is "
             f"outside the {num_classes} classes 0 to {num_classes - 1}"
+            + (f"; {LEAVE_OUT}" if low == -100 else "")
         )
 
 

@@ -117,12 +117,12 @@ class PeerModule(nn.Module):
         if "teacher" in required and cached is not None:
             extra["teacher"] = cached.transpose(0, 1)  # [B, T, C], as items are collated
         elif required & {"teacher", "teacher_features"}:
-            extra |= self._ask_teachers(inputs)
+            extra |= self.ask_teachers(inputs)
         return self.criterion(tuple(logits) if several else logits[0], labels, **extra), logits
 
     @torch.no_grad()
-    def _ask_teachers(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What the loss reads of the teachers, or of the averages."""
+    def ask_teachers(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What the loss reads of the teachers, or of the averages, for the inputs of a batch."""
         required, first = self.criterion.required_inputs, len(self.peers)
         teachers: Any = self.teachers
         if self.averages is not None:

@@ -100,16 +100,15 @@ def refuse_shared(models: Any, loss: Any) -> None:
 
 
 def refuse_plain(loss: Loss) -> None:
-    """A plain Trainer hands logits and labels to its loss, and wants one number."""
+    """A plain Trainer trains one network, sees only its logits, and wants one number."""
     _refuse_loss(loss)
-    name = type(loss).__name__
-    if loss.num_peers > 1 or loss.required_inputs:
-        wants = (
-            "several networks" if loss.num_peers > 1 else ", ".join(sorted(loss.required_inputs))
-        )
+    name, use = type(loss).__name__, "use MutualDistillationTrainer(models, loss, args, ...)"
+    if loss.num_peers > 1:
+        raise ValueError(f"{name} teaches several networks, and a plain Trainer has one: {use}")
+    if maps := sorted(loss.required_inputs & {"features", "teacher_features"}):
         raise ValueError(
-            f"{name} reads {wants}, and a plain Trainer hands over the logits of one network and "
-            f"labels only: use MutualDistillationTrainer(models, loss, args, ...)"
+            f"{name} reads {' and '.join(maps)}, maps from within the networks, and a plain Trainer "
+            f"shows logits only: {use}"
         )
 
 

@@ -173,7 +173,7 @@ class Recorder(TrainerCallback):
         self.batches, self.states = [], []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        model.register_forward_pre_hook(self.keep, with_kwargs=True)
+        model.register_forward_pre_hook(self.keep, with_kwargs=True, prepend=True)
 
     def keep(self, module, args, inputs):
         if module.training:

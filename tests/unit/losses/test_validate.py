@@ -7,6 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kd_plugins import CE, GCE, SMKD
 from kd_plugins.losses import validate
@@ -283,3 +284,26 @@ def test_shapes_in_an_error():
     assert validate.shape_of(Z) == "[3, 4]"
     assert validate.shape_of([Z, [Z[0], "ab"]]) == "([3, 4], ([4], str))"
     assert validate.shape_of(CE()) == "CE"
+
+
+def told(*args, **kwargs):
+    """The code in the message of the error."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        CE(**kwargs)(*args)
+    return re.search(r"(keep = .*|loss\(logits\..*)", str(caught.value))[1]
+
+
+def test_messages_say_how_to_call_with_pixels_and_with_samples_left_out():
+    """The code in the message gives what nn.CrossEntropyLoss gives."""
+    names = {"loss": CE(), "logits": torch.randn(2, 4, 3, 5), "target": torch.arange(30) % 4}
+    names["target"] = names["target"].view(2, 3, 5)
+    exec("value = " + told(names["logits"], names["target"]), names)
+    assert names["value"].item() == pytest.approx(
+        F.cross_entropy(names["logits"], names["target"]).item()
+    )
+    names |= {"logits": torch.randn(4, 3), "target": torch.tensor([0, -100, 2, 1])}
+    for recipe in (told(names["logits"], names["target"]), told(ignore_index=-100)):
+        exec(recipe.replace("; loss", "; value = loss"), names)
+        assert names["value"].item() == pytest.approx(
+            F.cross_entropy(names["logits"], names["target"]).item()
+        )
