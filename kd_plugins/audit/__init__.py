@@ -4,6 +4,15 @@ from .corrected_data import write_corrected
 from .corrections import apply_decisions, correct_labels, drop_suspects, read_decisions
 from .dynamics import read_dynamics, summarise
 from .estimate_transition import estimate_transition
+from .exchange import (
+    from_argilla,
+    from_datalab,
+    from_label_studio,
+    label_studio_config,
+    to_argilla,
+    to_datalab,
+    to_label_studio,
+)
 from .gallery import contact_sheet, html_page, write_suspects
 from .influence import influence_scores, select_lowest
 from .out_of_sample import out_of_sample
@@ -20,14 +29,21 @@ __all__ = [
     "estimate_label_noise",
     "estimate_transition",
     "find_suspects",
+    "from_argilla",
+    "from_datalab",
+    "from_label_studio",
     "html_page",
     "influence_scores",
+    "label_studio_config",
     "out_of_sample",
     "predict_probs",
     "read_decisions",
     "read_dynamics",
     "select_lowest",
     "summarise",
+    "to_argilla",
+    "to_datalab",
+    "to_label_studio",
     "write_corrected",
     "write_suspects",
 ]

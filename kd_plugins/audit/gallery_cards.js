@@ -85,7 +85,7 @@ function cardOf(entry) {
   meta.append(element("span", "row", `row ${entry.index}`));
   const { given, better, pLabel, pProposed } = entry;
   button.type = "button";
-  button.title = `${given}: ${pLabel.toFixed(3)}\n${better}: ${pProposed.toFixed(3)}`;
+  button.title = `${given}: ${pLabel?.toFixed(3)}\n${better}: ${pProposed?.toFixed(3) ?? "?"}`;
   text.append(nameOf("given", given), nameOf("proposed", better));
   button.append(pictureOf(pictures[entry.rank], "picture", "no picture"), text);
   if (small) button.append(neighboursOf(entry));

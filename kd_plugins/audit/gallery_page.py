@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 from hashlib import blake2b, sha256
 from html import escape
 from importlib.resources import files
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from PIL import Image
 from tqdm.auto import tqdm
 
 from .corrections import data_signature, refuse_row_numbers
-from .gallery_rows import fit, labels_of, pictures_of, shown_rows
+from .gallery_rows import labels_of, pictures_of, shown_rows, thumbnail
 
 SIDE, NEAR = 96, 40  # of thumbnails, and of neighbours, in pixels
 NEIGHBOURS = 4  # shown on a card
@@ -49,7 +48,7 @@ def html_page(
     labels = None if label is None else labels_of(dataset, label)[0]
     scores = ("score", "p_label", "p_proposed")
     table = [
-        [row["index"], row["label"], row["proposed"], *(round(row[k], 4) for k in scores)]
+        [row["index"], row["label"], row["proposed"], *(_rounded(row[k]) for k in scores)]
         for row in rows
     ]
     # The browser stores the decisions under this key.
@@ -60,7 +59,7 @@ def html_page(
         "data": data_signature(len(dataset), labels),
         "names": _class_names(rows, dataset, label),
         "rows": table,
-        "pictures": [_thumbnail(picture_of(row["index"]), SIDE) for row in bar],
+        "pictures": [thumbnail(picture_of(row["index"]), SIDE) for row in bar],
     }
     if labels is not None and "neighbours" in suspects.column_names:
         near = [[int(k) for k in (row["neighbours"] or ())][:NEIGHBOURS] for row in rows]
@@ -68,7 +67,7 @@ def html_page(
             entry.append(neighbours)
         shown = {k for neighbours in near for k in neighbours}
         refuse_row_numbers(np.array(sorted(shown), np.int64), len(dataset))
-        content["small"] = {k: [int(labels[k]), _thumbnail(picture_of(k), NEAR)] for k in shown}
+        content["small"] = {k: [int(labels[k]), thumbnail(picture_of(k), NEAR)] for k in shown}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_page(title, content), encoding="utf-8")
@@ -84,14 +83,8 @@ def _class_names(rows: list[dict[str, Any]], dataset: Any, label: str | None) ->
     return names | {row["proposed"]: row["better"] for row in rows}
 
 
-def _thumbnail(picture: Image.Image | None, side: int) -> str | None:
-    """A picture in WebP, which takes a third of JPEG at this size, in base64."""
-    if picture is None:
-        return None
-    thumbnail = fit(picture, side)
-    thumbnail.info = {}  # a colour profile may be larger than the picture
-    thumbnail.save(buffer := BytesIO(), "webp", quality=75, method=2)
-    return base64.b64encode(buffer.getvalue()).decode()
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)  # JSON has no NaN
 
 
 def _page(title: str, content: dict[str, Any]) -> str:

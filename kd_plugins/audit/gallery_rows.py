@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Callable
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -61,3 +63,13 @@ def fit(picture: Image.Image, side: int, enlarge: bool = False) -> Image.Image:
     scale = scale if enlarge else min(scale, 1.0)
     width, height = (max(1, round(scale * n)) for n in picture.size)
     return picture.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
+
+
+def thumbnail(picture: Image.Image | None, side: int) -> str | None:
+    """A picture in WebP, which takes a third of JPEG at this size, in base64."""
+    if picture is None:
+        return None
+    thumbnail = fit(picture, side)
+    thumbnail.info = {}  # a colour profile may be larger than the picture
+    thumbnail.save(buffer := BytesIO(), "webp", quality=75, method=2)
+    return base64.b64encode(buffer.getvalue()).decode()
