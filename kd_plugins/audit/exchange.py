@@ -193,7 +193,7 @@ def _register_manager() -> None:
     class SuspectIssueManager(IssueManager):
         description = "Labels that are probably wrong, by kd_plugins"
         issue_name = ISSUE
-        verbosity_levels: ClassVar = {0: [], 1: [], 2: [], 3: []}
+        verbosity_levels: ClassVar[dict[int, list[str]]] = {0: [], 1: [], 2: [], 3: []}
 
         def find_issues(self, issues: Any = None, **_: Any) -> None:
             self.issues = issues
