@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -264,4 +265,18 @@ def refuse_labels(view: Any, peers: Sequence[nn.Module], name: str) -> None:
         raise ValueError(
             f"label {bad} in row {row} of the {name} data is outside the {classes} classes of the "
             "networks"
+        )
+
+
+# ------------------------------------------------------------------------------------- while it runs
+
+
+def refuse_nan(figures: Mapping[str, float], args: TrainingArguments, step: int) -> None:
+    """A loss that is not finite: every weight it reached is lost."""
+    if not math.isfinite(figures["loss"]):
+        bad = [name for name, value in figures.items() if not math.isfinite(value)]
+        raise FloatingPointError(
+            f"the training loss is {figures['loss']} at step {step} (not finite: {bad[:9]}). The "
+            f"weights are lost; the last checkpoint in {args.output_dir} is not. Lower the "
+            f"learning rate ({args.learning_rate}), clip (max_grad_norm) or warm up, and resume"
         )

@@ -27,6 +27,7 @@ from .checks import (
     refuse_arguments,
     refuse_hf_arguments,
     refuse_labels,
+    refuse_nan,
     refuse_pairing,
     refuse_shared,
 )
@@ -218,10 +219,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         """With ``remove_unused_columns=True``, the columns that the networks name are kept."""
         super()._set_signature_columns_if_needed()
-        known = {
-            *(self._signature_columns or ()),
-            *(n for names in self.model.names for n in names),
-        }
+        known = set(self._signature_columns or ()).union(*self.model.names)
         self._signature_columns: Any = sorted(known)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -231,7 +229,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
             stacked = torch.stack([self._sums[name] for name in names]) / self._steps
             means = dict(zip(names, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
             self._sums, self._steps = {}, 0
-            self._refuse_nan(means)
+            refuse_nan(means, self.args, self.state.global_step)
             means.pop("loss")
             for name in [n for n in means if n.startswith("selected_right_")]:
                 peer, right = name.removeprefix("selected_right_"), means.pop(name)
@@ -239,16 +237,6 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
                     means[f"right_{peer}"] = right / means[f"selected_{peer}"]
             logs |= {name: float(f"{value:.6g}") for name, value in means.items()}
         super().log(logs, start_time)
-
-    def _refuse_nan(self, means: dict[str, float]) -> None:
-        if not math.isfinite(means["loss"]):
-            bad = [name for name, value in means.items() if not math.isfinite(value)]
-            raise FloatingPointError(
-                f"the training loss is {means['loss']} at step {self.state.global_step} (not "
-                f"finite: {bad[:9]}). The weights are lost; the last checkpoint in "
-                f"{self.args.output_dir} is not. Lower the learning rate "
-                f"({self.args.learning_rate}), clip (max_grad_norm) or warm up, and resume"
-            )
 
     # --------------------------------------------------------------------- training, checkpoints
 
@@ -314,11 +302,13 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the Trainer's. Weights that a NaN has reached are not written over good ones."""
         if self._steps:
-            self._refuse_nan({name: value.item() for name, value in self._sums.items()})
+            sums = {name: value.item() for name, value in self._sums.items()}
+            refuse_nan(sums, self.args, self.state.global_step)
         # the gradient of the last step may be NaN where its loss was not
         weights = self.model.named_parameters()
         if bad := [name for name, p in weights if not torch.isfinite(p).all()]:
-            self._refuse_nan({"loss": math.nan, **dict.fromkeys(bad, math.nan)})
+            nans = dict.fromkeys(["loss", *bad], math.nan)
+            refuse_nan(nans, self.args, self.state.global_step)
         super().save_model(output_dir, _internal_call)
 
     def _save(
