@@ -9,7 +9,8 @@ timm names (pretrained). With `--train_teachers True` they are architectures, wh
 first on the same data, each in `output_dir/teachers/K`; `--teacher_rates 0 0 0.4` gives the third
 one wrong labels, and `--student none` stops after the teachers.
 
-`--terms` is a sum of registered losses. `--revise 0.8` corrects the teachers' logits (Label
+`--terms` is a sum of registered losses. `--standardize 2` standardises the logits that they soften,
+and softens them at T = 2 (logit standardisation). `--revise 0.8` corrects the teachers' logits (Label
 Revision). `--keep 0.8` distils on the 80% of the training data with the least influence on the loss
 of the held-out part (Data Selection). `--cache True` computes the teachers' logits once and needs
 `--augment False`. Run a killed command again: it continues. Expected: recipes/README.md.
@@ -19,6 +20,7 @@ import copy
 import json
 from dataclasses import dataclass
 from functools import reduce
+from inspect import signature
 from operator import add
 from pathlib import Path
 
@@ -36,7 +38,7 @@ DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
 SCHEDULE = {"num_train_epochs": 240, "milestones": [150 / 240, 180 / 240, 210 / 240]}
 SCHEDULE |= {"per_device_train_batch_size": 64, "learning_rate": 0.05, "lr_decay": 0.1}
 SCHEDULE |= {"weight_decay": 5e-4, "optim_args": "momentum=0.9,nesterov=True"}
-PRESETS = {  # weights as published; only of lr and lr_ds they are ours, as is the share to keep
+PRESETS = {  # weights as published; of wttm, lr and lr_ds they are ours, as is the share to keep
     "kd": {"terms": "0.1*ce + 0.9*kd"},
     "aver": {"terms": "ce + aver"},
     "ebkd": {"terms": "ce + ebkd"},
@@ -47,6 +49,14 @@ PRESETS = {  # weights as published; only of lr and lr_ds they are ours, as is t
     "at": {"terms": "ce + 1000*at"},
     "vid": {"terms": "ce + vid"},
     "crd": {"terms": "ce + 0.8*crd"},
+    "dkd": {"terms": "ce + dkd"},
+    "dist": {"terms": "ce + 2*dist"},
+    "nkd": {"terms": "ce + nkd"},
+    "wttm": {"terms": "ce + wttm"},
+    "kd_standardized": {"terms": "0.1*ce + 9*kd", "standardize": 2.0},
+    "rkd": {"terms": "ce + rkd"},
+    "sp": {"terms": "ce + 3000*sp"},
+    "pkt": {"terms": "ce + 30000*pkt"},
     "lr": {"terms": "ce + kd", "revise": 0.8},
     "lr_ds": {"terms": "ce + kd", "revise": 0.8, "keep": 0.8},
 }
@@ -64,6 +74,7 @@ class Settings:
     teacher_rates: list[float] = HfArg(default_factory=list, help="share of wrong labels of each")
     teacher_epochs: float = HfArg(default=0.0, help="0: num_train_epochs")
     terms: str = HfArg(default="ce + camkd", help="a sum of registered losses with weights")
+    standardize: float = HfArg(default=0.0, help="T of standardised logits; 0 is off")
     revise: float = HfArg(default=0.0, help="eta of Label Revision; 0 is off")
     keep: float = HfArg(default=1.0, help="share of the training data to distil on")
     holdout: float = HfArg(default=0.1, help="share of the training data to measure influence on")
@@ -85,9 +96,13 @@ def make_loss(s: Settings, teachers: list, mask):
     terms = []
     for weight, name in terms_of(s):
         # the published weights, 1 and 50, go with the scale of the authors' code
-        own = {"scale": "code"} if name.startswith("camkd") else {}
+        own: dict = {"scale": "code"} if name.startswith("camkd") else {}
         if name == "camkd_features":
             own["heads"] = [teacher.forward_head for teacher in teachers]
+        if name == "dkd":
+            own["warmup"] = 1 / 12  # 20 of 240 epochs, as published
+        if s.standardize and "standardize" in signature(kd.loss_class(name)).parameters:
+            own |= {"standardize": True, "temperature": s.standardize}
         term = kd.create_loss(name, **own)
         if s.revise and isinstance(term, kd.KD):
             term = kd.LabelRevision(term, eta=s.revise)
