@@ -1,12 +1,18 @@
-# make setup | demo | test | docs | build | clean. All but clean run setup first. ARGS goes to the
-# recipe or to pytest: make demo ARGS="--seeds 3", make test ARGS="-k smkd".
+# make setup | demo | test | test-floors | docs | build | clean. All but clean run setup first, and
+# test-floors has an environment of its own. ARGS goes to the recipe or to pytest:
+# make demo ARGS="--seeds 3", make test ARGS="-k smkd".
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+FLOORS := .venv-floors
 LAUNCH := $(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CHECK := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: setup demo test docs build clean
+# torch>=2.8 -> torch==2.8
+LOWEST := import re, tomllib; needs = tomllib.load(open("pyproject.toml", "rb"))["project"]["dependencies"]; \
+  print(*(re.sub(r">=([\d.]+).*", r"==\1", need) for need in needs), sep="\n")
+
+.PHONY: setup demo test test-floors docs build clean
 .DELETE_ON_ERROR:
 
 setup: $(READY)
@@ -30,6 +36,17 @@ test: $(READY)
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
+# The tests on exactly the lower bounds of pyproject.toml.
+test-floors: $(FLOORS)/.ready
+	$(FLOORS)/bin/python -m pytest -q $(ARGS)
+
+$(FLOORS)/.ready: pyproject.toml setup.cfg
+	@$(PYTHON) -c "$(CHECK)" || { echo "needs Python 3.11 or newer with its venv module"; exit 1; }
+	$(PYTHON) -m venv --clear $(FLOORS)
+	$(PYTHON) -c '$(LOWEST)' > $(FLOORS)/lowest.txt
+	$(FLOORS)/bin/python -m pip install --disable-pip-version-check -c $(FLOORS)/lowest.txt -e ".[recipes,dev]"
+	@touch $@
+
 # The package index is asked only if the tools are not installed.
 docs: $(READY)
 	@$(BIN)/python -c "import mkdocs, material, mkdocstrings_handlers.python" 2>/dev/null || \
@@ -42,4 +59,4 @@ build: $(READY)
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf .venv build dist site *.egg-info
+	rm -rf .venv $(FLOORS) build dist site *.egg-info
