@@ -56,7 +56,7 @@ def trained(folder, models, of_bytes=False):
     loss = SMKD(CE(), eta=1, b2=0) if len(models) > 1 else CE()
     settings = {"per_device_train_batch_size": 16, "num_train_epochs": 6, "logging_steps": 50}
     settings |= {"optim": "adamw_torch", "optim_args": None, "learning_rate": 0.008}
-    train, test = view(192, 0, of_bytes), view(120, 1, of_bytes)
+    train, test = view(192, 0, of_bytes), view(60, 1, of_bytes)
     run = trainer(folder, models, loss, train, test, **settings)
     run.train()
     run.evaluate()
@@ -64,7 +64,7 @@ def trained(folder, models, of_bytes=False):
 
 
 def accuracy(predict, name=int):
-    rows = pictures(120, 1)
+    rows = pictures(60, 1)
     right = [predict(Image.fromarray(row["image"])) == name(row["label"]) for row in rows]
     return np.mean(right)
 

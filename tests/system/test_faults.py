@@ -96,7 +96,7 @@ def test_twenty_kills_and_nothing_lost(tmp_path, train):
         at_once, following = kill % 2 == 0, often / f"checkpoint-{before + 2}"
         while not following.exists() if at_once else step_of(often) == before:
             assert process.is_alive()
-            time.sleep(0.0005)
+            time.sleep(0.0005 if at_once else 0.005)
         time.sleep(0.0 if at_once else dice.uniform(0.0, 0.05))
         os.kill(process.pid, signal.SIGKILL)
         process.join()

@@ -634,11 +634,11 @@ def test_processes_without_a_group_are_refused(tmp_path, monkeypatch):
         cache_teachers(view(8), [Net(1)], tmp_path)
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
-def test_workers_open_the_file_by_themselves(tmp_path, monkeypatch, context):
+@pytest.mark.parametrize(("context", "workers"), [("fork", 2), ("spawn", 1)])
+def test_workers_open_the_file_by_themselves(tmp_path, monkeypatch, context, workers):
     monkeypatch.chdir(tmp_path)
     cached = cache_teachers(view(18), [Net(1), Net(2)], "cache", num_workers=1)
-    loader = DataLoader(cached, 5, num_workers=2, multiprocessing_context=context)
+    loader = DataLoader(cached, 5, num_workers=workers, multiprocessing_context=context)
     monkeypatch.chdir("/")  # a relative folder stays where it was
     said = torch.cat([batch["teacher"] for batch in loader])
     assert torch.equal(said, torch.from_numpy(cached.teacher_logits.copy()))

