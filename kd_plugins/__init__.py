@@ -16,6 +16,7 @@ _LAZY = {
     "MutualDistillationTask": "train.timm",
     "MutualDistillationTrainer": "train",
     "MutualTrainingArguments": "train",
+    "NumberedRows": "train",
     "ProgressCallback": "train",
     "StatefulClassificationTask": "train.timm",
     "as_compute_loss_func": "train",

@@ -4,6 +4,7 @@ from .arguments import MutualTrainingArguments
 from .callbacks import CDRCallback
 from .command_line import parse_settings, run_main, write_results
 from .dynamics_callback import DynamicsCallback
+from .dynamics_writer import NumberedRows
 from .plain_trainer import ProgressCallback, as_compute_loss_func
 from .run_folder import claim_folder, last_checkpoint
 from .trainer import MutualDistillationTrainer
@@ -13,6 +14,7 @@ __all__ = [
     "DynamicsCallback",
     "MutualDistillationTrainer",
     "MutualTrainingArguments",
+    "NumberedRows",
     "ProgressCallback",
     "as_compute_loss_func",
     "claim_folder",

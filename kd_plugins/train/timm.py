@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ..losses.base import Loss
 from ..models.factory import class_count, logits_of, make_model, make_teacher
 from ..models.hosted import PeerModule
 from .checks import refuse_pairing
+from .dynamics_writer import DynamicsWriter, batch_figures
 from .sizes import bind_sizes
 
 try:
@@ -31,6 +33,8 @@ except ImportError as error:
         f"checkpoint: timm >= 1.0.27. timm {timm.__version__} is installed ({timm.__file__}): "
         f"{error}"
     ) from error
+
+MAX_ROWS = 1_000_000  # visits that a process keeps in memory
 
 
 class StatefulClassificationTask(ClassificationTask):
@@ -50,13 +54,16 @@ class StatefulClassificationTask(ClassificationTask):
         total_updates: optimizer steps of the whole training, for a loss with a schedule. Without
             it, call ``task.criterion.set_progress(step / total)`` before each step.
         num_samples: rows of the training data, for a loss that averages over them (MyLC).
+        dynamics: folder for training dynamics, as ``DynamicsCallback`` writes them: before a
+            checkpoint and at each evaluation. The training data have to be ``NumberedRows``.
         device: as for timm's task.
         dtype: of the networks.
         verbose: as for timm's task.
 
     Notes:
         timm's loop calls :meth:`update_ema` after every update, with EMA or without. The progress
-        of the loss is set there.
+        of the loss is set there. It calls ``train()`` once an epoch, which counts the epochs of the
+        dynamics.
     """
 
     criterion: Any
@@ -70,6 +77,7 @@ class StatefulClassificationTask(ClassificationTask):
         teachers: Sequence[str | Path | nn.Module] = (),
         total_updates: int | None = None,
         num_samples: int | None = None,
+        dynamics: str | Path | None = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         verbose: bool = True,
@@ -93,10 +101,11 @@ class StatefulClassificationTask(ClassificationTask):
         super().__init__(hosted, criterion, device=device, dtype=dtype, verbose=verbose)
         self.eval_model: Any = peers[0] if len(peers) == 1 else Ensemble(hosted)
         self.total_updates, self.updates = total_updates, 0
+        self._dynamics = None if dynamics is None else _Dynamics(dynamics, hosted, num_classes)
         self._set_updates(0)
 
     @property
-    def hosted(self) -> PeerModule:
+    def hosted(self) -> _Trainable:
         """The module that timm trains, without the wrappers of DDP and torch.compile."""
         return unwrap_model(self.trainable_module)
 
@@ -110,7 +119,11 @@ class StatefulClassificationTask(ClassificationTask):
         if not self.hosted.training:
             output = logits_of(self.eval_model(input))
             return {"loss": F.cross_entropy(output.float(), target), "output": output}
+        if self._dynamics is not None:
+            rows, target = self._dynamics.take_apart(target)
         loss = self.trainable_module(input, target)["loss"]
+        if self._dynamics is not None:
+            self._dynamics.collect(rows, self.updates)
         logits = self.hosted.last["logits"]
         output = logits[0] if len(logits) == 1 else _mean_log_probs(logits)
         # a clone: timm's loop divides the loss in place when it accumulates
@@ -159,7 +172,15 @@ class StatefulClassificationTask(ClassificationTask):
             return {}
         state = self.hosted.state_dict()
         loss = {name: value for name, value in state.items() if not name.startswith("peers.")}
-        return {"loss": loss, "updates": self.updates}
+        if self._dynamics is None:
+            return {"loss": loss, "updates": self.updates}
+        self._dynamics.write()
+        return {"loss": loss, "updates": self.updates, "epochs": self.hosted.epochs}
+
+    def create_evaluator(self, **kwargs: Any) -> Any:
+        if self._dynamics is not None:  # all processes evaluate before one writes the checkpoint
+            self._dynamics.write()
+        return super().create_evaluator(**kwargs)
 
     def load_task_state(
         self,
@@ -179,6 +200,7 @@ class StatefulClassificationTask(ClassificationTask):
             )
         self.hosted.load_state_dict(given, strict=False)
         self._set_updates((state or {}).get("updates", 0))
+        self.hosted.epochs = (state or {}).get("epochs", 0)
 
 
 class MutualDistillationTask(StatefulClassificationTask):
@@ -216,7 +238,17 @@ class Ensemble(nn.Module):
 
 
 class _Trainable(PeerModule):
-    """Networks and loss, with the methods that timm's optimizer factory asks a network for."""
+    """Networks and loss, with the methods that timm's optimizer factory asks a network for.
+
+    Attributes:
+        epochs: how often ``train()`` was called.
+    """
+
+    epochs = 0
+
+    def train(self, mode: bool = True) -> Any:
+        self.epochs += mode
+        return super().train(mode)
 
     def no_weight_decay(self) -> set[str]:
         named = [(k, peer) for k, peer in enumerate(self.peers) if hasattr(peer, "no_weight_decay")]
@@ -232,6 +264,60 @@ class _Trainable(PeerModule):
             for name, layer in own.items()
         }
         return lambda name: level.get(name, max(depths))
+
+
+class _Dynamics:
+    """Training dynamics of a task.
+
+    Args:
+        folder: where to write.
+        hosted: the module that is trained.
+        num_classes: C, with which ``NumberedRows`` made the targets.
+    """
+
+    def __init__(self, folder: str | Path, hosted: _Trainable, num_classes: int | None) -> None:
+        if num_classes is None:
+            raise ValueError(
+                "dynamics: the networks do not tell their number of classes, with which targets "
+                "are taken apart into row and label; expected num_classes on the first network"
+            )
+        self.folder, self.hosted, self.num_classes = folder, hosted, num_classes
+        self._writer: DynamicsWriter | None = None
+        self._epochs = 0  # at the last batch
+
+    def take_apart(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows and labels of the targets of ``NumberedRows``."""
+        if target.is_floating_point() or target.dim() != 1:
+            raise ValueError(
+                f"dynamics: expected targets of NumberedRows, integers [B], got {target.dtype} "
+                f"{list(target.shape)}; Mixup and CutMix lose the row of a sample"
+            )
+        rows = torch.div(target, self.num_classes, rounding_mode="floor")
+        if self._writer is None and len(rows) > 1 and not rows.any():  # at the first batch
+            raise ValueError(
+                f"dynamics: all targets of the first batch are below {self.num_classes}, so they "
+                "name no rows: expected those of NumberedRows(dataset_train, num_classes)"
+            )
+        return rows, target - rows * self.num_classes
+
+    def collect(self, rows: Tensor, updates: int) -> None:
+        """Keep what the networks said in the last forward."""
+        if self._writer is None:  # after a checkpoint was loaded
+            rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+            self._writer = DynamicsWriter(self.folder, rank, updates, clean=local == 0)
+        if self.hosted.epochs != self._epochs:
+            self.write()
+            self._epochs = self.hosted.epochs
+        last = self.hosted.last | {"index": rows}
+        selection = self.hosted.criterion.selection
+        self._writer.add(updates + 1, batch_figures(**last, selection=selection))
+        if self._writer.rows >= MAX_ROWS:
+            self.write()
+
+    def write(self) -> None:
+        """Write the visits in memory."""
+        if self._writer is not None:
+            self._writer.write(max(self._epochs - 1, 0))
 
 
 def _layers(peer: Any, coarse: bool) -> dict[str, int]:

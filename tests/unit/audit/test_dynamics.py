@@ -23,19 +23,17 @@ from helpers.tiny import (
     hard,
     jitter,
     logged,
-    plain,
     state,
     trainer,
     view,
 )
 from transformers import TrainerCallback
 
-import kd_plugins
 from kd_plugins import CE, SMKD, LabelSmoothing, Mutual, MyLC, SelectAll, SelectNone
 from kd_plugins.audit.dynamics import read_dynamics, summarise
 from kd_plugins.models import PeerModule
 from kd_plugins.train import DynamicsCallback
-from kd_plugins.train.dynamics_callback import batch_figures
+from kd_plugins.train.dynamics_writer import DynamicsWriter, batch_figures
 
 COLUMNS = ["epoch", "step", "index", "label"]
 
@@ -230,19 +228,17 @@ def test_training_is_the_same_to_the_last_bit(tmp_path):
 
 def test_nothing_waits_for_the_device_in_a_step(tmp_path):
     """Reading a meta tensor fails. Only every hundredth batch is brought to the host."""
-    hosted = PeerModule([Net(1), Net(2)], Mutual(CE(), SelectAll()))
-    callback, meta = DynamicsCallback(tmp_path), torch.device("meta")
+    writer, meta = DynamicsWriter(tmp_path, 0, 0, clean=True), torch.device("meta")
     labels, logits = (
         torch.zeros(8, dtype=torch.long, device=meta),
         [torch.zeros(8, CLASSES, device=meta)] * 2,
     )
     mask = torch.ones(8, dtype=torch.bool, device=meta)
-    hosted.criterion.selection = [(mask, labels)] * 2
-    hosted.last = {"logits": logits, "labels": labels, "index": labels}
+    selection = [(mask, labels)] * 2
     for step in range(99):
-        callback._collect(hosted, step)
+        writer.add(step, batch_figures(logits, labels, labels, selection))
     with pytest.raises(NotImplementedError, match="meta"):
-        callback._collect(hosted, 99)
+        writer.add(99, batch_figures(logits, labels, labels, selection))
 
 
 def test_compiled_is_eager_and_compiles_once(tmp_path):
@@ -379,7 +375,7 @@ def test_going_back_drops_what_is_trained_again(whole, tmp_path, caplog):
     [message] = [
         record.getMessage()
         for record in caplog.records
-        if record.name == "kd_plugins.train.dynamics_callback"
+        if record.name == "kd_plugins.train.dynamics_writer"
     ]
     assert "3 segments" in message and "after 4" in message
     torch.testing.assert_close(
@@ -654,11 +650,6 @@ def test_batches_without_index(tmp_path):
     with pytest.raises(ValueError, match=r"no index.*ImageView"):
         run.train()
     trainer(tmp_path, Net(1), CE(), bare, num_train_epochs=1).train()  # no callback, no index
-
-
-def test_another_trainer(tmp_path):
-    with pytest.raises(TypeError, match=r"MutualDistillationTrainer, got ViT"):
-        plain(tmp_path, CE(), callbacks=[kd_plugins.DynamicsCallback()]).train()
 
 
 def test_refuses_what_it_cannot_read(tmp_path):
