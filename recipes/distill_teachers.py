@@ -74,6 +74,7 @@ class Settings:
     teacher_rates: list[float] = HfArg(default_factory=list, help="share of wrong labels of each")
     teacher_epochs: float = HfArg(default=0.0, help="0: num_train_epochs")
     terms: str = HfArg(default="ce + camkd", help="a sum of registered losses with weights")
+    beta: float = HfArg(default=8.0, help="of dkd: 8, 6 or 2 by pair; see its description")
     standardize: float = HfArg(default=0.0, help="T of standardised logits; 0 is off")
     revise: float = HfArg(default=0.0, help="eta of Label Revision; 0 is off")
     keep: float = HfArg(default=1.0, help="share of the training data to distil on")
@@ -100,7 +101,7 @@ def make_loss(s: Settings, teachers: list, mask):
         if name == "camkd_features":
             own["heads"] = [teacher.forward_head for teacher in teachers]
         if name == "dkd":
-            own["warmup"] = 1 / 12  # 20 of 240 epochs, as published
+            own |= {"beta": s.beta, "warmup": 1 / 12}  # of 240 epochs 20, as published
         if s.standardize and "standardize" in signature(kd.loss_class(name)).parameters:
             own |= {"standardize": True, "temperature": s.standardize}
         term = kd.create_loss(name, **own)

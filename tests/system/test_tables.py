@@ -355,7 +355,7 @@ def test_cells_of_a_distillation_table_share_one_schedule(tables, monkeypatch):
         for name, table in tables["TABLES"].items()
         if table.recipe == "distill_teachers.py"
     }
-    assert len(there) == 4
+    assert len(there) == 5
     for name, table in there.items():
         cells, _ = tables["make_cells"](tables["Settings"](table=name, seeds=1), [])
         runs = {cell.row: parse(recipe, cell.command, monkeypatch) for cell in cells}
@@ -369,16 +369,19 @@ def test_cells_of_a_distillation_table_share_one_schedule(tables, monkeypatch):
             name
         )
         for row, (s, _) in runs.items():
-            assert s["student"] == ("resnet10_cifar" if row else "none")
+            column = [*table.columns.values()][-1]
+            student = column.get("student", "resnet10_cifar")
+            assert s["student"] == (student if row else "none")
             own = table.rows.get(
                 row, {"preset": "kd"}
             )  # of the teachers: for its schedule, no student learns the terms
             learned = (
-                {"revise": 0.0, "keep": 1.0} | recipe["PRESETS"].get(own.get("preset"), {}) | own
+                {"revise": 0.0, "keep": 1.0, "standardize": 0.0}
+                | recipe["PRESETS"].get(own.get("preset"), {})
+                | own
             )
-            assert [s[key] for key in ("terms", "revise", "keep")] == [
-                learned[k] for k in ("terms", "revise", "keep")
-            ]
+            named = ("terms", "revise", "keep", "standardize")
+            assert [s[key] for key in named] == [learned[key] for key in named]
             assert s["teacher_epochs"] == 0  # as many as the students
 
 
@@ -392,6 +395,20 @@ def test_rows_have_the_teachers_that_they_name(tables):
     }
     others = {"student alone": [], "CA-MKD, three teachers": folders}
     assert seen == dict.fromkeys(table.rows, folders[:1]) | others
+
+
+def test_each_column_has_its_pair(tables):
+    """DKD's pairs: the student of the column learns from the teacher of the column."""
+    cells = tables["make_cells"](tables["Settings"](table="dkd", seeds=1), [])[0]
+    trained = [*tables["TABLES"]["dkd"].base["teachers"]]
+    for cell in cells[1:]:
+        options = tables["options_of"](cell.command)
+        (student,), taught = options["student"], options.get("teachers", [])
+        assert bool(taught) == (cell.row != "student alone")
+        names = [trained[int(Path(folder).parent.name)] for folder in taught]
+        depth = {"resnet20": "resnet56", "resnet32": "resnet110", "resnet8x4": "resnet32x4"}
+        assert names in ([], [depth[student.removesuffix("_cifar")] + "_cifar"])
+        assert options.get("beta") == (None if "8x4" in student else ["2"])
 
 
 def test_knowledge_columns_are_the_limits(tables):

@@ -14,6 +14,7 @@ from helpers.tiny import CLASSES, Net, difference, state, vit
 from torch import nn
 
 from kd_plugins.models import class_count, export, logits_of, make_model, make_teacher
+from kd_plugins.models.features import feature_dims, with_features
 
 
 def test_make_model(tmp_path):
@@ -48,6 +49,31 @@ def test_small_picture_resnets_keep_the_resolution():
             == [(32 // info["reduction"],) * 2 for info in model.feature_info]
             == [(s, s) for s in (32, 32, 16, 8, 4)]
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "channels"),
+    [
+        ("resnet20", 278_324, (16, 32, 64)),
+        ("resnet32", 472_756, (16, 32, 64)),
+        ("resnet56", 861_620, (16, 32, 64)),
+        ("resnet110", 1_736_564, (16, 32, 64)),
+        ("resnet8x4", 1_250_724, (64, 128, 256)),
+        ("resnet32x4", 7_451_044, (64, 128, 256)),
+    ],
+)
+def test_resnets_of_three_stages(name, weights, channels):
+    """The published sizes (0.28, 0.47, 0.86, 1.7, 1.2 and 7.4 million); maps end with the stages."""
+    model = timm.create_model(f"{name}_cifar", num_classes=100).eval()
+    assert sum(p.numel() for p in model.parameters()) == weights
+    x = pixels(1, 32)
+    logits, maps = with_features(model, x, deep=True)
+    torch.testing.assert_close(logits, model(x))
+    assert [tuple(f.shape[1:]) for f in maps[-3:]] == list(
+        zip(channels, (32, 16, 8), (32, 16, 8), strict=True)
+    )
+    assert feature_dims(model) == [f.shape[1] for f in maps]
+    assert [f.shape[-1] for f in maps] == [32 // info["reduction"] for info in model.feature_info]
 
 
 ANY_IMPORT = """
