@@ -4,8 +4,9 @@
         --method smkd --refine mylc --loss_args eta=2 b2=-6 normalize=selected \\
         --models resnet34_cifar resnet34_cifar --noise symmetric --rate 0.4 --bf16
 
-`--method` is a name from `kd_plugins.list_losses()`, or `cdr`. Methods of several stages (`STAGES`
-below) train one network, each stage in its own folder; `--stage_epochs 4 8` gives their lengths.
+`--method` is a name from `kd_plugins.list_losses()`, or `cdr`. Methods of several stages
+(`kd_plugins.train.STAGES`) train one network, each stage in its own folder; `--stage_epochs 4 8`
+gives their lengths.
 Co-teaching and JoCoR forget, and CDR drops, the share `--rate`, as in their papers. With
 `--method co_teaching --loss_args forget=null` nothing has to be known; the log has a `noise_rate`.
 
@@ -14,33 +15,15 @@ continues from its last complete checkpoint. Expected with 10,000 pictures, two 
 12 epochs: 14.0 ± 0.5 (MyLC) and 13.9 ± 0.3 per cent (cross-entropy). recipes/README.md says why.
 """
 
-import copy
-import json
 from dataclasses import dataclass
-from pathlib import Path
+from inspect import signature
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 import kd_plugins as kd
 
-# Each stage: the loss, a new network or the same, training arguments of the authors' code.
-STAGES = {
-    "cdr": [("ce", "new", {})],  # with kd.train.CDRCallback
-    "joint": [("joint", "new", {}), ("soft_labels", "new", {})],
-    "tf_kd_self": [("ce", "new", {}), ("tf_kd_self", "new", {})],
-    "forward_correction": [("ce", "new", {}), ("forward_correction", "new", {})],
-    "backward_correction": [("ce", "new", {}), ("backward_correction", "new", {})],
-    "t_revision": [
-        ("ce", "new", {}),
-        ("reweighting", "same", {}),  # T-revision with the matrix as estimated
-        ("t_revision", "same", {"learning_rate": 5e-7, "optim": "adamw_torch", "optim_args": None}),
-    ],
-    "dmi": [("ce", "new", {}), ("dmi", "same", {"learning_rate": 1e-6})],
-}
-TRANSITION = ("forward_correction", "backward_correction", "t_revision", "reweighting")
 DEFAULTS = {"output_dir": "runs/cifar100_noise", "report_to": "none", "save_total_limit": 2}
 DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
 
@@ -67,32 +50,17 @@ class Settings:
     holdout: float = HfArg(default=0.0, help="evaluate on this share of the noisy training data")
 
 
-def pairs(option: str, texts: list[str]) -> dict:
-    """["eta=inf", "normalize=batch"] -> {"eta": inf, "normalize": "batch"}."""
-    out = {}
-    for key, equals, text in (text.partition("=") for text in texts):
-        if not equals:
-            raise SystemExit(f"--{option} {key}: expected NAME=VALUE")
-        try:
-            out[key] = float(text) if text in ("inf", "-inf") else json.loads(text)
-        except ValueError:
-            out[key] = text
-    return out
-
-
 def make_loss(s: Settings, name: str, known: dict):
     """A loss by name; the Trainer fills in the sizes of data and networks."""
-    own = pairs("loss_args", s.loss_args) if name == s.method else {}
+    own = kd.train.parse_pairs("loss_args", s.loss_args) if name == s.method else {}
     if name == "smkd":
-        own["refine"] = kd.create_loss(s.refine, **pairs("refine_args", s.refine_args))
+        refine_args = kd.train.parse_pairs("refine_args", s.refine_args)
+        own["refine"] = kd.create_loss(s.refine, **refine_args)
     elif name in ("co_teaching", "co_teaching_plus", "jocor"):
         own = {"forget": s.rate} | own
-    elif name == "soft_labels":
-        own["labels"] = known["labels"]
-    elif name in TRANSITION:
-        own["transition"] = known["transition"]
-    if name == "reweighting":
-        name, own["revise"] = "t_revision", False
+    elif name == "reweighting":
+        name, own = "t_revision", {"revise": False}
+    own |= {key: known[key] for key in signature(kd.loss_class(name)).parameters if key in known}
     if kd.loss_class(name).num_peers > 1 and len(s.models) > 2:
         own["num_peers"] = len(s.models)
     loss = kd.create_loss(name, **own)
@@ -111,22 +79,14 @@ def options() -> tuple[Settings, kd.MutualTrainingArguments, list]:
         raise SystemExit(f"--estimator {s.estimator}: expected anchor, dual_t or known")
     if s.estimator == "known" and s.noise not in kd.data.NOISE[:-1]:
         raise SystemExit(f"--estimator known: --noise {s.noise} has no known matrix; use anchor")
-    stages = copy.deepcopy(STAGES.get(s.method, [(s.method, "new", {})]))
-    if s.estimator == "known" and s.method.endswith("_correction"):
-        stages = stages[-1:]
+    stages = kd.train.stages_of(s.method, s.stage_epochs, s.estimator == "known")
     if len(stages) > 1 and len(s.models) > 1:
         raise SystemExit(
             f"{s.method} takes {len(stages)} stages, for one network: give one --models"
         )
-    epochs = s.stage_epochs or [args.num_train_epochs] * len(stages)
-    if len(epochs) != len(stages):
-        names = [name for name, *_ in stages]
-        raise SystemExit(f"--stage_epochs {epochs}: {s.method} has {len(stages)} stages, {names}")
     # a mistyped option of a late stage ends the run here, not after the first stage
     example = {"transition": torch.eye(2), "labels": torch.full((1, 2), 0.5)}
     make_loss(s, "ce" if s.method == "cdr" else s.method, example)
-    for (_, _, settings), length in zip(stages, epochs, strict=True):
-        settings["num_train_epochs"] = length
     return s, args, stages
 
 
@@ -160,42 +120,30 @@ def main() -> dict:
     train, test, fit, noise = load(s, args)
     known = {"transition": noise} if s.estimator == "known" else {}
     teachers: list = []
-    for number, (name, network, settings) in enumerate(stages):
-        stage = copy.copy(args)
-        for key, value in settings.items():
-            setattr(stage, key, value)
-        if len(stages) > 1:
-            stage.output_dir = str(Path(args.output_dir, f"{number + 1}-{name}"))
-        if network == "new":
+    for number, stage in enumerate(stages):
+        if stage.new:
             set_seed(args.seed + number)
             models = [kd.models.make_model(name, train.num_classes) for name in s.models]
             models = [model.to(memory_format=torch.channels_last) for model in models]
-        loss = make_loss(s, name, known)
-        callbacks: list = [kd.train.CDRCallback(s.rate)] if s.method == "cdr" else []
+        callbacks: list = [kd.CDRCallback(s.rate)] if s.method == "cdr" else []
         callbacks += [kd.DynamicsCallback()] if s.dynamics else []
-        data = {"train_dataset": train, "eval_dataset": test}
-        trainer = kd.MutualDistillationTrainer(
-            models, loss, stage, teachers=teachers, callbacks=callbacks, **data
-        )
+        loss, own = make_loss(s, stage.name, known), kd.train.arguments_of(stages, number, args)
+        data = {"train_dataset": train, "eval_dataset": test, "callbacks": callbacks}
+        trainer = kd.MutualDistillationTrainer(models, loss, own, teachers=teachers, **data)
         kd.train.claim_folder(args, **vars(s))  # not before all of it could be made
         trainer.train(resume_from_checkpoint=True)
-
-        following = stages[number + 1][0] if number + 1 < len(stages) else None
-        if following == "soft_labels":
-            known["labels"] = loss.soft_labels().cpu()
-        elif following == "tf_kd_self":
-            teachers = trainer.peers
-        elif following in TRANSITION and "transition" not in known:
-            loader = DataLoader(fit, args.eval_batch_size, num_workers=args.dataloader_num_workers)
-            known["transition"] = kd.estimate_transition(models[0], loader, method=s.estimator)
-            if args.process_index == 0:
-                print(f"noise rate by it: {kd.estimate_noise_rate(known['transition']):.1%}")
+        for following in stages[number + 1 : number + 2]:
+            found = kd.train.hand_over(following, trainer, fit, known, s.estimator)
+            teachers = found.pop("teachers", [])
+            if "transition" in found and args.process_index == 0:
+                print(f"noise rate by it: {kd.estimate_noise_rate(found['transition']):.1%}")
+            known |= found
 
     figures = trainer.evaluate(test) | trainer.evaluate(fit, metric_key_prefix="train")
     trainer.save_state()
     trainer.export(args.output_dir)
     if trainer.is_world_process_zero():
-        kd.train.write_results(s, args, figures, stage.output_dir)
+        kd.train.write_results(s, args, figures, own.output_dir)
     return figures
 
 

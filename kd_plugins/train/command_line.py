@@ -142,6 +142,23 @@ def _option(name: str, value: Any) -> list[str]:
     return [] if value is None else [f"--{name}={value}"]
 
 
+def parse_pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:
+    """The value of an option that holds NAME=VALUE pairs. A value is JSON, infinite, or text.
+
+    >>> parse_pairs("loss_args", ["eta=inf", "b2=-6", "normalize=batch"])
+    {'eta': inf, 'b2': -6, 'normalize': 'batch'}
+    """
+    pairs: dict[str, Any] = {}
+    for key, equals, text in (text.partition("=") for text in texts):
+        if not equals:
+            raise SystemExit(f"--{option} {key}: expected NAME=VALUE")
+        try:
+            pairs[key] = float(text) if text in ("inf", "-inf") else json.loads(text)
+        except ValueError:
+            pairs[key] = text
+    return pairs
+
+
 def _did_you_mean(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
