@@ -100,6 +100,7 @@ def launch(script, folder, world=2):
     for rank, log in enumerate(logs):
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(world)}
         env |= {"LOCAL_WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        env["OMP_NUM_THREADS"] = "1"  # accelerate warns without it
         running.append(child(run, log=log, env=env))
     return side_by_side(running, logs)
 
