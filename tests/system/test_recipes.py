@@ -77,10 +77,11 @@ def test_webvision_mini(tmp_path, monkeypatch, capsys):
     ]
     start(monkeypatch, *argv)
     out = capsys.readouterr().out
-    assert "| cross-entropy |" in out and "| SMKD-P + MyLC |" in out and "train_memorised" in out
+    assert all(f"| {name} |" in out for name in ("cross-entropy", "SMKD-P + MyLC", "truncated GCE"))
+    assert "train_memorised" in out
     assert (tmp_path / "pictures" / "curves.png").stat().st_size > 10_000
     assert "labels are suspected, " in out and "of all wrong labels are among them" in out
-    assert (tmp_path / "pictures" / "suspects.html").read_text().count("data:image") > 100
+    assert (tmp_path / "pictures" / "suspects.html").stat().st_size > 100_000
     assert (tmp_path / "pictures" / "suspects.png").stat().st_size > 10_000
     assert (tmp_path / "smkd-42" / "peer_b" / "model.safetensors").exists()
     figures = json.loads((tmp_path / "smkd-42" / "results.json").read_text())
@@ -95,7 +96,7 @@ def test_webvision_mini(tmp_path, monkeypatch, capsys):
 
     start(monkeypatch, *argv)
     again = capsys.readouterr().out
-    assert again.count("done before") == 2 and "train_runtime" not in again
+    assert again.count("done before") == 3 and "train_runtime" not in again
     argv[argv.index("--num_train_epochs") + 1] = 2
     with pytest.raises(
         ValueError, match=r"holds a run with {'epochs': 1\.0}, asked for is {'epochs': 2\.0}"
