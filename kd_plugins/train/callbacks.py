@@ -7,7 +7,6 @@ from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback as TrainerBar
 
 from ..data import set_epoch
 from ..losses import validate
@@ -71,19 +70,28 @@ class CDRCallback(TrainerCallback):
             mask_noncritical_(network.parameters(), self.noise_rate)
 
 
-class ShortBar(TrainerBar):
-    """The Trainer's bar. It prints the few figures that fit a line; the log keeps them all."""
+def short(progress: type[TrainerCallback]) -> type[TrainerCallback]:
+    """The Trainer's progress bar, or its table in notebooks, with the figures that fit a line.
 
-    shown = re.compile(
-        r"loss|learning_rate|threshold|selected_.|right_.|epoch|train_(loss|runtime)|"
-        r"(eval_)(.*_)?(loss|accuracy|accuracy_ensemble|memorised)"
-    )
+    The log keeps them all.
+    """
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        super().on_log(
-            args,
-            state,
-            control,
-            logs={k: v for k, v in logs.items() if self.shown.fullmatch(k)},
-            **kwargs,
-        )
+    class Short(progress):  # type: ignore[valid-type, misc]
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            super().on_log(args, state, control, logs=_few(logs), **kwargs)
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            super().on_evaluate(args, state, control, metrics=_few(metrics), **kwargs)
+
+    Short.__name__ = Short.__qualname__ = f"Short{progress.__name__}"
+    return Short
+
+
+FEW = re.compile(
+    r"loss|learning_rate|threshold|selected_.|right_.|epoch|train_(loss|runtime)|"
+    r"(eval_)(.*_)?(loss|accuracy|accuracy_ensemble|memorised)"
+)
+
+
+def _few(figures: dict[str, float] | None) -> dict[str, float]:
+    return {name: value for name, value in (figures or {}).items() if FEW.fullmatch(name)}

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import TrainerState, TrainingArguments, set_seed
-from transformers.trainer_callback import ProgressCallback as TrainerBar
+from transformers import trainer as trainer_module
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
@@ -22,7 +22,7 @@ from ..models.factory import make_model, make_teacher
 from ..models.hosted import PeerModule
 from ..models.input_config import batch_range, normalization_of
 from .arguments import MutualTrainingArguments
-from .callbacks import ScheduleCallback, ShortBar
+from .callbacks import ScheduleCallback, short
 from .checks import (
     refuse_arguments,
     refuse_hf_arguments,
@@ -123,8 +123,9 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         self.label_names = ["labels"]
         self.add_callback(ScheduleCallback())
         self.add_callback(CollapseCallback())
-        if self.pop_callback(TrainerBar):
-            self.add_callback(ShortBar)
+        bar = trainer_module.DEFAULT_PROGRESS_CALLBACK  # in a notebook, a table
+        if self.pop_callback(bar):
+            self.add_callback(short(bar))
 
     def _host(self, trial: Any = None) -> PeerModule:
         """The networks and their loss in one module; of a search, those of a trial."""

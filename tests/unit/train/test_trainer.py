@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import logging
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from helpers.tiny import (
 )
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainerCallback
 
 from kd_plugins import CE, MKD, SMKD, LabelSmoothing, Loss, Mutual, MyLC, ProSelfLC, SelectNone
 from kd_plugins.data import ImageView
@@ -230,6 +232,23 @@ def test_bar_is_short_and_the_log_is_full(tmp_path, capfd):
     for name in ("own_a", "eps_b", "taught_a", "grad_norm", "eval_corrected_a"):
         assert name not in printed
         assert any(name in log for log in run.state.log_history)
+
+
+class Table(TrainerCallback):
+    """Like the Trainer's table in a notebook, which makes a column of each figure it is given."""
+
+    columns: ClassVar = set()
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.columns.update(metrics)
+
+
+def test_table_in_a_notebook_has_few_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.trainer.DEFAULT_PROGRESS_CALLBACK", Table)
+    run = trainer(tmp_path, evaluate=view(8), max_steps=1, disable_tqdm=False)
+    figures = run.evaluate()
+    wanted = {"epoch", "eval_loss", "eval_accuracy", "eval_accuracy_ensemble", "eval_memorised"}
+    assert Table.columns == wanted and len(figures) > 15
 
 
 def test_a_loss_with_state_does_not_carry_it_into_another_trainer(tmp_path):
