@@ -10,10 +10,10 @@ first on the same data, each in `output_dir/teachers/K`; `--teacher_rates 0 0 0.
 one wrong labels, and `--student none` stops after the teachers.
 
 `--terms` is a sum of registered losses. `--standardize 2` standardises the logits that they soften,
-and softens them at T = 2 (logit standardisation). `--revise 0.8` corrects the teachers' logits (Label
-Revision). `--keep 0.8` distils on the 80% of the training data with the least influence on the loss
-of the held-out part (Data Selection). `--cache True` computes the teachers' logits once and needs
-`--augment False`. Run a killed command again: it continues. Expected: recipes/README.md.
+and softens them at T = 2 (logit standardisation). `--revise 0.8` corrects the teachers' logits
+(Label Revision). `--keep 0.8` distils on the 80% of the training data with the least influence on
+the loss of the held-out part (Data Selection). `--cache True` computes the teachers' logits once
+and needs `--augment False`. Run a killed command again: it continues. Expected: recipes/README.md.
 """
 
 import copy

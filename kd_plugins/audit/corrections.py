@@ -1,6 +1,6 @@
 """Correct, drop or down-weight the labels that are wrong, by the suspects or by decisions on them.
 
-Decisions are a table with a row for each decided suspect, as the page of :func:`html_page` saves it:
+Decisions are a table with a row for each decided suspect, as :func:`html_page`'s page saves it:
 
 | column | |
 |---|---|

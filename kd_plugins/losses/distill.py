@@ -254,15 +254,15 @@ class AEKD(KD):
 class LabelRevision(Loss):
     """Label Revision: a KD term on p' = b p + (1 - b) q instead of each teacher's p.
 
-    Here p = softmax(z_k / T), as the term softens it, and b = eta / (p_max - p_y + 1). In p', which the student learns, the
-    label's class leads by at least 1 - eta, and by exactly that where the teacher is wrong. A
-    teacher is wrong where its largest class is not the target's. Where it is right, b = eta: it is
-    mixed with the label as well, unless ``apply_to="wrong"``. For targets that are distributions
-    p_y = Σ_c q_c p_c; the lead is promised for hard labels only.
+    Here p = softmax(z_k / T), as the term softens it, and b = eta / (p_max - p_y + 1). In p', which
+    the student learns, the label's class leads by at least 1 - eta, and by exactly that where the
+    teacher is wrong. A teacher is wrong where its largest class is not the target's. Where it is
+    right, b = eta: it is mixed with the label as well, unless ``apply_to="wrong"``. For targets
+    that are distributions p_y = Σ_c q_c p_c; the lead is promised for hard labels only.
 
-    ``term`` weighs the teachers, and compares. EBKD and CA-MKD weigh them by their own output, since revised all
-    of them would know the label; AEKD weighs them by the gradients of the revised terms.
-    ``stats["revised"]`` is the share of the teachers' answers that were wrong.
+    ``term`` weighs the teachers, and compares. EBKD and CA-MKD weigh them by their own output,
+    since revised all of them would know the label; AEKD weighs them by the gradients of the revised
+    terms. ``stats["revised"]`` is the share of the teachers' answers that were wrong.
 
     Args:
         term: any loss on the teachers' logits that derives from ``KD``: ``AVER``, ``EBKD``,

@@ -44,7 +44,7 @@ class DKD(KD):
     second term is 0. A label that is a distribution counts as its largest class.
 
     Args:
-        temperature: T of teachers and student; 4 in the authors' code for CIFAR-100, 1 for ImageNet.
+        temperature: T of teachers and student; the authors use 4 on CIFAR-100, 1 on ImageNet.
         alpha: weight of the label's part; 1 in the authors' code.
         beta: weight of the other classes' part. Theirs for CIFAR-100 are 8 (ResNet-32x4 to 8x4 and
             most unlike pairs), 6 (VGG, WRN) and 2 (ResNet-56 to 20); for ImageNet 0.5 or 2.
@@ -57,10 +57,10 @@ class DKD(KD):
         authors' code.
 
     Notes:
-        The code takes logarithms of probabilities, which is infinite once p_y or 1 - p_y underflows,
-        and hides the label by subtracting 1000 from its logit. Here all is computed in logarithms.
-        With beta = 8 and T = 4 the term is large: keep the warm-up with their learning rate. Their
-        warm-up counts whole epochs from 1, here it is continuous from 0.
+        The code takes logarithms of probabilities, which is infinite once p_y or 1 - p_y
+        underflows, and hides the label by subtracting 1000 from its logit. Here all is computed in
+        logarithms. With beta = 8 and T = 4 the term is large: keep the warm-up with their learning
+        rate. Their warm-up counts whole epochs from 1, here it is continuous from 0.
 
     >>> z = torch.tensor([[2.0, 0.0, -1.0]])
     >>> DKD()(z, torch.tensor([0]), teacher=z)
@@ -99,9 +99,9 @@ class NKD(KD):
     """Normalised KD, L = mean_k [ -p_ky log p_y - gamma T² Σ_{c≠y} h_kc log h_c ].
 
     h_c = p_c / (1 - p_y) are the other classes' shares, at temperature T; p_ky and p_y are at T = 1
-    throughout. The first part is cross-entropy, weighted by the teacher's trust in the label: beside
-    ``CE()`` the label weighs 1 + p_ky. These are cross-entropies, not KL: the least value is not 0,
-    the gradient is that of the KL. With two classes the second part is 0. A label that is a
+    throughout. The first part is cross-entropy, weighted by the teacher's trust in the label:
+    beside ``CE()`` the label weighs 1 + p_ky. These are cross-entropies, not KL: the least value is
+    not 0, the gradient is that of the KL. With two classes the second part is 0. A label that is a
     distribution counts as its largest class.
 
     Args:
@@ -145,18 +145,18 @@ class NKD(KD):
 
 @register_loss("dist")
 class DIST(KD):
-    """Correlations, L = mean_k T² [ beta (1 - rho(p_i, p_ki)) + gamma (1 - mean_c rho(p_c, p_kc)) ].
+    """Correlations, L = mean_k T² [beta (1 - rho(p_i, p_ki)) + gamma (1 - mean_c rho(p_c, p_kc))].
 
-    rho is Pearson's correlation, p softmax(z / T). The first is between the rows of a sample i, over
-    classes. The second is between the columns of a class c, over the batch. The student need not
-    match probabilities, only how they vary. The usual weight is 2.
+    rho is Pearson's correlation, p softmax(z / T). The first is between the rows of a sample i,
+    over classes. The second is between the columns of a class c, over the batch. The student need
+    not match probabilities, only how they vary. The usual weight is 2.
 
     The batch is the one of this process and this accumulation step: the second part, one number for
     the batch, changes with the way a batch is cut. ``reduction="sum"`` counts it once per sample.
     Inside :class:`MaskedLoss` all samples of the batch stay in it.
 
     Args:
-        temperature: T of teachers and student; 4 in the authors' code for CIFAR-100, 1 for ImageNet.
+        temperature: T of teachers and student; the authors use 4 on CIFAR-100, 1 on ImageNet.
         beta: weight of the correlation over classes; 1 there.
         gamma: weight of the correlation over the batch; 1 there.
         eps: beside the product of the two norms; 1e-8 there.
@@ -204,8 +204,8 @@ class DIST(KD):
 class WTTM(KD):
     """Weighted transformed teacher matching, L = mean_k U_k KL(p_k^gamma / U_k ‖ p).
 
-    U_k = Σ_c p_kc^gamma, all at T = 1. The teacher is softened to temperature 1 / gamma, the student
-    is not. U_k runs from 1, where the teacher is certain, to C^(1 - gamma), where it has no
+    U_k = Σ_c p_kc^gamma, all at T = 1. The teacher is softened to temperature 1 / gamma, the
+    student is not. U_k runs from 1, where the teacher is certain, to C^(1 - gamma), where it has no
     preference: smooth answers count more. The gradient is U_k p - p_k^gamma; at gamma = 1 this is
     KD with T = 1. There is no factor T².
 

@@ -1,11 +1,11 @@
 """Distillation through relations: how the samples of a batch lie to each other in feature space.
 
-Each is the term alone, as in ``CE() + RKD()``, and a mean over teachers. Nothing is learned, and the
-widths of the networks need not agree. The batch is the one of this process and this accumulation
-step: nothing is gathered, and the value changes with the way a batch is cut, also where a weight
-belongs to one batch size. Each loss has a value per sample i, its relations to the whole batch.
-Inside :class:`MaskedLoss` the relations of the samples that the mask drops are not taught, but they
-stay in the batch that the kept ones are compared with.
+Each is the term alone, as in ``CE() + RKD()``, and a mean over teachers. Nothing is learned, and
+the widths of the networks need not agree. The batch is the one of this process and this
+accumulation step: nothing is gathered, and the value changes with the way a batch is cut, also
+where a weight belongs to one batch size. Each loss has a value per sample i, its relations to the
+whole batch. Inside :class:`MaskedLoss` the relations of the samples that the mask drops are not
+taught, but they stay in the batch that the kept ones are compared with.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def _directions(x: Tensor) -> tuple[Tensor, Tensor]:
 class RKD(_Relations):
     """Relational KD, L = mean_k mean_i [ distance mean_j H(d_ij) + angle mean_jl H(a_ijl) ].
 
-    H is Huber's loss (delta 1) of a student's relation less teacher k's. d_ij = ‖f_i - f_j‖ / m is a
-    distance, where m is the mean distance of two samples in the batch. a_ijl is the cosine of the
+    H is Huber's loss (delta 1) of a student's relation less teacher k's. d_ij = ‖f_i - f_j‖ / m is
+    a distance, where m is the mean distance of two samples in the batch. a_ijl is the cosine of the
     angle at sample i between j and l. f are pooled features. The term does not change if features
     are shifted, rotated or scaled.
 
@@ -122,9 +122,9 @@ class RKD(_Relations):
 class SP(_Relations):
     """Similarity-preserving KD, L = mean_k ‖A - A_k‖² / B².
 
-    A = F Fᵀ [B, B] with each row divided by its length. F are the flattened maps of the batch, whose
-    sizes need not agree. The usual weight is 3000, for batches of 64: rows of length 1 make the term
-    fall as 1 / B.
+    A = F Fᵀ [B, B] with each row divided by its length. F are the flattened maps of the batch,
+    whose sizes need not agree. The usual weight is 3000, for batches of 64: rows of length 1 make
+    the term fall as 1 / B.
 
     Args:
         layer: which map.
@@ -153,8 +153,8 @@ class PKT(_Relations):
     """Probabilistic transfer, L = mean_k (1/B²) Σ_ij q_ij ln(q_ij / p_ij).
 
     p_ij = s_ij / Σ_j s_ij with s = (1 + cos(f_i, f_j)) / 2 says which samples j are near i for the
-    student, q_ij says it for teacher k. f are pooled features, and i = j counts. The usual weight is
-    30000, for batches of 64: it is a KL divided by B once more.
+    student, q_ij says it for teacher k. f are pooled features, and i = j counts. The usual weight
+    is 30000, for batches of 64: it is a KL divided by B once more.
 
     Args:
         layer: which map.

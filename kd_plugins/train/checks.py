@@ -108,8 +108,8 @@ def refuse_plain(loss: Loss) -> None:
         raise ValueError(f"{name} teaches several networks, and a plain Trainer has one: {use}")
     if maps := sorted(loss.required_inputs & {"features", "teacher_features"}):
         raise ValueError(
-            f"{name} reads {' and '.join(maps)}, maps from within the networks, and a plain Trainer "
-            f"shows logits only: {use}"
+            f"{name} reads {' and '.join(maps)}, maps from within the networks, and a plain "
+            f"Trainer shows logits only: {use}"
         )
 
 
@@ -268,7 +268,7 @@ def refuse_labels(view: Any, peers: Sequence[nn.Module], name: str) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------- while it runs
+# ------------------------------------------------------------------------------------ while it runs
 
 
 def refuse_nan(figures: Mapping[str, float], args: TrainingArguments, step: int) -> None:

@@ -1,4 +1,5 @@
-"""A device that computes shapes only: whoever waits for a value on the host is caught without a GPU."""
+"""A device that computes shapes only: whoever waits for a value on the host is caught without a
+GPU."""
 
 import contextlib
 
@@ -24,7 +25,8 @@ class NoTransfer(TorchDispatchMode):
 
 @contextlib.contextmanager
 def on_a_fake_accelerator(loss):
-    """Move a loss to a 'cuda' device that cannot answer with a number; yields how to move a tensor."""
+    """Move a loss to a 'cuda' device that cannot answer with a number; yields how to move a
+    tensor."""
 
     def fake(t):
         return torch.empty(t.shape, dtype=t.dtype, device="cuda:0")

@@ -30,7 +30,8 @@ def with_cfg(model, mean, std):
 
 
 def spoil(model):
-    """Statistics and weights that no constructor makes, so that a load which leaves something out shows."""
+    """Statistics and weights that no constructor makes, so that a load which leaves something
+    out shows."""
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.is_floating_point():

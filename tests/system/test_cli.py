@@ -36,7 +36,8 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder per class, twenty pictures of 16 px in each; the brightest channel tells the class."""
+    """A folder per class, twenty pictures of 16 px in each; the brightest channel tells the
+    class."""
     rng = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("pictures")
     for k, name in enumerate(NAMES):

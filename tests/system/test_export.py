@@ -18,7 +18,8 @@ SIZE, CLASSES = 24, 3
 
 
 def pictures(n, seed):
-    """Dark, medium and bright pictures: another mean or std and the classes are taken for others."""
+    """Dark, medium and bright pictures: another mean or std and the classes are taken for
+    others."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % CLASSES
     level = 70 + 45 * labels + rng.normal(0, 14, n)

@@ -1,4 +1,5 @@
-"""Decisions on suspects, applied: labels corrected, rows dropped or down-weighted, told in files."""
+"""Decisions on suspects, applied: labels corrected, rows dropped or down-weighted, told in
+files."""
 
 import csv
 import json

@@ -90,7 +90,8 @@ def test_neighbours_speak_for_a_sample_whose_own_head_knows_nothing():
 
 
 def test_no_sample_is_its_own_neighbour():
-    """A sample that is far from all others, with probabilities unlike theirs, does not ask itself."""
+    """A sample that is far from all others, with probabilities unlike theirs, does not ask
+    itself."""
     features = np.concatenate([np.tile([[1.0, 0.0]], (30, 1)), [[0.0, 1.0]]]).astype(np.float32)
     q = np.array([[0.9, 0.1]] * 30 + [[0.02, 0.98]])
     labels = np.array([0] * 30 + [1])

@@ -328,7 +328,8 @@ def test_broken_pictures_of_each_kind_are_replaced_by_the_next_row(tmp_path, mon
 
 
 def test_odd_metadata_is_not_broken():
-    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x02\x00\x1a\x01\x05\x00\x01\x00\x00\x00\xff\xff\x00\x00"
+    exif = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x02\x00\x1a\x01"
+    exif += b"\x05\x00\x01\x00\x00\x00\xff\xff\x00\x00"
     data = encoded(noise_picture(0), "JPEG", exif=exif)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -350,7 +351,8 @@ def test_too_many_broken_pictures():
     assert (
         view[2]["index"] == 3 and view[2]["index"] == 3 and view[5]["index"] == 6
     )  # counted once each
-    text = r"3 of 10 pictures cannot be read, more than max_broken=20.00%: row 2, row 5, row 7\. The last one: Unid"
+    text = "3 of 10 pictures cannot be read, more than max_broken=20.00%: "
+    text += r"row 2, row 5, row 7\. The last one: Unid"
     with pytest.raises(RuntimeError, match=text):
         view[7]
     everything = ImageView(pictures(3, dict.fromkeys(range(3), b"")), to_tensor, max_broken=1)

@@ -1,4 +1,5 @@
-"""ELR, SELC and SAT: by hand, against loops over epochs, limits, one table on two processes, resume."""
+"""ELR, SELC and SAT: by hand, against loops over epochs, limits, one table on two processes,
+resume."""
 
 import math
 
@@ -223,7 +224,8 @@ def test_two_processes_hold_one_table(tmp_path):
 
 @pytest.mark.parametrize("cls", [ELR, SELC, SAT])
 def test_a_resumed_run_is_bit_equal(cls, tmp_path):
-    """Two peers, each with its table; sizes come from the Trainer; stopped within the second epoch."""
+    """Two peers, each with its table; sizes come from the Trainer; stopped within the second
+    epoch."""
 
     def run(folder, callbacks=()):
         begin = {} if cls is ELR else {"begin": 0.3}

@@ -91,7 +91,8 @@ def test_what_a_loss_reads_is_its_signature():
 
 
 def test_what_a_loss_is_handed():
-    """Full precision in any autocast, teachers as constants, the student's own features as they are."""
+    """Full precision in any autocast, teachers as constants, the student's own features as they
+    are."""
 
     class Reads(Loss):
         def per_sample(self, logits, target, teacher, features, teacher_features):
@@ -130,6 +131,7 @@ def test_autocast_does_not_reach_into_a_loss():
 
 
 def test_importing_costs_no_more_than_torch():
-    code = "import sys, kd_plugins; print(*sorted({'transformers', 'datasets', 'timm', 'evaluate'} & set(sys.modules)))"
+    heavy = {"transformers", "datasets", "timm", "evaluate"}
+    code = f"import sys, kd_plugins; print(*sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

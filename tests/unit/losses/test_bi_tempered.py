@@ -1,4 +1,5 @@
-"""Bi-tempered logistic loss: by hand, against bisection in Python, the published gradient, limits."""
+"""Bi-tempered logistic loss: by hand, against bisection in Python, the published gradient,
+limits."""
 
 import math
 

@@ -48,7 +48,8 @@ def test_inductor(name):
 
 @every
 def test_never_waits_for_the_device(name):
-    """No ``.item()``, ``nonzero()``, boolean index, branch on a tensor, copy to the host; seen without a GPU."""
+    """No ``.item()``, ``nonzero()``, boolean index, branch on a tensor, copy to the host; seen
+    without a GPU."""
     for soft in (False, True):
         loss = make(name)
         x = batch_for(loss)

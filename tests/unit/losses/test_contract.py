@@ -1,4 +1,5 @@
-"""What every loss keeps of values, gradients and state, with inputs as the hosted module feeds them."""
+"""What every loss keeps of values, gradients and state, with inputs as the hosted module feeds
+them."""
 
 import contextlib
 import copy
@@ -72,7 +73,8 @@ def test_a_constant_on_a_row_of_logits_changes_nothing(name):
 
 
 class HoldsConstants(TorchFunctionMode):
-    """Records what autograd takes as a constant (what ``detach`` and ``no_grad`` give), then repeats it."""
+    """Records what autograd takes as a constant (what ``detach`` and ``no_grad`` give), then
+    repeats it."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +157,8 @@ EXTREMES = {  # logits [B, C] -> logits [B, C]
 @pytest.mark.filterwarnings("ignore:DMI on a batch:UserWarning")  # its determinant is zero
 @pytest.mark.parametrize("shape", [(B, C), (1, 2)], ids=str)
 def test_extremes_are_finite(name, shape):
-    """Value, gradient and state, for students and teachers; twice, for the second step reads the first's state."""
+    """Value, gradient and state, for students and teachers; twice, for the second step reads the
+    first's state."""
     b, classes = shape
     for label, change in EXTREMES.items():
         loss = make(name, classes)
@@ -286,7 +289,8 @@ def test_own_buffers_keep_their_precision(name):
 
 @every
 def test_it_takes_what_the_hosted_module_feeds(name):
-    """The contract tests feed it too: as many tensors, in the same lists, with the same channels."""
+    """The contract tests feed it too: as many tensors, in the same lists, with the same
+    channels."""
     host, fed = hosted(name), []
     keep = host.criterion.register_forward_pre_hook
     keep(lambda _, args, kwargs: fed.append((list(args[0]), args[1], kwargs)), with_kwargs=True)

@@ -1,4 +1,5 @@
-"""MentorNet's predefined curricula: the moving percentile and the weights by hand, their gradient, the phases of training."""
+"""MentorNet's predefined curricula: the moving percentile and the weights by hand, their
+gradient, the phases of training."""
 
 import math
 
@@ -27,11 +28,12 @@ def at(progress, **kwargs):
     return loss
 
 
-# -------------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 def test_moving_percentile_by_hand():
-    """Of five losses the 75th percentile is the fourth, 1.0: m = .5, .75, .875; this batch is counted before it is judged."""
+    """Of five losses the 75th percentile is the fourth, 1.0: m = .5, .75, .875; this batch is
+    counted before it is judged."""
     loss = MentorNet("self_paced", reduction="none")
     kept = {0.5: 2, 0.75: 3, 0.875: 3}
     for m, n in kept.items():
@@ -115,7 +117,7 @@ def test_on_the_edge_a_sample_counts():
     assert loss(z, torch.zeros(3, dtype=torch.long)).tolist() == pytest.approx([math.log(2)] * 3)
 
 
-# ------------------------------------------------------------------------------------------------------------- gradient
+# ----------------------------------------------------------------------------------------- gradient
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "distributions"])
@@ -156,7 +158,8 @@ def test_value_and_gradient_against_loops(curriculum, soft):
 
 
 def test_the_weights_carry_no_gradient():
-    """v (p - q) / B exactly; what the public code's stop_gradient failed to do (its result was dropped) gives another."""
+    """v (p - q) / B exactly; what the public code's stop_gradient failed to do (its result was
+    dropped) gives another."""
     loss, z, y = MentorNet("linear"), logits(), torch.zeros(5, dtype=torch.long)
     (grad,) = torch.autograd.grad(loss(z, y), z)
     v = torch.tensor([1, 1, 0.8, 0.5, 0], dtype=torch.float64)[:, None]
@@ -168,7 +171,7 @@ def test_the_weights_carry_no_gradient():
     assert not loss.weights(ce.detach()).requires_grad and not loss.moving_percentile.requires_grad
 
 
-# -------------------------------------------------------------------------------------------------------- limits, state
+# ------------------------------------------------------------------------------------ limits, state
 
 
 def test_in_the_burn_in_it_is_cross_entropy():
@@ -221,7 +224,7 @@ def test_refuses(kwargs, message):
         MentorNet(**kwargs)
 
 
-# -------------------------------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------------------------ two processes
 
 SIZES = [(3, 1), (2, 4), (4, 4), (1, 2)]  # samples of rank 0 and of rank 1 in each step
 WORKER = """
@@ -240,7 +243,8 @@ for parts in steps:
 
 
 def test_two_processes_hold_one_percentile(tmp_path):
-    """Of the joined batch, whatever the sizes of its parts; and so the weights are those of one process."""
+    """Of the joined batch, whatever the sizes of its parts; and so the weights are those of one
+    process."""
     results = on_ranks(
         WORKER,
         [[torch.randn(n, 3) * s for n, s in zip(sizes, (1, 3), strict=True)] for sizes in SIZES],

@@ -29,7 +29,7 @@ def batch(classes=4):
     return z, torch.tensor([0, 3, 1, 2, 2])
 
 
-# -------------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 def test_softmaxed_by_hand():
@@ -65,7 +65,7 @@ def test_self_by_hand():
     assert value.item() == pytest.approx(expected, abs=1e-12)
 
 
-# ------------------------------------------------------------------------------------------ value and gradient by loops
+# ---------------------------------------------------------------------- value and gradient by loops
 
 
 def virtual(q, correct, t, kind):
@@ -111,11 +111,12 @@ def test_value_and_gradient_against_loops(kind, kl_reduction, soft):
     )
 
 
-# ---------------------------------------------------------------------------------------------- as the authors' code has it
+# ---------------------------------------------------------------------- as the authors' code has it
 
 
 def test_the_published_setting_is_the_default():
-    """ResNet-18 on CIFAR-100: alpha .1, T 20, multiplier 100 on a KL that is averaged over samples and 100 classes."""
+    """ResNet-18 on CIFAR-100: alpha .1, T 20, multiplier 100 on a KL that is averaged over
+    samples and 100 classes."""
     z, y = torch.randn(6, 100, dtype=torch.float64) * 3, torch.arange(6)
     p_d = torch.full((6, 100), 0.01 / 99, dtype=torch.float64)
     p_d[torch.arange(6), y] = 0.99
@@ -128,7 +129,8 @@ def test_the_published_setting_is_the_default():
 
 
 def test_the_softmaxed_teacher_is_nearly_uniform():
-    """Softmax of probabilities over T = 20: the label has e^(.98 / 20) = 1.05 times the mass of another class."""
+    """Softmax of probabilities over T = 20: the label has e^(.98 / 20) = 1.05 times the mass of
+    another class."""
     z, y = torch.zeros(1, 10, dtype=torch.float64), torch.tensor([3])
     value = TfKDReg(alpha=1.0)(z, y).item()
     assert 0 < value < 1e-3
@@ -158,7 +160,7 @@ def test_self_is_hintons_loss_with_a_batch_mean():
         torch.testing.assert_close(ours, 0.1 * F.cross_entropy(z, y) + 0.9 * 400 * kl * factor)
 
 
-# --------------------------------------------------------------------------------------------------------------- limits
+# ------------------------------------------------------------------------------------------- limits
 
 
 def test_direct_at_temperature_one_is_label_smoothing():

@@ -1,4 +1,5 @@
-"""Terms on features: values by hand, a second derivation in loops, limits, what learns and what stays frozen, CRD's banks."""
+"""Terms on features: values by hand, a second derivation in loops, limits, what learns and what
+stays frozen, CRD's banks."""
 
 import copy
 import math
@@ -32,7 +33,7 @@ def call(loss, f, ts, **extra):
     return loss(Z[:1].expand(b, C), Y.repeat(b)[:b], features=f, teacher_features=ts, **extra)
 
 
-# ------------------------------------------------------------------- a second derivation: nested lists [D][h][w], loops
+# ----------------------------------------------- a second derivation: nested lists [D][h][w], loops
 
 
 def pool(m, h, w):
@@ -178,7 +179,8 @@ LEARNING = [
 
 @pytest.mark.parametrize("make", LEARNING)
 def test_all_that_learns_has_a_gradient(make):
-    """FitNet-MKD's public code makes a new tensor of the list of hints: nothing behind it ever learns."""
+    """FitNet-MKD's public code makes a new tensor of the list of hints: nothing behind it ever
+    learns."""
     loss = make(DIMS).double()
     f, ts = inputs(2)
     extra = {"index": torch.tensor([4, 7])} if "index" in loss.required_inputs else {}
@@ -192,7 +194,8 @@ def test_all_that_learns_has_a_gradient(make):
 
 @pytest.mark.parametrize("make", [*LEARNING, lambda d: AT()])
 def test_order_of_teachers_is_irrelevant(make):
-    """Each starts from the student's map as it came. CA-MKD's code pools what it left for the last one: 4 -> 1 -> 2, not 4 -> 2."""
+    """Each starts from the student's map as it came. CA-MKD's code pools what it left for the
+    last one: 4 -> 1 -> 2, not 4 -> 2."""
     one = make(DIMS).double()
     other = copy.deepcopy(one)
     other.teacher_dims = DIMS[::-1]
@@ -233,7 +236,7 @@ def test_what_does_not_fit_is_named(make):
             loss(Z, Y, features=wrong, teacher_features=ts, **extra)
 
 
-# ------------------------------------------------------------------------------------------------------ FitNet, AT, VID
+# ---------------------------------------------------------------------------------- FitNet, AT, VID
 
 
 def row(*xs):
@@ -242,7 +245,8 @@ def row(*xs):
 
 
 def test_fitnet_by_hand():
-    """r(F) = 2 F + 1: of (1, 2) it is (3, 5), against (3, 3); a second teacher (5, 5) after r = F + 4."""
+    """r(F) = 2 F + 1: of (1, 2) it is (3, 5), against (3, 3); a second teacher (5, 5) after r =
+    F + 4."""
     loss = FitNet(1, (1, 1)).double()
     for r, (w, b) in zip(loss.regressors, ((2.0, 1.0), (1.0, 4.0)), strict=True):
         nn.init.constant_(r.weight, w), nn.init.constant_(r.bias, b)
@@ -252,7 +256,8 @@ def test_fitnet_by_hand():
 
 
 def test_a_teacher_that_is_matched_costs_nothing():
-    """One teacher, given as a number of channels; its map is what the regressor makes of the student's."""
+    """One teacher, given as a number of channels; its map is what the regressor makes of the
+    student's."""
     loss = FitNet(S, 3).double()
     f, _ = inputs()
     assert call(loss, f, [loss.regressors[0](f).detach()]) == 0.0
@@ -346,7 +351,7 @@ def test_bad_variance():
         VID(S, DIMS, variance=0.0)
 
 
-# ------------------------------------------------------------------------------------------------------------------ CRD
+# ---------------------------------------------------------------------------------------------- CRD
 
 
 def unit(v):
@@ -358,7 +363,8 @@ def dot(a, b):
 
 
 def nce(banks, anchors, index, negatives, n, tau, z, momentum):
-    """The loss of each sample, Z, and the banks after it. Everything is a pair: of the student, of the teacher."""
+    """The loss of each sample, Z, and the banks after it. Everything is a pair: of the student,
+    of the teacher."""
     powers = [
         [
             [math.exp(dot(v, banks[1 - a][j]) / tau) for j in (i, *negatives)]
@@ -386,7 +392,8 @@ def nce(banks, anchors, index, negatives, n, tau, z, momentum):
 
 
 def test_crd_by_loops():
-    """Two steps with one teacher each for two: the second one reads what the first one wrote, and its Z."""
+    """Two steps with one teacher each for two: the second one reads what the first one wrote,
+    and its Z."""
     n, tau, momentum = 9, 0.3, 0.25
     loss = CRD(
         n, S, DIMS, feat_dim=4, negatives=5, tau=tau, momentum=momentum, reduction="none"
@@ -425,7 +432,8 @@ def test_crd_by_loops():
 
 
 def test_a_bank_is_read_before_it_is_written():
-    """And the student is compared with the teacher's bank: its own would make a perfect match of every sample."""
+    """And the student is compared with the teacher's bank: its own would make a perfect match of
+    every sample."""
     loss = CRD(9, S, 3, feat_dim=4, negatives=5, momentum=0.0).double()
     contrast = loss.contrasts[0]
     f, ts = inputs()
@@ -443,7 +451,8 @@ def test_a_bank_is_read_before_it_is_written():
 
 
 def test_banks_begin_equal_everywhere():
-    """DDP does not send them: processes with seeds of their own must not begin with banks of their own."""
+    """DDP does not send them: processes with seeds of their own must not begin with banks of
+    their own."""
     torch.manual_seed(1)
     one = CRD(9, S, DIMS, feat_dim=64)
     torch.manual_seed(2)
@@ -511,13 +520,15 @@ for k, step in enumerate(steps):
     value = loss(z, y, features=f.requires_grad_(), teacher_features=ts, index=index)
     if rank == 0:  # evaluation on one process only: it must not wait for the others
         loss.eval()(z, y, features=f, teacher_features=ts, index=index)
-    state = {n: t.flatten().tolist() for n, t in loss.state_dict().items() if n.endswith((".rows", ".z"))}
+    tables = {n: t for n, t in loss.state_dict().items() if n.endswith((".rows", ".z"))}
+    state = {n: t.flatten().tolist() for n, t in tables.items()}
     seen.append([value.item() * len(f), state])
 """
 
 
 def test_two_processes_hold_one_bank(tmp_path):
-    """Equal to the last bit on both, and what one process has on the joined batch, with batches of unequal size."""
+    """Equal to the last bit on both, and what one process has on the joined batch, with batches
+    of unequal size."""
     steps = []
     for sizes in SIZES:
         order = torch.randperm(12)
@@ -532,11 +543,12 @@ def test_two_processes_hold_one_bank(tmp_path):
     assert results[0][0][1] != results[0][-1][1]
 
 
-# ------------------------------------------------------------------------------------------------- CA-MKD's feature term
+# ---------------------------------------------------------------------------- CA-MKD's feature term
 
 
 def camkd(loss, head_weights, f, ts, target, scale):
-    """Values of all samples, for a batch is normalised by its own statistics; and the weights [K][B]."""
+    """Values of all samples, for a batch is normalised by its own statistics; and the weights
+    [K][B]."""
     count, losses, distances = len(ts), [], []
     for (conv1, norm, _), (w, b), t in zip(loss.embeds, head_weights, ts, strict=True):
         pairs = [met(s, goal) for s, goal in zip(f.tolist(), t.tolist(), strict=True)]
@@ -622,7 +634,8 @@ def test_weights_as_constants():
 
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_equal_teachers_weigh_the_same(count):
-    """1/K each: the mean of equal distances. One teacher is no special case: in public code its weight is 0 / 0."""
+    """1/K each: the mean of equal distances. One teacher is no special case: in public code its
+    weight is 0 / 0."""
     loss = CAMKDFeatures(S, [3] * count, [nn.Linear(3, C)] * count, scale="paper").double()
     for embed in loss.embeds:
         embed.load_state_dict(loss.embeds[0].state_dict())
@@ -647,7 +660,8 @@ def test_the_teacher_that_reads_the_label_weighs_more():
 
 
 def test_scales():
-    """One teacher of 3 channels, 2 x 2 positions: the sum is 12 times the mean; two of them: and twice again."""
+    """One teacher of 3 channels, 2 x 2 positions: the sum is 12 times the mean; two of them: and
+    twice again."""
     for count in (1, 2):
         code = CAMKDFeatures(S, [3] * count, [nn.Linear(3, C) for _ in range(count)]).double()
         paper = copy.deepcopy(code)
@@ -659,7 +673,8 @@ def test_scales():
 
 
 class Deep(nn.Module):
-    """A classifier that is not a linear layer; it pools by itself, and dropout would show it in training mode."""
+    """A classifier that is not a linear layer; it pools by itself, and dropout would show it in
+    training mode."""
 
     def __init__(self, linear):
         super().__init__()
@@ -671,7 +686,8 @@ class Deep(nn.Module):
 
 @pytest.mark.parametrize("kind", ["linear", "no bias", "module", "function"])
 def test_heads_stay_frozen(kind):
-    """Not trained, not in the checkpoint, copied as they stand; with the loss on its way to a dtype, a pickle, a copy."""
+    """Not trained, not in the checkpoint, copied as they stand; with the loss on its way to a
+    dtype, a pickle, a copy."""
     linear = [nn.Linear(d, C, bias=kind != "no bias") for d in DIMS]
     given = [Deep(h) for h in linear] if kind in ("module", "function") else linear
     loss = (

@@ -1,4 +1,5 @@
-"""DKD, DIST, NKD, WTTM and standardised logits: by hand, against loops, limits, batches, in training."""
+"""DKD, DIST, NKD, WTTM and standardised logits: by hand, against loops, limits, batches, in
+training."""
 
 import math
 
@@ -40,7 +41,7 @@ def at(rows, t=1.0):
     return t * torch.tensor(rows, dtype=torch.float64).log()
 
 
-# -------------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 def test_dkd_by_hand():
@@ -63,7 +64,8 @@ def test_nkd_by_hand():
 
 
 def test_dist_by_hand():
-    """Rows correlate by 1/2 and -1. Columns of two samples by a sign: -1, -1, and 0 without spread."""
+    """Rows correlate by 1/2 and -1. Columns of two samples by a sign: -1, -1, and 0 without
+    spread."""
     third = 1 / 3
     z = at([[third + 0.1, third, third - 0.1], [third - 0.1, third + 0.1, third]])
     teacher = at([[third + 0.1, third - 0.1, third], [third + 0.2, third - 0.2, third]])
@@ -96,7 +98,7 @@ def test_standardised_by_hand():
     assert loss(z, torch.tensor([0]), teacher=teacher).item() == pytest.approx(expected, rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------ value and gradient by loops
+# ---------------------------------------------------------------------- value and gradient by loops
 
 
 def soft(row, t, standardize):
@@ -214,7 +216,7 @@ def test_gradcheck(name, standardize):
     assert torch.autograd.gradcheck(lambda x: loss(x, y, teacher=teacher), z)
 
 
-# --------------------------------------------------------------------------------------------------------------- limits
+# ------------------------------------------------------------------------------------------- limits
 
 
 @pytest.mark.parametrize("standardize", [False, True])
@@ -231,7 +233,8 @@ def test_kd_is_its_two_parts(standardize):
 
 
 def test_nkd_has_the_gradient_of_dkds_second_part():
-    """And of cross-entropy times the teacher's trust. At equality the gradient of the second is 0."""
+    """And of cross-entropy times the teacher's trust. At equality the gradient of the second is
+    0."""
     z, y, teacher = batch(1)
     (ours,) = torch.autograd.grad(NKD(temperature=2.0, gamma=3.0)(z, y, teacher=teacher), z)
     others = DKD(temperature=2.0, alpha=0.0, beta=3.0)(z, y, teacher=teacher)
@@ -300,7 +303,8 @@ def test_standardised_terms_are_those_of_standardised_logits(term):
 
 @pytest.mark.parametrize("term", [KD, DKD, DIST])
 def test_standardised_it_is_blind_to_shift_and_scale(term):
-    """Of the student's and of the teachers' logits. So the gradient is orthogonal to both changes."""
+    """Of the student's and of the teachers' logits. So the gradient is orthogonal to both
+    changes."""
     z, y, teacher = batch(2)
     loss = term(standardize=True)
     value = loss(z, y, teacher=teacher)
@@ -314,7 +318,7 @@ def test_standardised_it_is_blind_to_shift_and_scale(term):
     assert term()(5 * z, y, teacher=teacher) != term()(z, y, teacher=teacher)
 
 
-# ------------------------------------------------------------------------------------------------------------- extremes
+# ----------------------------------------------------------------------------------------- extremes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -356,7 +360,7 @@ def test_dkd_where_a_probability_underflows():
     assert high > 100 and low.item() == pytest.approx(high.item(), rel=1e-5)
 
 
-# --------------------------------------------------------------------------------------------- schedule, batches, masks
+# ------------------------------------------------------------------------- schedule, batches, masks
 
 
 def test_the_warm_up_grows_and_stays():
@@ -369,7 +373,8 @@ def test_the_warm_up_grows_and_stays():
 
 @each_term
 def test_halves_of_a_batch_are_the_batch_except_for_dist(term):
-    """So for two processes or accumulation steps: DIST's correlation over the batch is a local one."""
+    """So for two processes or accumulation steps: DIST's correlation over the batch is a local
+    one."""
     z, y, teacher = batch(2, b=8)
     whole = term()(z, y, teacher=teacher)
     halves = [term()(z[k], y[k], teacher=teacher[:, k]) for k in (slice(4), slice(4, 8))]
@@ -390,7 +395,7 @@ def test_a_mask_keeps_the_values_of_its_samples(term):
         torch.testing.assert_close(value, each[[0, 2, 3]].sum() / 6)
 
 
-# ---------------------------------------------------------------------------------------------------------- in training
+# -------------------------------------------------------------------------------------- in training
 
 OBJECTIVES = {
     "all": lambda: CE() + DKD(warmup=0.5) + 2 * DIST() + NKD() + WTTM(),

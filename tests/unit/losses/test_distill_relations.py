@@ -29,7 +29,7 @@ def vectors(rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-# -------------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 def test_rkd_by_hand():
@@ -70,7 +70,7 @@ def test_pkt_by_hand():
     assert call(PKT(), student, teacher).item() == pytest.approx(row / 2, abs=1e-12)
 
 
-# ------------------------------------------------------------------------------------------ value and gradient by loops
+# ---------------------------------------------------------------------- value and gradient by loops
 
 
 def norm(v):
@@ -179,7 +179,7 @@ def test_gradcheck(term):
     assert torch.autograd.gradcheck(lambda f: call(term(), f, teacher), student.requires_grad_())
 
 
-# --------------------------------------------------------------------------------------------------------------- limits
+# ------------------------------------------------------------------------------------------- limits
 
 
 @each_term
@@ -199,7 +199,8 @@ def test_a_network_with_itself_is_zero(term):
     ],
 )
 def test_what_changes_nothing(term, changes):
-    """A student that is the teacher but for scale and rotation pays nothing; for RKD also a shift."""
+    """A student that is the teacher but for scale and rotation pays nothing; for RKD also a
+    shift."""
     f = vectors(torch.randn(6, 4, generator=torch.Generator().manual_seed(3)).tolist())
     turn = torch.linalg.qr(vectors(torch.randn(4, 4, generator=torch.manual_seed(4)).tolist()))[0]
     changed = {"scaled": 7 * f, "turned": f @ turn, "shifted": f + 3}
@@ -235,7 +236,7 @@ def test_the_layer(term):
         assert value == call(term(), a[layer], b[layer])
 
 
-# -------------------------------------------------------------------------------------------------- what public code breaks
+# -------------------------------------------------------------------------- what public code breaks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -302,7 +303,7 @@ def pooled_of(f):
     return f.mean((2, 3))
 
 
-# ---------------------------------------------------------------------------------------------------- batches and masks
+# -------------------------------------------------------------------------------- batches and masks
 
 
 @each_term
@@ -327,12 +328,13 @@ def test_a_mask_chooses_whose_relations_are_taught(term):
     assert nothing.item() == 0.0 and not torch.autograd.grad(nothing, f)[0].any()
 
 
-# ---------------------------------------------------------------------------------------------------------- in training
+# -------------------------------------------------------------------------------------- in training
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
 def test_trained_and_resumed(layer, tmp_path):
-    """All three at once, with two teachers of other widths: the same weights from a checkpoint on."""
+    """All three at once, with two teachers of other widths: the same weights from a checkpoint
+    on."""
     teachers = [Staged((3, 4, 5), seed=5), Staged((2, 2, 4), seed=6)]
 
     def run(**saving):

@@ -1,4 +1,5 @@
-"""What every family keeps: labels of any integer type, state that only training moves, class weights."""
+"""What every family keeps: labels of any integer type, state that only training moves, class
+weights."""
 
 import pytest
 import torch

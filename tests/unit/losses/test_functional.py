@@ -1,4 +1,5 @@
-"""Primitives: numbers done by hand, a second derivation in Python, and the edges where 0 log 0 stands."""
+"""Primitives: numbers done by hand, a second derivation in Python, and the edges where 0 log 0
+stands."""
 
 import math
 
@@ -52,7 +53,8 @@ def test_kl_by_hand_and_in_its_direction():
 
 
 def test_a_class_at_probability_zero():
-    """0 log 0 = 0, in value and in gradient; mass on an impossible class costs infinity and does not cost NaN."""
+    """0 log 0 = 0, in value and in gradient; mass on an impossible class costs infinity and does
+    not cost NaN."""
     z = torch.tensor([[0.0, 0.0, -torch.inf], [0.0, -torch.inf, -torch.inf]], requires_grad=True)
     log_p = torch.log_softmax(z, -1)
     assert (
@@ -87,7 +89,8 @@ def test_certainty(p, expected):
 
 
 def test_certainty_stays_in_its_range():
-    """Rounding may put H a little above ln C; a trust below 0 would push away from the prediction."""
+    """Rounding may put H a little above ln C; a trust below 0 would push away from the
+    prediction."""
     assert F.certainty(torch.tensor([math.log(3) + 1e-3, -1e-3]), 3).tolist() == [0.0, 1.0]
 
 

@@ -1,4 +1,5 @@
-"""CDR: the mask by hand and by loops, what it leaves alone, loss scaling; in the Trainers, on one process and on two."""
+"""CDR: the mask by hand and by loops, what it leaves alone, loss scaling; in the Trainers, on
+one process and on two."""
 
 import math
 import os
@@ -38,11 +39,12 @@ def grads(net):
     return [p.grad.clone() for p in net.parameters()]
 
 
-# -------------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 def test_by_hand_over_all_layers_together():
-    """s = 6, 2, 1, 1, 8, 3, .5, 4 over a [2, 2] and a [4, 1, 1, 1]: of eight, tau = 1/4 keeps the six of 1 and more."""
+    """s = 6, 2, 1, 1, 8, 3, .5, 4 over a [2, 2] and a [4, 1, 1, 1]: of eight, tau = 1/4 keeps
+    the six of 1 and more."""
     a = parameter([[2.0, -1.0], [0.5, 1.0]], [[3.0, 2.0], [-2.0, 1.0]])
     b = parameter(
         [[[[4.0]]], [[[3.0]]], [[[0.1]]], [[[-4.0]]]], [[[[2.0]]], [[[-1.0]]], [[[5.0]]], [[[1.0]]]]
@@ -60,7 +62,8 @@ def test_what_ties_with_the_last_is_kept():
 
 
 def test_the_score_is_weight_times_gradient():
-    """Neither the largest gradient (5 on a weight of .1) nor the largest weight (9, gradient .01) is critical."""
+    """Neither the largest gradient (5 on a weight of .1) nor the largest weight (9, gradient
+    .01) is critical."""
     w = parameter([[0.1, 9.0, 1.0]], [[5.0, 0.01, 1.0]])
     mask_noncritical_([w], 0.6)
     torch.testing.assert_close(w.grad, torch.tensor([[0.0, 0.0, 0.4]]))
@@ -101,13 +104,14 @@ def test_against_loops(tau):
     ],
 )
 def test_how_many_are_critical(n, tau, kept):
-    """int((1 - .9) · 10) is 0 in floats, as is 1 - .8 short of .2; one weight learns in any case."""
+    """int((1 - .9) · 10) is 0 in floats, as is 1 - .8 short of .2; one weight learns in any
+    case."""
     w = parameter([[float(k + 1) for k in range(n)]], [[1.0] * n])
     mask_noncritical_([w], tau)
     assert (w.grad != 0).sum() == kept and (w.grad[0, n - kept :] != 0).all()
 
 
-# --------------------------------------------------------------------------------------------------- what it leaves alone
+# ----------------------------------------------------------------------------- what it leaves alone
 
 
 def test_biases_norms_and_other_shapes_learn_as_usual():
@@ -161,7 +165,7 @@ def test_a_call_after_zero_grad_is_refused():
         mask_noncritical_(net.parameters(), 0.5)
 
 
-# --------------------------------------------------------------------------------------------------------- mixed precision
+# ---------------------------------------------------------------------------------- mixed precision
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -215,7 +219,7 @@ def test_an_overflow_still_reaches_the_scaler(bad, weight):
     assert all(torch.equal(p, w) for p, w in zip(net.parameters(), before, strict=True))
 
 
-# ------------------------------------------------------------------------------------------------------------ in a Trainer
+# ------------------------------------------------------------------------------------- in a Trainer
 
 
 class Watch(TrainerCallback):
@@ -298,7 +302,8 @@ def test_accumulation(tmp_path):
 
 
 class Named(nn.Module):
-    """Pixels by name, logits in a dictionary: what the stock Trainer hands over and takes. Keeps what it is given."""
+    """Pixels by name, logits in a dictionary: what the stock Trainer hands over and takes. Keeps
+    what it is given."""
 
     def __init__(self, net):
         super().__init__()
@@ -324,7 +329,7 @@ def test_a_plain_trainer_is_a_plain_loop(tmp_path):
     assert difference(state(model.net), state(net)) < 1e-6 < difference(state(net), state(Net(3)))
 
 
-# ---------------------------------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------------------------ two processes
 
 
 def both(folder, world):
@@ -346,7 +351,8 @@ def rank_main(folder):
 
 
 def test_two_processes_are_one(tmp_path):
-    """The mask is that of the reduced gradient: bit-equal on both, and one process on the same global batch."""
+    """The mask is that of the reduced gradient: bit-equal on both, and one process on the same
+    global batch."""
     launch(__file__, tmp_path, WORLD)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(WORLD)]
     alone = both(tmp_path / "alone", 1)

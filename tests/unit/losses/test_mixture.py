@@ -1,4 +1,5 @@
-"""Co-divide: against scikit-learn, loops and by hand; in Mutual and Co-teaching; state, ranks, resume."""
+"""Co-divide: against scikit-learn, loops and by hand; in Mutual and Co-teaching; state, ranks,
+resume."""
 
 import math
 

@@ -1,4 +1,5 @@
-"""Mutual losses: by hand on two samples and three classes, against loops in Python, limits, who teaches whom."""
+"""Mutual losses: by hand on two samples and three classes, against loops in Python, limits, who
+teaches whom."""
 
 import functools
 import math
@@ -41,7 +42,8 @@ def gradients(loss, zs):
 
 
 def own_loop(kind, zs, consts, targets, live, **how):
-    """Σ_k mean_i H(q~_ki, p_ki); the list ``g`` in ``how``, one per peer, is MyLC's or ProSelfLC's clock."""
+    """Σ_k mean_i H(q~_ki, p_ki); the list ``g`` in ``how``, one per peer, is MyLC's or
+    ProSelfLC's clock."""
     total = 0.0
     for k, rows in enumerate(zs):
         for i, row in enumerate(rows):
@@ -79,7 +81,7 @@ def label(kind, q, p, const, peer, how):
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 def test_smkd_by_hand():
@@ -109,7 +111,8 @@ def test_smkd_by_hand():
 
 
 def test_each_direction_divides_by_its_own_count():
-    """a is sure of 1 sample in 4, b of 3: neither Algorithm 1's swapped counts nor the batch size give this number."""
+    """a is sure of 1 sample in 4, b of 3: neither Algorithm 1's swapped counts nor the batch
+    size give this number."""
     unsure, sure = [1 / 3, 1 / 3, 1 / 3], [0.9, 0.05, 0.05]
     a, b = [sure, unsure, unsure, unsure], [unsure, sure, sure, sure]
     y = torch.zeros(4, dtype=torch.long)
@@ -129,7 +132,8 @@ def test_each_direction_divides_by_its_own_count():
 
 
 def test_mkd_by_hand():
-    """eps = 0.25; KL(b||a) = 0.8 ln(8/5) + 0.2 ln(2/5), KL(a||b) = 0.5 ln(5/8) + 0.5 ln(5/2); the second rows agree."""
+    """eps = 0.25; KL(b||a) = 0.8 ln(8/5) + 0.2 ln(2/5), KL(a||b) = 0.5 ln(5/8) + 0.5 ln(5/2);
+    the second rows agree."""
     a, b = [[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]], [[0.8, 0.1, 0.1], [0.2, 0.4, 0.4]]
     ce_a, ce_b = (LN2 + LN5) / 2, (LN5 - 2 * LN2 + LN5) / 2
     kl_ba, kl_ab = (
@@ -143,7 +147,7 @@ def test_mkd_by_hand():
     assert loss.stats["taught_b"].item() == pytest.approx(kl_ab / 2)
 
 
-# -------------------------------------------------------------------------------------------------------- against loops
+# ------------------------------------------------------------------------------------ against loops
 
 REFINE = {  # kind, how, the loss, is its own target differentiated
     "ls": ("ls", {"eps": 0.3}, lambda: LabelSmoothing(eps=0.3), False),
@@ -173,7 +177,8 @@ def peers_batch(num_peers):
 @pytest.mark.parametrize("num_peers", [2, 3])
 @pytest.mark.parametrize("name", REFINE)
 def test_smkd_against_loops(name, num_peers, normalize, progress):
-    """Value always; gradients by differences of the loops with everything handed over held constant."""
+    """Value always; gradients by differences of the loops with everything handed over held
+    constant."""
     kind, how, make, live = REFINE[name]
     zs, y = peers_batch(num_peers)
     zs = [z.clone().requires_grad_() for z in zs]
@@ -232,7 +237,7 @@ def test_mkd_against_loops(num_peers, eps):
         torch.testing.assert_close(grad, torch.tensor(slope).double(), atol=1e-6, rtol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------- limits
+# ------------------------------------------------------------------------------------------- limits
 
 
 @pytest.fixture
@@ -328,7 +333,7 @@ def test_equal_peers_have_nothing_to_teach_in_mkd(num_peers):
     )
 
 
-# ----------------------------------------------------------------------------------------------------- who teaches whom
+# --------------------------------------------------------------------------------- who teaches whom
 
 
 @pytest.mark.parametrize("normalize", ["selected", "batch"])
@@ -364,7 +369,8 @@ def test_knowledge_is_a_constant_for_who_hands_it_over(refine):
 
 
 def test_the_teachers_entropy_selects_and_its_label_is_what_is_taught():
-    """Were the receiver's entropy asked, a would learn nothing here; were p_b taught and not q~_b, another number."""
+    """Were the receiver's entropy asked, a would learn nothing here; were p_b taught and not
+    q~_b, another number."""
     loss, zs, y = lesson_of_b_only(BootHard(eps=0.5))
     p_a = [naive.softmax(row) for row in zs[0].tolist()]
     taught = [
@@ -461,7 +467,8 @@ def test_a_loss_that_does_not_refine_hands_over_samples_with_their_labels(num_pe
 
 
 def test_a_step_counts_once_in_the_state_of_each_peer():
-    """Also of a loss with state that does not refine: it is not evaluated again for what it is taught."""
+    """Also of a loss with state that does not refine: it is not evaluated again for what it is
+    taught."""
     zs, y = peers_batch(3)
     loss = Mutual(Linear(), SelectAll(), num_peers=3)
     loss(zs, y)
@@ -481,7 +488,7 @@ def test_peers_do_not_share_state(pair):
         assert loss.stats[f"mean_certainty_{name}"].item() == pytest.approx(expected, abs=1e-6)
 
 
-# ----------------------------------------------------------------------------------------------- diagnostics and errors
+# --------------------------------------------------------------------------- diagnostics and errors
 
 
 def test_stats_of_every_peer():
@@ -543,7 +550,8 @@ def test_wrong_number_of_peers(pair, loss):
 
 
 def test_teachers_teach_each_peer_and_peers_each_other():
-    """What the peers' own loss reads reaches each of them: teachers whole, of the features its own."""
+    """What the peers' own loss reads reaches each of them: teachers whole, of the features its
+    own."""
     zs = tuple(torch.randn(4, 3, dtype=torch.float64) for _ in range(2))
     y, t = torch.tensor([0, 1, 2, 0]), torch.randn(2, 4, 3, dtype=torch.float64)
     maps = [torch.randn(4, d, 2, 2, dtype=torch.float64) for d in (5, 6)]

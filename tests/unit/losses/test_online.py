@@ -1,4 +1,5 @@
-"""Peers on equal terms: mutual KL, ensembles as teachers, small-loss samples; by hand, against loops, limits, schedules."""
+"""Peers on equal terms: mutual KL, ensembles as teachers, small-loss samples; by hand, against
+loops, limits, schedules."""
 
 import itertools
 import math
@@ -39,7 +40,8 @@ def batch(num_peers, b=6, c=4, scale=2.0, seed=0):
 
 
 def check_against(loss, zs, y, expected):
-    """Value, and gradient by differences of ``expected(zs)``; whatever it holds constant, it holds by itself."""
+    """Value, and gradient by differences of ``expected(zs)``; whatever it holds constant, it
+    holds by itself."""
     value = loss(zs, y)
     assert value.item() == pytest.approx(expected([z.tolist() for z in zs]), abs=1e-7)
     grads = torch.autograd.grad(value, zs)
@@ -59,11 +61,12 @@ def kl(p, q):
     return naive.cross_entropy(p, q) - naive.entropy(p)
 
 
-# ------------------------------------------------------------------------------------------------------------------ DML
+# ---------------------------------------------------------------------------------------------- DML
 
 
 def test_dml_by_hand():
-    """KL(b‖a) = 0.8 ln(8/5) + 0.2 ln(2/5), KL(a‖b) = 0.5 ln(5/8) + 0.5 ln(5/2); on the second sample they agree."""
+    """KL(b‖a) = 0.8 ln(8/5) + 0.2 ln(2/5), KL(a‖b) = 0.5 ln(5/8) + 0.5 ln(5/2); on the second
+    sample they agree."""
     a, b = [[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]], [[0.8, 0.1, 0.1], [0.2, 0.4, 0.4]]
     ce_a, ce_b = (LN2 + LN5) / 2, (LN5 - 2 * LN2 + LN5) / 2
     to_a, to_b = (
@@ -125,7 +128,7 @@ def test_dml_and_mkd_are_one_family():
     torch.testing.assert_close(DML(num_peers=3)(zs, y), 2 * MKD(eps=0.5, num_peers=3)(zs, y))
 
 
-# ----------------------------------------------------------------------------------------------------------------- KDCL
+# --------------------------------------------------------------------------------------------- KDCL
 
 
 def test_ensembles_by_hand():
@@ -154,7 +157,8 @@ def test_ensembles_by_hand():
 
 
 def best_on_a_grid(zs, q, parts):
-    """The smallest cross-entropy of any mixture of one sample's logits [K][C] on a grid of the simplex."""
+    """The smallest cross-entropy of any mixture of one sample's logits [K][C] on a grid of the
+    simplex."""
     k, best = len(zs), math.inf
     for cut in itertools.combinations(range(parts + k - 1), k - 1):
         ends = (-1, *cut, parts + k - 1)
@@ -170,7 +174,8 @@ def best_on_a_grid(zs, q, parts):
     [(2, 2000, 2), (2, 2000, 50), (3, 60, 2), (4, 24, 1), (5, 14, 1)],
 )
 def test_the_linear_rule_finds_the_best_mixture(num_peers, parts, scale, soft):
-    """No point of a fine grid is better by 1e-4, and what is found is a mixture: weights of at least 0 that sum to 1."""
+    """No point of a fine grid is better by 1e-4, and what is found is a mixture: weights of at
+    least 0 that sum to 1."""
     zs, y = batch(num_peers, b=8, c=8, scale=scale, seed=num_peers)
     zs, q = torch.stack(zs).detach().float(), torch.nn.functional.one_hot(y, 8).float()
     q = 0.7 * q + 0.3 * torch.randn(8, 8).softmax(-1) if soft else q
@@ -281,7 +286,7 @@ def test_every_rule_on_extremes(rule, num_peers):
     assert value.isfinite() and all(g.isfinite().all() for g in torch.autograd.grad(value, zs))
 
 
-# ----------------------------------------------------------------------------------------------------------- simplex_qp
+# --------------------------------------------------------------------------------------- simplex_qp
 
 
 def on_the_grid(gram, cap, parts):
@@ -298,7 +303,8 @@ def on_the_grid(gram, cap, parts):
 @pytest.mark.parametrize("cap", [1.0, 0.6, 0.5])
 @pytest.mark.parametrize(("k", "parts"), [(2, 1000), (3, 200), (4, 60), (5, 20)])
 def test_no_grid_point_is_better(k, parts, cap):
-    """Random Gram matrices of every rank, also with equal rows and of tiny scale; parts is a multiple of 10: caps are on it."""
+    """Random Gram matrices of every rank, also with equal rows and of tiny scale; parts is a
+    multiple of 10: caps are on it."""
     found = []
     for trial in range(20):
         x = torch.randn(k, 1 + trial % 5, dtype=torch.float64) + (trial % 3)
@@ -366,7 +372,7 @@ def test_simplex_qp_compiles_and_never_waits():
         assert weights.device.type == "cuda" and weights.shape == (4,) and not weights.requires_grad
 
 
-# ------------------------------------------------------------------------------------------------------------ SmallLoss
+# ---------------------------------------------------------------------------------------- SmallLoss
 
 
 def select_at(select, progress, z, q):
@@ -393,7 +399,8 @@ def test_small_loss_against_loops(forget, ramp, exponent):
 
 
 def test_the_ramp_has_no_jump():
-    """The authors' code rises to forget^exponent and jumps to forget; here exponent 2 ends where exponent 1 does."""
+    """The authors' code rises to forget^exponent and jumps to forget; here exponent 2 ends where
+    exponent 1 does."""
     z, q = torch.zeros(2, 3), torch.zeros(2, 3)
     for exponent in (0.5, 1.0, 2.0):
         select, seen = SmallLoss(0.5, 0.1, exponent), []
@@ -408,7 +415,8 @@ def test_the_ramp_has_no_jump():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_k_is_what_decimal_numbers_make_it(dtype):
-    """int((1 - 0.9) 10) is 0 in floating point, where one sample should be kept; 1 - 0.2 in float32 times 10 may be below 8."""
+    """int((1 - 0.9) 10) is 0 in floating point, where one sample should be kept; 1 - 0.2 in
+    float32 times 10 may be below 8."""
     for percent in (0, 1, 5, 7, 10, 20, 30, 40, 45, 50, 60, 70, 80, 90, 99):
         select = SmallLoss(forget=percent / 100, ramp=0.05)
         for b in (1, 2, 5, 10, 20, 50, 100, 128, 1000, 4096):
@@ -442,7 +450,7 @@ def test_a_schedule_of_ones_own():
     assert select.stats["keep"].item() == 0.5
 
 
-# ------------------------------------------------------------------------------------------------------------------ S2E
+# ---------------------------------------------------------------------------------------------- S2E
 
 
 def s2e_loop(epoch, alpha, beta, horizon):
@@ -479,7 +487,8 @@ def test_s2e_schedule_against_loops(horizon):
 
 
 def test_s2e_schedule_by_hand():
-    """f_1 at epoch 4 of 16 with b = (0.5, ln 2, 0.5, 0.5): 2^-2 + 0.5 · 0.5; f_4 with (1, 1, 0.5, 1): 1/5 + 0.5 ln 5 / ln 17."""
+    """f_1 at epoch 4 of 16 with b = (0.5, ln 2, 0.5, 0.5): 2^-2 + 0.5 · 0.5; f_4 with (1, 1,
+    0.5, 1): 1/5 + 0.5 ln 5 / ln 17."""
     for i, b, expected in [
         (0, (0.5, LN2, 0.5, 0.5), 0.5),
         (3, (1, 1, 0.5, 1), 0.2 + 0.5 * LN5 / math.log(17)),
@@ -509,11 +518,12 @@ def test_s2e_is_co_teaching_on_a_schedule():
     assert "S2ESchedule(alpha=(0.25, 0.25, 0.25, 0.25)" in repr(S2E())
 
 
-# ----------------------------------------------------------------------------------------------------------- Co-teaching
+# -------------------------------------------------------------------------------------- Co-teaching
 
 
 def test_co_teaching_by_hand():
-    """forget = 0.5 of two: a finds sample 0 easy and b learns it, b finds sample 1 easy and a learns it."""
+    """forget = 0.5 of two: a finds sample 0 easy and b learns it, b finds sample 1 easy and a
+    learns it."""
     a, b = [[0.5, 0.25, 0.25], [0.2, 0.4, 0.4]], [[0.25, 0.5, 0.25], [0.8, 0.1, 0.1]]
     loss = CoTeaching(forget=0.5, ramp=0.0)
     value = loss((log64(a), log64(b)), torch.tensor([0, 0])).item()
@@ -591,11 +601,12 @@ def test_soft_labels_choose_and_teach():
     assert CoTeaching(forget=0.5, ramp=0)(zs, q).item() == pytest.approx(expected)
 
 
-# --------------------------------------------------------------------------------------------------------- Co-teaching+
+# ------------------------------------------------------------------------------------- Co-teaching+
 
 
 def test_co_teaching_plus_by_hand():
-    """Four samples of class 0; they disagree on 0, 1 and 3. forget 1/2 of three keeps one: a's easiest is 0, b's is 3."""
+    """Four samples of class 0; they disagree on 0, 1 and 3. forget 1/2 of three keeps one: a's
+    easiest is 0, b's is 3."""
     a = [[0.8, 0.1, 0.1], [0.4, 0.3, 0.3], [0.9, 0.05, 0.05], [0.2, 0.4, 0.4]]
     b = [[0.1, 0.8, 0.1], [0.25, 0.5, 0.25], [0.98, 0.01, 0.01], [0.5, 0.25, 0.25]]
     loss = CoTeachingPlus(forget=0.5, ramp=0, start=0)
@@ -615,7 +626,8 @@ def test_co_teaching_plus_by_hand():
 
 
 def plus_loop(zs, consts, y, keep, active, double=False, drop_first=False, over_batch=False):
-    """The value with the selection of ``consts``; the switches are the errors of the authors' code."""
+    """The value with the selection of ``consts``; the switches are the errors of the authors'
+    code."""
 
     def losses(rows):
         return ces([naive.softmax(row) for row in rows] if double else rows, y)
@@ -682,7 +694,8 @@ def test_where_all_agree_both_learn_from_all():
 
 
 def test_the_only_disagreement_is_learnt_from():
-    """int(0.5 · 1) = 0 of one: it is taken all the same; also where it stands first in the batch."""
+    """int(0.5 · 1) = 0 of one: it is taken all the same; also where it stands first in the
+    batch."""
     (a, _), y = batch(2, b=10)
     for i in (0, 7):
         b = a.detach() * 0.5
@@ -707,7 +720,7 @@ def test_co_teaching_plus_shows_its_selection():
         )
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Peers that teach each other through features: values by hand, a second derivation, who gets a gradient, the hosting."""
+"""Peers that teach each other through features: values by hand, a second derivation, who gets a
+gradient, the hosting."""
 
 import math
 
@@ -153,7 +154,8 @@ def score(adversary, x):
 
 
 def test_afd_is_two_games():
-    """The networks get the gradient of fooling, the adversaries that of telling; as two losses with two backwards."""
+    """The networks get the gradient of fooling, the adversaries that of telling; as two losses
+    with two backwards."""
     loss = AFD(DIMS, adversarial=0.7).double()
     zs, y, fs = inputs(3)
     value = loss(zs, y, features=fs)
@@ -209,7 +211,7 @@ def test_bad_values(build):
         build()
 
 
-# -------------------------------------------------------------------------------------------------------------- hosting
+# ------------------------------------------------------------------------------------------ hosting
 
 SMALL = [
     "test_resnet",
@@ -261,7 +263,8 @@ def losses():
 
 @pytest.mark.parametrize("name", ["ffl", "pcl", "afd"])
 def test_trained_and_resumed(name, tmp_path):
-    """What the loss learns moves and is in the checkpoint: half way, then to the end, is bit-equal to one run."""
+    """What the loss learns moves and is in the checkpoint: half way, then to the end, is
+    bit-equal to one run."""
     settings = {"save_strategy": "steps", "save_steps": 3, "learning_rate": 0.01}
     whole = trainer(tmp_path / "run", peers(), losses()[name], view(transform=larger), **settings)
     before = state(whole.model.criterion)
@@ -278,7 +281,8 @@ def test_trained_and_resumed(name, tmp_path):
 
 
 def test_averages_over_time():
-    """avg <- d avg + (1 - d) now with d = min(1 - 1/(n+1), ema); statistics too; read as teacher, in eval mode, no gradient."""
+    """avg <- d avg + (1 - d) now with d = min(1 - 1/(n+1), ema); statistics too; read as
+    teacher, in eval mode, no gradient."""
     a, b = peers()
     hosted = PeerModule([a, b], PCL([a.num_features, b.num_features], C, ema=0.6)).train()
     name, weight = "averages.0.module.fc.weight", a.fc.weight

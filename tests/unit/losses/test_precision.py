@@ -1,7 +1,8 @@
-"""bfloat16, float16 with a gradient scaler, and accumulation: the same training as in float32, within stated bounds.
+"""bfloat16, float16 with a gradient scaler, accumulation: as in float32, within stated bounds.
 
-Bounds are in units of u, half a step of the dtype at 1: 2^-8 for bfloat16, 2^-11 for float16. Errors are of many roundings, so
-they are medians over seeds, in networks without kinks: behind a ReLU one rounding can switch a gradient off.
+Bounds are in units of u, half a step of the dtype at 1: 2^-8 for bfloat16, 2^-11 for float16.
+Errors are of many roundings, so they are medians over seeds, in networks without kinks: behind a
+ReLU one rounding can switch a gradient off.
 """
 
 import math
@@ -70,7 +71,8 @@ FAMILIES = {  # seed -> networks, loss, teachers
 
 
 def train(host, data, device="cpu", dtype=None, steps=STEPS, scaler=None, skip=()):
-    """A plain loop of SGD on batches of eight; the loss at each step. At the steps in ``skip`` nothing is learned."""
+    """A plain loop of SGD on batches of eight; the loss at each step. At the steps in ``skip``
+    nothing is learned."""
     optimizer = torch.optim.SGD(host.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
     scaler = scaler or torch.amp.GradScaler(
         device, init_scale=SCALE, enabled=dtype == torch.float16
@@ -114,9 +116,11 @@ def error(low, full, start):
 @dtypes
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autocast_agrees_with_float32(family, dtype, device):
-    """Twelve steps. Of the way that the weights went 4 u, of the losses 3 u, of r and tables 2 u; some part of u at least.
+    """Twelve steps. Of the way that the weights went 4 u, of the losses 3 u, of r and tables 2 u;
+    some part of u at least.
 
-    Measured over seven sets of five seeds on a CPU, at most: weights 1.4 u, losses 0.9 u, r and tables 0.5 u.
+    Measured over seven sets of five seeds on a CPU, at most: weights 1.4 u, losses 0.9 u, r and
+    tables 0.5 u.
     """
     errors = []
     for seed in SEEDS:
@@ -138,7 +142,7 @@ def test_autocast_agrees_with_float32(family, dtype, device):
     assert own < 2
 
 
-# ------------------------------------------------------------------------------------------------ gradients that overflow
+# -------------------------------------------------------------------------- gradients that overflow
 
 STATEFUL = [
     n for n in list_losses() if make(n).state_dict() and "features" not in make(n).required_inputs
@@ -159,7 +163,8 @@ def overflowing(device):
 @devices
 @pytest.mark.parametrize("name", STATEFUL)
 def test_a_step_that_overflows_is_skipped_and_seen_once(name, device):
-    """As a run whose first step learns nothing and whose state has seen the batch once; bit-equal, here and to the end."""
+    """As a run whose first step learns nothing and whose state has seen the batch once;
+    bit-equal, here and to the end."""
     data = view(16, clean=False)
     for steps in (1, 4):
         host, other, scaler = stateful(name, device), stateful(name, device), overflowing(device)
@@ -178,7 +183,8 @@ def test_a_step_that_overflows_is_skipped_and_seen_once(name, device):
 @devices
 @pytest.mark.parametrize("name", STATEFUL)
 def test_logits_that_overflow(name, device, monkeypatch):
-    """A CPU refuses them; an accelerator does not look, and the scaler skips the step. Either way no state is lost by it."""
+    """A CPU refuses them; an accelerator does not look, and the scaler skips the step. Either
+    way no state is lost by it."""
     data = view(16, clean=False)
     for refuses in (True, False) if device == "cpu" else (False,):
         if not refuses:
@@ -212,13 +218,14 @@ def test_logits_that_overflow(name, device, monkeypatch):
         assert difference(parts(state(host))[0], before) > 1e-3
 
 
-# -------------------------------------------------------------------------------------------------------- in the Trainer
+# ----------------------------------------------------------------------------------- in the Trainer
 
 
 def trained(
     folder, seed, device, dtype=None, loss=None, rows=ROWS, scaler=None, resume=None, **kwargs
 ):
-    """Two networks in the Trainer; (start, end, Trainer). The scaler of a CPU is put where accelerate has that of a GPU."""
+    """Two networks in the Trainer; (start, end, Trainer). The scaler of a CPU is put where
+    accelerate has that of a GPU."""
     networks, smkd, _ = pair(seed)
     names = {torch.bfloat16: {"bf16": True}, torch.float16: {"fp16": True}, None: {}}[dtype]
     run = trainer(
@@ -242,7 +249,8 @@ def trained(
 @devices
 @dtypes
 def test_clipped_in_the_trainer(tmp_path, dtype, device):
-    """Each network's gradient is clipped as it is, not as the scaler made it: else it would hardly move. 4 u; measured 0.6."""
+    """Each network's gradient is clipped as it is, not as the scaler made it: else it would
+    hardly move. 4 u; measured 0.6."""
     errors, unclipped = [], []
     for seed in SEEDS[:3]:
         start, full, _ = trained(tmp_path, seed, device, max_grad_norm=0.1)
@@ -256,7 +264,8 @@ def test_clipped_in_the_trainer(tmp_path, dtype, device):
 
 @devices
 def test_an_overflow_in_the_trainer(tmp_path, device):
-    """The step is skipped, the batch seen, and the run goes on; its checkpoint has the scale, and it resumes bit-equal."""
+    """The step is skipped, the batch seen, and the run goes on; its checkpoint has the scale,
+    and it resumes bit-equal."""
     settings = {"max_grad_norm": 0.1, "save_strategy": "steps", "save_steps": 6, "logging_steps": 1}
     start, end, run = trained(
         tmp_path, 0, device, torch.float16, scaler=overflowing(device), **settings
@@ -291,7 +300,8 @@ def test_fp16_on_a_cpu_is_float32_and_says_so(tmp_path, caplog):
 @devices
 @dtypes
 def test_accumulation_in_half_precision(tmp_path, dtype, device):
-    """1 x 8 = 4 x 2 in the same dtype, and as float32 in one; 44 rows: the last window is a short one. 4 u; measured 1.1."""
+    """1 x 8 = 4 x 2 in the same dtype, and as float32 in one; 44 rows: the last window is a
+    short one. 4 u; measured 1.1."""
     errors = []
     for seed in SEEDS[:3]:
         ends = []

@@ -1,4 +1,5 @@
-"""Any input a batch can be: a finite figure with finite gradients, or an error that says what is wrong with it."""
+"""Any input a batch can be: a finite figure with finite gradients, or an error that says what is
+wrong with it."""
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ TARGETS = ("index", "one-hot", "soft", "with zeros", "uniform")
 
 @st.composite
 def inputs(draw):
-    """Batch size, classes, dtype, what the logits of each peer look like, what the target is, progress, mode, a seed."""
+    """Batch size, classes, dtype, what the logits of each peer look like, what the target is,
+    progress, mode, a seed."""
     pattern = st.sampled_from(PATTERNS)
     return {
         "b": draw(st.integers(1, 12)),

@@ -1,4 +1,5 @@
-"""Label modification: q~ by hand, value and gradient against loops in Python, limits, what carries a gradient."""
+"""Label modification: q~ by hand, value and gradient against loops in Python, limits, what
+carries a gradient."""
 
 import math
 
@@ -40,7 +41,7 @@ def rows(*expected, tol=1e-7):
     return [pytest.approx(row, abs=tol) for row in expected]
 
 
-# -------------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 def test_ce_by_hand():
@@ -105,7 +106,8 @@ def test_proselflc_by_hand(b1, shift, progress, g):
 
 
 def test_proselflc_at_a_trust_of_four_fifths():
-    """The worked example's eps through the clock, g = .8 / l(p); its own p, of l(p) = .7965, would need g > 1."""
+    """The worked example's eps through the clock, g = .8 / l(p); its own p, of l(p) = .7965,
+    would need g > 1."""
     p = [[0.96, 0.01, 0.03]]
     g = 0.8 / naive.sure(p[0])
     loss = at(ProSelfLC(b1=2 * math.log(g / (1 - g))), 1.0)  # h(0.5, 2 logit(g)) = g
@@ -166,7 +168,7 @@ def test_r_is_a_reading_and_not_the_state_itself():
     assert before.item() == kept != loss.r.item()
 
 
-# ------------------------------------------------------------------------------------------ value and gradient by loops
+# ---------------------------------------------------------------------- value and gradient by loops
 
 CASES = [
     ("ce", {}, lambda: CE(), False),
@@ -195,7 +197,8 @@ CASES = [
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "distributions"])
 @pytest.mark.parametrize(("kind", "how", "make", "live"), CASES)
 def test_value_and_gradient_against_loops(kind, how, make, live, soft):
-    """``live``: the gradient also runs through the prediction inside q~ (never through the trust eps)."""
+    """``live``: the gradient also runs through the prediction inside q~ (never through the trust
+    eps)."""
     z = (
         torch.randn(5, 4, dtype=torch.float64) * torch.tensor([[0.3], [1], [2], [4], [8]])
     ).requires_grad_()
@@ -235,7 +238,8 @@ def formula_parts(eps):
 
 @pytest.mark.parametrize("eps", [0.2, 0.7])
 def test_gradients_by_formula(eps):
-    """dH(q, p)/dz = p - q and dH(p)/dz = -p (ln p + H): its term counts in CP and in attached Boot-soft only."""
+    """dH(q, p)/dz = p - q and dH(p)/dz = -p (ln p + H): its term counts in CP and in attached
+    Boot-soft only."""
     z, y, p, label, entropy = formula_parts(eps)
     onehot = torch.nn.functional.one_hot(torch.tensor([0, 1]), 3)  # argmax of P
     for loss, expected in [
@@ -257,7 +261,7 @@ def test_hard_target_carries_no_gradient():
     )
 
 
-# --------------------------------------------------------------------------------------------------------------- limits
+# ------------------------------------------------------------------------------------------- limits
 
 
 @pytest.mark.parametrize("cls", [LabelSmoothing, ConfidencePenalty, BootSoft, BootHard])
@@ -296,7 +300,7 @@ def test_proselflc_trusts_more_with_time_and_mylc_with_certainty():
     assert few.stats["eps"] < many.stats["eps"]
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize("cls", [LabelSmoothing, ConfidencePenalty, BootSoft, BootHard])

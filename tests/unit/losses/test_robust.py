@@ -1,4 +1,5 @@
-"""Robust losses: by hand, value and gradient against loops in Python, limits, pruning over epochs, determinants."""
+"""Robust losses: by hand, value and gradient against loops in Python, limits, pruning over
+epochs, determinants."""
 
 import itertools
 import math
@@ -28,7 +29,7 @@ def gradient(loss, z, y, **extra):
     return torch.autograd.grad(loss(z, y, **extra), z)[0]
 
 
-# -------------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 LN2, LN5 = math.log(2), math.log(5)
 
@@ -111,7 +112,8 @@ def test_class_weights_are_those_of_cross_entropy():
 
 
 def test_dmi_by_hand():
-    """U = [[.8, .2], [.3, .7]], det = .56 - .06; with class 0 twice U = [[1.2, .8], [.3, .7]], det = .84 - .24."""
+    """U = [[.8, .2], [.3, .7]], det = .56 - .06; with class 0 twice U = [[1.2, .8], [.3, .7]],
+    det = .84 - .24."""
     z, y = case([[0.8, 0.2], [0.3, 0.7], [0.4, 0.6]], [0, 1, 0])
     assert DMI()(z[:2], y[:2]).item() == pytest.approx(-math.log(0.501), abs=1e-12)
     assert DMI()(z, y).item() == pytest.approx(-math.log(0.601), abs=1e-12)
@@ -121,7 +123,7 @@ def test_dmi_by_hand():
     )  # of a determinant below 0
 
 
-# ------------------------------------------------------------------------------------------ value and gradient by loops
+# ---------------------------------------------------------------------- value and gradient by loops
 
 
 def power(q):
@@ -210,7 +212,8 @@ def test_value_and_gradient_against_loops(loss, per_sample, soft):
 
 
 def test_the_focal_factors_are_constants():
-    """The equations alone would differentiate (1 - p)^gamma, in the numerator and in the denominator."""
+    """The equations alone would differentiate (1 - p)^gamma, in the numerator and in the
+    denominator."""
     z, y = spread(soft=False)
     _, attached = by_loops(normalised(0.5, detach=False), z, y)
     assert (gradient(NFL(), z, y) - attached).abs().max() > 1e-3
@@ -249,7 +252,7 @@ def test_dmi_against_loops(eps, soft):
     torch.testing.assert_close(gradient(DMI(eps), z, y), slope, atol=1e-7, rtol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------- limits
+# ------------------------------------------------------------------------------------------- limits
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "distributions"])
@@ -289,7 +292,8 @@ def test_rce_of_a_hard_label_is_mae_to_scale(log_zero):
     ("loss", "constant"), [(MAE(), 3), (RCE(), 12), (NCE(), 1), (NFL(), 1)], ids=repr
 )
 def test_what_makes_them_robust_is_that_the_sum_over_labels_is_constant(loss, constant):
-    """Symmetric noise then changes the risk by a factor and a constant; cross-entropy's sum has no bound."""
+    """Symmetric noise then changes the risk by a factor and a constant; cross-entropy's sum has
+    no bound."""
     z, _ = spread(soft=False)
     total = sum(loss(z, torch.full((5,), label)) for label in range(4))
     assert total.item() == pytest.approx(constant)
@@ -311,11 +315,12 @@ def test_label_noise_changes_dmi_by_a_constant():
     torch.testing.assert_close(gradient(DMI(eps=0), z, y @ transition), gradient(DMI(eps=0), z, y))
 
 
-# ----------------------------------------------------------------------------------------------------- edges of numbers
+# --------------------------------------------------------------------------------- edges of numbers
 
 
 def test_gce_has_no_gradient_where_p_is_zero():
-    """(1 - p^q) / q of a softmax gives 0 · inf there: NaN in every public version without a clamp."""
+    """(1 - p^q) / q of a softmax gives 0 · inf there: NaN in every public version without a
+    clamp."""
     z, y = torch.tensor([[1e4, 0.0]], requires_grad=True), torch.tensor([1])
     assert GCE()(z, y).item() == pytest.approx(1 / 0.7)
     assert torch.equal(gradient(GCE(), z, y), torch.zeros(1, 2))
@@ -353,7 +358,7 @@ def test_a_mass_below_the_floor_counts_as_none():
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- pruning
+# ------------------------------------------------------------------------------------------ pruning
 
 
 def believed(*p_y):
@@ -413,7 +418,8 @@ def test_exactly_k_is_pruned():
 
 
 def test_a_decision_stands_until_the_next_and_can_be_reversed():
-    """Refreshed every third visit: at visits 0, 3, 6. Between them neither believing nor doubting changes anything."""
+    """Refreshed every third visit: at visits 0, 3, 6. Between them neither believing nor
+    doubting changes anything."""
     loss, kept = make(), []
     for p in [
         (0.81, 0.04),
@@ -457,7 +463,8 @@ def test_eval_uses_the_weights_and_leaves_them():
 
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "distributions"])
 def test_without_a_threshold_it_is_gce(soft):
-    """Value and gradient, also after a visit at which p_y underflowed to 0, which is no reason to prune at k = 0."""
+    """Value and gradient, also after a visit at which p_y underflowed to 0, which is no reason
+    to prune at k = 0."""
     z, y = spread(soft)
     loss, index = TruncatedGCE(5, k=0.0, start=0.0), torch.arange(5)
     loss.set_progress(1.0)
@@ -550,7 +557,8 @@ for step, batch in enumerate(steps):
 
 
 def test_two_processes_prune_the_same(tmp_path):
-    """One table on both, equal to that of one process on the joined batch, and so are the values."""
+    """One table on both, equal to that of one process on the joined batch, and so are the
+    values."""
     batches = [
         [[torch.randn(len(i), 3) * 2 for i in both], [torch.tensor(i) for i in both]]
         for both in INDEX
@@ -563,7 +571,7 @@ def test_two_processes_prune_the_same(tmp_path):
     assert 0 < sum(weights) < 8 and visits == [3] * 8  # of sample 3 once where both saw it
 
 
-# ------------------------------------------------------------------------------------------------------------------ APL
+# ---------------------------------------------------------------------------------------------- APL
 
 
 @pytest.mark.parametrize("active", ["nce", "nfl", "ce", "gce"])
@@ -611,7 +619,7 @@ def test_apl_keeps_what_it_and_its_parts_were_made_with():
             pair(z, y)
 
 
-# ------------------------------------------------------------------------------------------------------------------ DMI
+# ---------------------------------------------------------------------------------------------- DMI
 
 SINGULAR = {  # label [B], p [B, C]
     "a class is missing": (
@@ -648,7 +656,8 @@ def test_without_a_determinant_there_is_a_value_and_no_gradient(kind, eps):
 
 
 def test_rounding_alone_makes_a_determinant():
-    """What the third of these is for: a last pivot of 1e-17 and not 0, and so an inverse of 1e17."""
+    """What the third of these is for: a last pivot of 1e-17 and not 0, and so an inverse of
+    1e17."""
     labels, p = SINGULAR["equal but for rounding"]
     u = as_probs(torch.tensor(labels), 3, torch.float64).T @ torch.tensor(p, dtype=torch.float64)
     assert 0 < torch.linalg.det(u).abs() < 1e-15
@@ -656,7 +665,8 @@ def test_rounding_alone_makes_a_determinant():
 
 @pytest.mark.parametrize("eps", [1e-3, 0.0])
 def test_a_class_that_is_hardly_predicted_has_its_gradient(eps):
-    """U = [[1, 2e-30], [1, 1e-30]] is small in one column and not singular: -log 1e-30, and d/dz = 2, -1 there."""
+    """U = [[1, 2e-30], [1, 1e-30]] is small in one column and not singular: -log 1e-30, and d/dz
+    = 2, -1 there."""
     rows = [[0.0, math.log(2e-30)], [0.0, math.log(1e-30)]]
     z, y = torch.tensor(rows, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1])
     value = DMI(eps)(z, y)
@@ -677,7 +687,7 @@ def test_a_class_of_a_few_samples_among_many_has_its_gradient():
 
 @pytest.mark.parametrize(("per_class", "strength"), [(100, 20.0), (1, 2.0), (1, 1e-5)])
 def test_a_hundred_classes_do_not_leave_the_range_of_numbers(per_class, strength):
-    """det U is 1e200, 1e-121 and 1e-693, of which float32 knows none: inf and 0 in the authors' code.
+    """det U is 1e200, 1e-121 and 1e-693. float32 knows none: inf and 0 in the authors' code.
 
     Of the last, float32 would not know the logarithm either: 1e-7 stands beside 1e-2 there."""
     y = torch.arange(100).repeat(per_class)
@@ -725,7 +735,7 @@ def test_soft_labels_do_not_fill_a_small_batch_either(eps):
     assert torch.equal(gradient(DMI(eps), z, y), torch.zeros_like(z))
 
 
-# --------------------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

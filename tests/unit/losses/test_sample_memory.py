@@ -1,4 +1,5 @@
-"""Joint and SoftLabels: by hand, against the algorithm as published (a ring refreshed after each epoch), what is stored."""
+"""Joint and SoftLabels: by hand, against the algorithm as published (a ring refreshed after each
+epoch), what is stored."""
 
 import math
 
@@ -32,7 +33,7 @@ def balance_of(ps):
     return sum(math.log(1 / c / (sum(p[k] for p in ps) / n)) / c for k in range(c))
 
 
-# -------------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 def test_before_begin_by_hand():
@@ -51,7 +52,8 @@ def test_before_begin_by_hand():
     [(False, [[0.3, 0.525, 0.175], [0.5, 0.25, 0.25]]), (True, [[0, 1, 0], [1, 0, 0]])],
 )
 def test_after_begin_by_hand(hard, labels):
-    """Sample 1 was seen twice, with both rows of P; sample 2 once, with the first; sample 0 never and keeps its label."""
+    """Sample 1 was seen twice, with both rows of P; sample 2 once, with the first; sample 0
+    never and keeps its label."""
     loss = joint(alpha=0.0, beta=0.0, hard=hard, reduction="none")
     y = torch.tensor([2, 2, 0])
     loss(logits([P[0], P[0]]), y[:2], index=torch.tensor([1, 2]))
@@ -76,11 +78,11 @@ def test_labels_change_after_70_epochs_of_200(progress, label):
     assert value == pytest.approx(-math.log(P[0][label]), abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------- against the algorithm as published
+# --------------------------------------------------------------- against the algorithm as published
 
 
 def published(epochs, given, begin, window, hard):
-    """Labels of every sample in each epoch, and after the last: the table is refreshed when an epoch is over.
+    """Labels of every sample in each epoch, and after the last: refreshed when an epoch is over.
 
     ``epochs`` holds p of each sample [E][N][C].
     """
@@ -125,7 +127,7 @@ def test_labels_are_those_of_the_published_algorithm(hard, begin, window):
     assert loss.soft_labels().tolist() == [pytest.approx(row, abs=1e-6) for row in final]
 
 
-# ------------------------------------------------------------------------------------------------- value and gradient
+# ------------------------------------------------------------------------------- value and gradient
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "distributions"])
@@ -156,7 +158,8 @@ def test_value_and_gradient_against_loops(soft):
 
 
 def test_the_entropy_carries_its_gradient_through_both_factors():
-    """d(-Σ p ln p)/dz = -p (ln p + H); with the weight p held constant it vanishes, as Σ p dln p = 0."""
+    """d(-Σ p ln p)/dz = -p (ln p + H); with the weight p held constant it vanishes, as Σ p dln p
+    = 0."""
     z, p = logits(P), torch.tensor(P, dtype=torch.float64)
     first, second = (
         joint(alpha=0.0, beta=b)(z, torch.tensor([0, 1]), index=torch.tensor([0, 1]))
@@ -204,7 +207,7 @@ def test_a_class_without_mass_is_finite_and_called_back(scale):
     assert (z.grad[:, 1:].sum(0) < 0).all() and z.grad[:, 0].sum() > 0
 
 
-# ---------------------------------------------------------------------------------------------------------------- state
+# -------------------------------------------------------------------------------------------- state
 
 
 def test_eval_reads_labels_and_stores_nothing():
@@ -259,7 +262,7 @@ def test_in_a_trainer_every_sample_is_visited_once_an_epoch(tmp_path):
     torch.testing.assert_close(second.labels.rows, labels)
 
 
-# ---------------------------------------------------------------------------------------------------------- soft labels
+# -------------------------------------------------------------------------------------- soft labels
 
 
 def test_soft_labels_by_hand_whatever_the_target_is():
@@ -323,7 +326,7 @@ def test_labels_of_another_number_of_classes():
         )
 
 
-# -------------------------------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------------------------ two processes
 
 WORKER = """
 from kd_plugins import Joint
@@ -340,7 +343,8 @@ seen = [loss.outputs.rows.tolist(), loss.visits.rows.tolist(), loss.soft_labels(
 
 
 def test_two_processes_hold_one_table(tmp_path):
-    """Bit-equal on both and in one process, with parts of unequal size; a sample that both see (padding) is one visit."""
+    """Bit-equal on both and in one process, with parts of unequal size; a sample that both see
+    (padding) is one visit."""
     steps = []
     for _ in range(4):
         for index in ([[0, 1, 2], [3, 4]], [[5, 6], [7, 8]], [[3], [3]]):

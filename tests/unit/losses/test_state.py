@@ -1,4 +1,5 @@
-"""State over the data set: the running mean by hand, MyLC.prime, and two processes that hold the same r."""
+"""State over the data set: the running mean by hand, MyLC.prime, and two processes that hold the
+same r."""
 
 import json
 import subprocess
@@ -24,7 +25,8 @@ def feed(window, batches):
 
 
 def test_cumulative_then_exponential_by_hand():
-    """Window 4: (1+0)/2; then (1+0+1+1)/4; then m + 2/4 (0 - m); then a short batch, m + 1/4 (1 - m)."""
+    """Window 4: (1+0)/2; then (1+0+1+1)/4; then m + 2/4 (0 - m); then a short batch, m + 1/4 (1
+    - m)."""
     got = feed(4, [[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [1.0]])
     assert got == [(0.5, 2), (0.75, 4), (0.375, 4), (0.375 + 0.25 * 0.625, 4)]
 
@@ -101,7 +103,7 @@ def test_resume_goes_on_as_if_nothing_had_happened():
     assert torch.equal(second.running.count, through.running.count)
 
 
-# -------------------------------------------------------------------------------------------------------------- priming
+# ------------------------------------------------------------------------------------------ priming
 
 
 class Tiny(torch.nn.Module):
@@ -190,7 +192,7 @@ def test_prime_of_peers(data):
         loss.prime(models[:1], [(x,) for x in data])
 
 
-# -------------------------------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------------------------ two processes
 
 SIZES = [(3, 1), (2, 4), (4, 4), (1, 2)]  # samples of rank 0 and of rank 1 in each step
 WORKER = """
@@ -208,7 +210,8 @@ for step in steps:
 
 
 def test_two_processes_hold_one_state(tmp_path):
-    """Equal to the last bit on both, and what one process has on the joined batch, with batches of unequal size."""
+    """Equal to the last bit on both, and what one process has on the joined batch, with batches
+    of unequal size."""
     results = on_ranks(
         WORKER,
         [[[torch.randn(n, 3) * s for n in sizes] for s in (1, 3)] for sizes in SIZES],
@@ -222,7 +225,7 @@ def test_two_processes_hold_one_state(tmp_path):
     assert len({r for r, *_ in first}) == len(SIZES)  # r did move
 
 
-# ---------------------------------------------------------------------------------------------------- a row per sample
+# --------------------------------------------------------------------------------- a row per sample
 
 
 @pytest.mark.parametrize("shape", [(), (2,), (2, 3)])
@@ -262,7 +265,8 @@ from kd_plugins.losses.state import SampleTable
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
 table = SampleTable(6, 2)
-index = [torch.tensor([0, 2]), torch.tensor([2, 5, 4])][rank]  # unequal batches, and both saw sample 2
+# unequal batches, and both saw sample 2
+index = [torch.tensor([0, 2]), torch.tensor([2, 5, 4])][rank]
 table.write(index, index[:, None] + torch.tensor([0.0, 10.0 * (rank + 1)]))
 print(json.dumps(table.rows.tolist()))
 dist.destroy_process_group()

@@ -1,4 +1,5 @@
-"""Distillation from teachers: KD, AVER, EBKD, CA-MKD, AEKD, Label Revision; by hand, against loops, limits, bad teachers."""
+"""Distillation from teachers: KD, AVER, EBKD, CA-MKD, AEKD, Label Revision; by hand, against
+loops, limits, bad teachers."""
 
 import itertools
 import math
@@ -47,7 +48,7 @@ def soft(row, t):
     return naive.softmax([z / t for z in row])
 
 
-# -------------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 def test_kd_by_hand():
@@ -126,7 +127,7 @@ def test_label_revision_by_hand():
         assert loss.stats["revised"].item() == y and loss.stats["weight_0"].item() == 1.0
 
 
-# ------------------------------------------------------------------------------------------ value and gradient by loops
+# ---------------------------------------------------------------------- value and gradient by loops
 
 
 def smallest_mixture(gram, cap):
@@ -151,7 +152,8 @@ def revised(p, q, eta, apply_to):
 
 
 def weighed(kind, student, teacher, taught, qs, cap=0.6):
-    """[K][B] from logits of student and teachers and what is taught [K][B][C] (of AEKD, student at temperature T)."""
+    """[K][B] from logits of student and teachers and what is taught [K][B][C] (of AEKD, student
+    at temperature T)."""
     k, b = len(teacher), len(qs)
     if k == 1:
         return [[1.0] * b]
@@ -234,7 +236,7 @@ def test_the_gradient_of_kd_is_known():
     )  # T (p - p_t) / B
 
 
-# --------------------------------------------------------------------------------------------------------------- limits
+# ------------------------------------------------------------------------------------------- limits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -289,7 +291,8 @@ def test_at_high_temperature_it_matches_logits():
 
 
 def test_the_papers_cross_entropy_is_the_same_up_to_temperature():
-    """Equation 3 of CA-MKD: Σ_k w_k H(softmax(z_k / T), softmax(z / T)), the gradient of CAMKD / T²."""
+    """Equation 3 of CA-MKD: Σ_k w_k H(softmax(z_k / T), softmax(z / T)), the gradient of CAMKD /
+    T²."""
     z, y, teacher = batch(3)
     t, q = 4.0, F.one_hot(y, 4).double()
     bad = torch.stack([F.cross_entropy(z_k, q, reduction="none") for z_k in teacher])
@@ -324,7 +327,7 @@ def test_temperature_is_not_in_the_weights():
         torch.testing.assert_close(cold, hot, rtol=0, atol=0)
 
 
-# --------------------------------------------------------------------------------------------- what public code gets wrong
+# ---------------------------------------------------------------------- what public code gets wrong
 
 
 def test_scales_of_the_code():
@@ -354,7 +357,8 @@ EXTREME = {
 @pytest.mark.parametrize("kind", EXTREME)
 @each_term
 def test_extreme_teachers(term, kind, revise):
-    """0 log 0 where a probability underflows, 0 / 0 where no teacher has doubt; the weights sum to 1 all the same."""
+    """0 log 0 where a probability underflows, 0 / 0 where no teacher has doubt; the weights sum
+    to 1 all the same."""
     y, teacher = torch.tensor([0, 1, 2]), EXTREME[kind]
     naive_entropy = -(teacher.softmax(-1) * teacher.softmax(-1).log()).sum(-1)  # as in public code
     if kind in ("certain", "underflowing"):
@@ -379,7 +383,8 @@ def test_teachers_without_doubt_count_alike():
 
 
 def test_exp_of_a_large_cross_entropy():
-    """exp(1e4) is inf and inf / inf NaN: the teacher that is sure of another class does not count."""
+    """exp(1e4) is inf and inf / inf NaN: the teacher that is sure of another class does not
+    count."""
     teacher = torch.tensor([[[0.0, 1e4, 0.0]], [[0.0, 1e3, 0.0]], [[1.0, 0.0, 0.0]]])
     weights = weights_of(CAMKD(), torch.zeros(1, 3), torch.tensor([0]), teacher)
     assert weights.tolist() == [0.0, 0.5, 0.5]
@@ -406,7 +411,8 @@ def test_weights_are_per_sample_and_sum_to_one(term):
 
 
 def test_a_new_weighing_is_one_method():
-    """Its weights are constants even where it reads the student, and it may be revised like the others."""
+    """Its weights are constants even where it reads the student, and it may be revised like the
+    others."""
 
     class Nearest(KD):
         def weights(self, student, target, teacher, taught):
@@ -424,7 +430,7 @@ def test_a_new_weighing_is_one_method():
     assert LabelRevision(Nearest())(z, y, teacher=teacher).isfinite()
 
 
-# ----------------------------------------------------------------------------------------------------------------- AEKD
+# --------------------------------------------------------------------------------------------- AEKD
 
 
 def directions(z, y, teacher, t):
@@ -489,7 +495,8 @@ def test_aekd_takes_its_weights_as_constants():
 
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
 def test_aekd_on_small_gradients(size):
-    """A student that has nearly learned: an absolute tolerance of 1e-6 would leave the weights where they began."""
+    """A student that has nearly learned: an absolute tolerance of 1e-6 would leave the weights
+    where they began."""
     third = 1 / 3
     rows = [
         [third + 0.1 * size, third - 0.1 * size, third],
@@ -507,7 +514,7 @@ def test_aekd_of_a_student_that_agrees():
     assert weights_of(AEKD(), z, y, teacher).tolist() == pytest.approx([1 / 3] * 3, abs=1e-7)
 
 
-# ------------------------------------------------------------------------------------------------------- Label Revision
+# ----------------------------------------------------------------------------------- Label Revision
 
 
 def rows_of_all_kinds():
@@ -523,7 +530,8 @@ def rows_of_all_kinds():
 @pytest.mark.parametrize("eta", [0.01, 0.5, 0.8, 0.999])
 @pytest.mark.parametrize("apply_to", ["all", "wrong"])
 def test_the_label_leads(eta, apply_to):
-    """In float32: by 1 - eta, and no more where the teacher is wrong; "wrong" only promises the largest place."""
+    """In float32: by 1 - eta, and no more where the teacher is wrong; "wrong" only promises the
+    largest place."""
     z, y = rows_of_all_kinds()
     q = F.one_hot(y, 7).float()
     loss = LabelRevision(eta=eta, apply_to=apply_to)
@@ -546,7 +554,8 @@ def test_the_label_leads(eta, apply_to):
 
 
 def just_enough(p, y):
-    """The least share of the label in (1 - m) p + m y at which no other class is larger, by bisection."""
+    """The least share of the label in (1 - m) p + m y at which no other class is larger, by
+    bisection."""
     low, high = 0.0, 1.0
     for _ in range(60):
         m = (low + high) / 2
@@ -556,7 +565,8 @@ def just_enough(p, y):
 
 
 def test_towards_one_it_mixes_just_enough():
-    """Where the teacher is wrong, as other corrections of wrong teachers do; where it is right, it is left alone."""
+    """Where the teacher is wrong, as other corrections of wrong teachers do; where it is right,
+    it is left alone."""
     g = torch.Generator().manual_seed(1)
     p = (torch.randn(2, 40, 5, generator=g, dtype=torch.float64) * 2).softmax(-1)
     y = torch.arange(40) % 5
@@ -583,7 +593,8 @@ def test_towards_one_right_teachers_are_as_they_were_and_towards_zero_the_label_
 @pytest.mark.parametrize("eta", [0.1, 0.8])
 @each_term
 def test_a_perfect_teacher_is_left_alone(term, eta):
-    """One that is right with "wrong", to the bit; one that is certain of the label in both cases."""
+    """One that is right with "wrong", to the bit; one that is certain of the label in both
+    cases."""
     z, y, teacher = batch(3, scale=1.0)
     right = teacher + 6.0 * F.one_hot(y, 4)
     loss = LabelRevision(term(), eta=eta, apply_to="wrong")
@@ -619,7 +630,8 @@ def test_what_teachers_said_weighs_them():
 
 
 def test_for_soft_labels():
-    """q = (.5, .5, 0) on p = (.2, .3, .5): p_y = .25, b = .8 / 1.25; the target's class is the one it weighs most."""
+    """q = (.5, .5, 0) on p = (.2, .3, .5): p_y = .25, b = .8 / 1.25; the target's class is the
+    one it weighs most."""
     q = torch.tensor([[0.5, 0.5, 0.0]], dtype=torch.float64)
     new = LabelRevision(eta=0.8).revise(at([[[0.2, 0.3, 0.5]]]), q).exp().flatten()
     assert new.tolist() == pytest.approx([0.308, 0.372, 0.32], abs=1e-12)  # b = .64
@@ -648,7 +660,7 @@ def test_the_term_brings_its_own():
     assert kd(z, y, teacher=teacher) != LabelRevision()(z, y, teacher=teacher)
 
 
-# --------------------------------------------------------------------------------------------------------------- in use
+# ------------------------------------------------------------------------------------------- in use
 
 
 def test_a_whole_objective_is_a_sum():

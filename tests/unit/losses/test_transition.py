@@ -1,4 +1,5 @@
-"""Loss correction: by hand, against loops, what public code gets wrong; estimators on data whose T is known."""
+"""Loss correction: by hand, against loops, what public code gets wrong; estimators on data whose
+T is known."""
 
 import copy
 import math
@@ -41,11 +42,12 @@ def symmetric(c, rate):
     return (1 - rate - rate / (c - 1)) * torch.eye(c, dtype=torch.float64) + rate / (c - 1)
 
 
-# -------------------------------------------------------------------------------------------------------------- by hand
+# ------------------------------------------------------------------------------------------ by hand
 
 
 def test_forward_by_hand():
-    """(p T)_1 = .7 · .2 + .2 · .5 = .24 and (p T)_2 = .3 · .5 + .6 = .75; (T p)_1, the transposed form, would be .15."""
+    """(p T)_1 = .7 · .2 + .2 · .5 = .24 and (p T)_2 = .3 · .5 + .6 = .75; (T p)_1, the
+    transposed form, would be .15."""
     z, y = case()
     assert ForwardCorrection(T3, reduction="none")(z, y).tolist() == pytest.approx(
         [-math.log(0.24), -math.log(0.75)]
@@ -53,7 +55,8 @@ def test_forward_by_hand():
 
 
 def test_backward_by_hand():
-    """A row of the inverse per label: 2 (-log .2) - (-log .1), then -log p of class 0 with 1.25, -.5, .25."""
+    """A row of the inverse per label: 2 (-log .2) - (-log .1), then -log p of class 0 with 1.25,
+    -.5, .25."""
     z, y = case(labels=[1, 0])
     loss = BackwardCorrection(T3, reduction="none")
     expected = [
@@ -75,7 +78,8 @@ def test_revision_by_hand(revise):
 
 
 def test_revision_with_a_learned_dT_by_hand():
-    """dT_01 = .1 makes (p T')_1 = .31 and leaves (p T')_2; its row then sums to 1.1, and stays so."""
+    """dT_01 = .1 makes (p T')_1 = .31 and leaves (p T')_2; its row then sums to 1.1, and stays
+    so."""
     z, y = case()
     loss = TRevision(T3, reduction="none").double()
     with torch.no_grad():
@@ -97,7 +101,7 @@ def stage_2(z, y):
     return loss
 
 
-# ------------------------------------------------------------------------------------------ value and gradient by loops
+# ---------------------------------------------------------------------- value and gradient by loops
 
 
 def mix(T, p, k):
@@ -163,7 +167,7 @@ def test_value_and_gradient_against_loops(make, kind, soft):
         assert (loss.delta.grad <= 0).all()  # what the docstring says: descent only makes T' grow
 
 
-# ------------------------------------------------------------------------------------------------- limits and theorems
+# ------------------------------------------------------------------------------ limits and theorems
 
 
 @every
@@ -218,7 +222,8 @@ def test_on_noisy_labels_the_least_loss_is_at_the_clean_posterior(make):
 
 
 def test_reweighting_makes_noisy_labels_clean():
-    """At the clean posterior, the mean of β CE over the noisy labels is the clean cross-entropy: that is why β."""
+    """At the clean posterior, the mean of β CE over the noisy labels is the clean cross-entropy:
+    that is why β."""
     T, eta = (
         torch.tensor(T4, dtype=torch.float64),
         torch.tensor([[0.5, 0.25, 0.15, 0.1]], dtype=torch.float64),
@@ -227,11 +232,12 @@ def test_reweighting_makes_noisy_labels_clean():
     assert value.item() == pytest.approx(naive.entropy(eta[0].tolist()), abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------ bugs of public code
+# ------------------------------------------------------------------------------ bugs of public code
 
 
 def test_dT_is_added_once_and_not_again_for_every_sample():
-    """Per sample as if alone; the form that adds inside the loop over samples has T + 3 dT at the third."""
+    """Per sample as if alone; the form that adds inside the loop over samples has T + 3 dT at
+    the third."""
     z, y = torch.randn(3, 4, dtype=torch.float64), torch.tensor([1, 2, 3])
     loss = TRevision(T4, reduction="none").double()
     torch.nn.init.uniform_(loss.delta, 0.0, 0.1)
@@ -250,7 +256,8 @@ def test_dT_is_added_once_and_not_again_for_every_sample():
 
 
 def test_dT_learns_in_stage_3():
-    """A detached β gives dT no gradient at all; and here the network gets another one than in stage 2."""
+    """A detached β gives dT no gradient at all; and here the network gets another one than in
+    stage 2."""
     z, y = case()
     loss, before = TRevision(T3), TRevision(T3, revise=False)
     optimizer = torch.optim.Adam(loss.parameters(), lr=5e-7)
@@ -283,7 +290,7 @@ def test_forward_without_an_epsilon_is_not_finite_and_with_a_clip_does_not_learn
     assert grad[0].tolist() == pytest.approx([1.0, -1.0, 0.0], abs=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 MATRICES = {
     "identity": torch.eye(3),
@@ -324,7 +331,8 @@ def test_zeros_in_T_and_in_p_are_finite(make, T, soft):
 
 
 def test_forward_is_exact_where_a_clip_would_start():
-    """T sends class 0 to label 1 with 1e-3, and p_0 is 1e-13: 16 ln 10, where log(... + 1e-12) is 12 ln 10."""
+    """T sends class 0 to label 1 with 1e-3, and p_0 is 1e-13: 16 ln 10, where log(... + 1e-12)
+    is 12 ln 10."""
     T = torch.tensor([[0.999, 0.001, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     z = torch.tensor([[-13 * math.log(10), -500.0, 0.0]])
     assert ForwardCorrection(T)(z, torch.tensor([1])).item() == pytest.approx(
@@ -348,14 +356,15 @@ def test_a_weight_is_bounded_and_fades_with_its_denominator():
 
 
 def test_the_inverse_is_taken_in_float64():
-    """ε = 1e-5: in float32, .5 + ε is off by 3e-8, and the inverse, 1 / (4 ε) and so on, by a few thousandths."""
+    """ε = 1e-5: in float32, .5 + ε is off by 3e-8, and the inverse, 1 / (4 ε) and so on, by a
+    few thousandths."""
     e = 1e-5
     loss = BackwardCorrection([[0.5 + e, 0.5 - e], [0.5 - e, 0.5 + e]])
     assert loss.inverse[0, 0].item() == pytest.approx((0.5 + e) / (2 * e), rel=1e-6)
     assert loss.inverse.dtype == loss.transition.dtype == torch.float32
 
 
-# ------------------------------------------------------------------------------------------------------ object and state
+# --------------------------------------------------------------------------------- object and state
 
 
 def test_T_may_come_as_anything_and_is_a_copy():
@@ -374,7 +383,8 @@ def test_T_may_come_as_anything_and_is_a_copy():
 
 
 def test_a_checkpoint_holds_the_matrices():
-    """Into a loss that was made with another T; the inverse comes along, and so does what dT has learned."""
+    """Into a loss that was made with another T; the inverse comes along, and so does what dT has
+    learned."""
     z, y = case()
     for make in EVERY[:3]:
         loss, other = make(T3), make(symmetric(3, 0.3))
@@ -418,7 +428,7 @@ def test_backward_refuses_what_it_cannot_invert(T):
     ForwardCorrection(T)
 
 
-# ------------------------------------------------------------------------------------------------------------ estimators
+# --------------------------------------------------------------------------------------- estimators
 
 
 def world(T, n=4000, sharp=10.0, seed=0):
@@ -444,7 +454,8 @@ def test_anchor_is_exact_on_a_perfect_posterior_with_anchor_points(T):
 
 
 def test_anchor_by_hand():
-    """Columns are looked at, whole rows are taken; the transposed or column-wise form gives another matrix."""
+    """Columns are looked at, whole rows are taken; the transposed or column-wise form gives
+    another matrix."""
     probs = torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.3, 0.6, 0.1], [0.6, 0.0, 0.4]])
     assert anchor(probs).tolist() == probs[[3, 2, 1]].tolist()
     assert (
@@ -475,7 +486,8 @@ def test_a_filter_that_leaves_nothing_leaves_the_largest():
 
 
 def test_dual_t_by_hand():
-    """T_club = [[.8 .2] [.3 .7]]; two are predicted 0 (labels 0, 1), two 1 (labels 1, 1): T_spade = [[.5 .5] [0 1]]."""
+    """T_club = [[.8 .2] [.3 .7]]; two are predicted 0 (labels 0, 1), two 1 (labels 1, 1):
+    T_spade = [[.5 .5] [0 1]]."""
     probs = torch.tensor([[0.8, 0.2], [0.6, 0.4], [0.4, 0.6], [0.3, 0.7]])
     expected = [[0.8 * 0.5, 0.8 * 0.5 + 0.2], [0.3 * 0.5, 0.3 * 0.5 + 0.7]]
     for i, row in enumerate(dual_t(probs, torch.tensor([0, 1, 1, 1]), quantile=None).tolist()):
@@ -487,7 +499,8 @@ def test_dual_t_by_hand():
 
 
 def test_a_class_that_is_never_predicted_keeps_its_mass():
-    """Zeros instead, as in public code: the rows of T would lose the last class, and label 2 would cost -log 0."""
+    """Zeros instead, as in public code: the rows of T would lose the last class, and label 2
+    would cost -log 0."""
     probs = torch.tensor([[0.7, 0.1, 0.2], [0.2, 0.5, 0.3], [0.4, 0.3, 0.3]])
     labels = torch.tensor([0, 1, 0])
     T = dual_t(probs, labels, None)
@@ -501,7 +514,8 @@ def test_a_class_that_is_never_predicted_keeps_its_mass():
 
 @pytest.mark.parametrize("quantile", [None, 0.97])
 def test_dual_t_is_nearer_than_anchor_on_a_posterior_that_is_too_sure(quantile):
-    """Measured over five seeds: 2.5 to 3.0 for anchor, 0.4 to 0.7 for dual_t, as summed absolute errors."""
+    """Measured over five seeds: 2.5 to 3.0 for anchor, 0.4 to 0.7 for dual_t, as summed absolute
+    errors."""
     T = torch.tensor(T4, dtype=torch.float64)
     for seed in (0, 1):
         eta, labels = world(T, seed=seed)
@@ -570,7 +584,8 @@ def test_predict_restores_the_mode_after_an_error_and_wants_data():
 
 
 def test_estimate_transition_composes():
-    """Each method with its own default quantile, and with the one that is given; what it returns is what a loss takes."""
+    """Each method with its own default quantile, and with the one that is given; what it returns
+    is what a loss takes."""
     model = Tiny()
     loader = [(torch.randn(50, 5), torch.randint(3, (50,))) for _ in range(4)]
     probs, labels = predict(model, loader)

@@ -12,7 +12,8 @@ from kd_plugins.models import PeerModule, export
 
 
 def test_each_peer_sees_its_own_normalisation():
-    """The pixels come as the first peer wants them; handed on as they are, the second sees wrong contrast."""
+    """The pixels come as the first peer wants them; handed on as they are, the second sees wrong
+    contrast."""
     half, imagenet = ((0.5,) * 3, (0.25,) * 3), ((0.48, 0.45, 0.4), (0.22, 0.23, 0.225))
     a, b, unknown = with_cfg(Net(1), *half), with_cfg(Net(2), *imagenet), Net(3)
     hosted = PeerModule([a, b, unknown], CE()).eval()
@@ -42,7 +43,8 @@ def test_teacher_sees_its_own_normalisation():
 
 
 def test_bytes_are_normalised_for_each_network():
-    """As floats that were normalised for it; x / 255 where it does not tell; other channels than it knows are refused."""
+    """As floats that were normalised for it; x / 255 where it does not tell; other channels than
+    it knows are refused."""
     own = [((0.5, 0.4, 0.3), (0.2, 0.3, 0.1)), ((0.1,) * 3, (0.5,) * 3)]
     a, b, unknown = with_cfg(Net(1), *own[0]), with_cfg(Net(2), *own[1]), Net(3)
     hosted = PeerModule([a, b, unknown], CE()).eval()
@@ -85,7 +87,8 @@ def test_fixed_size_networks_get_resized_pixels():
 
 @pytest.mark.parametrize("kind", ["transformers conv net", "timm ViT in transformers"])
 def test_size_is_known_of_wrapped_and_not_imposed_on_convolutions(kind, tmp_path):
-    """ConvNeXt's config names an image_size that the network does not need; a wrapped ViT needs one it does not name."""
+    """ConvNeXt's config names an image_size that the network does not need; a wrapped ViT needs
+    one it does not name."""
     if kind == "transformers conv net":
         from transformers import ConvNextConfig, ConvNextForImageClassification
 
@@ -107,7 +110,8 @@ def test_size_is_known_of_wrapped_and_not_imposed_on_convolutions(kind, tmp_path
 
 
 def test_pixels_take_the_dtype_of_the_weights():
-    """bf16_full_eval casts the weights and leaves the batch: without a cast here the convolution refuses it."""
+    """bf16_full_eval casts the weights and leaves the batch: without a cast here the convolution
+    refuses it."""
     a, b, x = (
         with_cfg(Net(1), (0.5,) * 3, (0.2,) * 3),
         with_cfg(Net(2), (0.4,) * 3, (0.3,) * 3),

@@ -63,7 +63,8 @@ def test_small_picture_resnets_keep_the_resolution():
     ],
 )
 def test_resnets_of_three_stages(name, weights, channels):
-    """The published sizes (0.28, 0.47, 0.86, 1.7, 1.2 and 7.4 million); maps end with the stages."""
+    """The published sizes (0.28, 0.47, 0.86, 1.7, 1.2 and 7.4 million); maps end with the
+    stages."""
     model = timm.create_model(f"{name}_cifar", num_classes=100).eval()
     assert sum(p.numel() for p in model.parameters()) == weights
     x = pixels(1, 32)

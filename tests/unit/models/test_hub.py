@@ -1,4 +1,5 @@
-"""Each network goes out by itself: exported, with a card, to a repository of its own. No network is touched."""
+"""Each network goes out by itself: exported, with a card, to a repository of its own. No network
+is touched."""
 
 import json
 import logging
@@ -24,7 +25,8 @@ HOSTILE = 'a: "b"\n---\n# <script>alert(1)</script> | `x` [y](http://z) ![w](htt
 
 @pytest.fixture
 def hub(monkeypatch):
-    """What would have gone to the hub: repositories by id, the call that made them, and the files they would hold."""
+    """What would have gone to the hub: repositories by id, the call that made them, and the
+    files they would hold."""
     sent = {}
 
     def create_repo(self, repo_id, *, token=None, private=None, exist_ok=False):
@@ -78,7 +80,8 @@ def test_both_peers_of_a_run_load_alone(tmp_path):
 
 
 def test_push_to_hub(tmp_path, hub, caplog, capfd):
-    """A repository each, with weights, config and card, that load: nothing of the optimizer, no pickle, no token."""
+    """A repository each, with weights, config and card, that load: nothing of the optimizer, no
+    pickle, no token."""
     caplog.set_level(logging.DEBUG)
     run = trainer(
         tmp_path / "pair of nets",
@@ -187,11 +190,12 @@ def test_push_during_training_is_refused(tmp_path):
     assert TOKEN not in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------------------------- card
+# --------------------------------------------------------------------------------------------- card
 
 
 def test_card_of_hostile_names(tmp_path, monkeypatch):
-    """They can neither leave the YAML block nor reach the page as HTML, a link or another column."""
+    """They can neither leave the YAML block nor reach the page as HTML, a link or another
+    column."""
     known = timm.models._registry._model_entrypoints  # a name that timm lacks is not exported
     monkeypatch.setitem(known, HOSTILE, known["test_resnet"])
     data = view(16)

@@ -20,7 +20,8 @@ class ByIndex(Loss):
 
 
 def test_train_returns_the_loss_alone_and_eval_plain_cross_entropy():
-    """Whatever else is in the output is gathered into the predictions; and eval_loss must compare across methods."""
+    """Whatever else is in the output is gathered into the predictions; and eval_loss must
+    compare across methods."""
     peers, x, y = [Net(1), Net(2)], pixels(), labels()
     loss = SMKD(MyLC(window=10), eta=1.0, b2=0.0)
     hosted = PeerModule(peers, loss)
@@ -198,7 +199,8 @@ class FromMaps(Loss):
 
 
 def test_maps_of_student_and_teachers_are_handed_over():
-    """All layers where one but the last is asked for; in the teacher's own size; teachers get no gradient, stay in eval."""
+    """All layers where one but the last is asked for; in the teacher's own size; teachers get no
+    gradient, stay in eval."""
     student, cnn = timm.create_model("test_resnet", num_classes=CLASSES), timm_conv()
     loss = FromMaps()
     hosted = PeerModule([student], loss, [cnn, timm_vit()]).train()
@@ -217,7 +219,8 @@ def test_maps_of_student_and_teachers_are_handed_over():
 
 
 def test_teachers_of_other_widths_and_without_heads():
-    """Of teachers only what the loss reads is compared: maps of any width, logits of as many classes."""
+    """Of teachers only what the loss reads is compared: maps of any width, logits of as many
+    classes."""
     student, teachers = (
         timm_conv(),
         [

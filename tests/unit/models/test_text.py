@@ -1,4 +1,5 @@
-"""The losses are on logits: networks that read tokens learn from each other as networks that see pictures do."""
+"""The losses are on logits: networks that read tokens learn from each other as networks that see
+pictures do."""
 
 import numpy as np
 import pytest

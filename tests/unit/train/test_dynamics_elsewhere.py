@@ -192,7 +192,8 @@ def timm_run(task, folder, data, epochs, *, resume=None, accumulate=1, lr=0.05):
     """The steps of timm's train.py, in its order, with timm's own loader."""
     loader = create_loader(
         NumberedRows(data, CLASSES), (3, 12, 12), 8, is_training=True, no_aug=True,
-        use_prefetcher=False, num_workers=0, mean=(0.5,) * 3, std=(0.5,) * 3, persistent_workers=False,
+        use_prefetcher=False, num_workers=0, mean=(0.5,) * 3, std=(0.5,) * 3,
+        persistent_workers=False,
     )  # fmt: skip
     optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=lr)
     start = resume_task_checkpoint(task, resume, optimizer, log_info=False) if resume else 0
