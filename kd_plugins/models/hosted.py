@@ -156,8 +156,7 @@ class PeerModule(nn.Module):
         """Logits of a network that takes input k, and its maps where they are wanted."""
         if "pixel_values" in inputs:
             pixels = inputs["pixel_values"]
-            dtype = next(network.parameters(), pixels).dtype  # bf16_full_eval casts weights only
-            pixels = self.inputs[k](pixels).to(dtype)
+            pixels = self.inputs[k](pixels).to(weights_dtype(network, pixels))
             if with_maps:
                 return with_features(network, pixels, self.deep)
             return logits_of(network(pixels)), []
@@ -237,6 +236,13 @@ class Teachers(list[nn.Module]):
         for module, mode in self._modes.items():
             module.training = mode
         self._modes = {}
+
+
+def weights_dtype(network: nn.Module, pixels: Tensor) -> torch.dtype:
+    """Of the weights: bf16_full_eval casts these only. torch 2.8 compiles no next(.., default)."""
+    for parameter in network.parameters():
+        return parameter.dtype
+    return pixels.dtype
 
 
 def _rightly_selected(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..losses import validate
 from ..losses.base import Loss
 from ..models.factory import class_count, logits_of, make_model, make_teacher
-from ..models.hosted import PeerModule
+from ..models.hosted import PeerModule, weights_dtype
 from .checks import refuse_pairing
 from .dynamics_writer import DynamicsWriter, batch_figures
 from .sizes import bind_sizes
@@ -232,8 +232,8 @@ class Ensemble(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         logits = []
         for peer, adapter in zip(self.peers, self.inputs, strict=True):
-            dtype = next(peer.parameters(), input).dtype
-            logits.append(logits_of(peer(adapter(input).to(dtype))))
+            pixels = adapter(input).to(weights_dtype(peer, input))
+            logits.append(logits_of(peer(pixels)))
         return _mean_log_probs(logits)
 
 

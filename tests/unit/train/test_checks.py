@@ -208,10 +208,11 @@ def test_refused_at_construction(case, tmp_path):
 def test_sharded_parameters_are_refused_by_name(name, tmp_path, monkeypatch):
     """By an argument, or as `accelerate launch` tells it."""
     args = arguments(tmp_path)
+    unset = getattr(args, name)
     setattr(args, name, "given")
     with pytest.raises(ValueError, match=f"{name} shards the parameters.*work by DDP"):
         MutualDistillationTrainer(pair(), SMKD(), args, train_dataset=view())
-    setattr(args, name, None)
+    setattr(args, name, unset)
     MutualDistillationTrainer(pair(), SMKD(), args, train_dataset=view())
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
     with pytest.raises(ValueError, match=f"{name} shards the parameters.*work by DDP"):

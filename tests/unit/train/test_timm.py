@@ -117,15 +117,25 @@ def train(
             updates += 1
             optimizer.zero_grad()
             task.update_ema(step=updates)
-        evaluator = task.create_evaluator()
         eval_model.eval()
-        with torch.inference_mode():
-            for x, y in batches(99):
-                evaluator.update(eval_model(x), y)
-        accuracy.append(evaluator.compute()["top1"])
+        accuracy.append(top1(task, eval_model, batches(99)))
         if saver:
             saver.save_checkpoint(epoch, metric=epoch)
     return optimizer, accuracy
+
+
+@torch.inference_mode()
+def top1(task, eval_model, data):
+    """In percent; as timm's script counts it, from 1.0.31 on with the task's evaluator."""
+    outputs = [(eval_model(x), y) for x, y in data]
+    right = torch.cat([output.argmax(-1) == y for output, y in outputs])
+    found = 100 * right.double().mean().item()
+    if hasattr(task, "create_evaluator"):
+        evaluator = task.create_evaluator()
+        for output, y in outputs:
+            evaluator.update(output, y)
+        assert evaluator.compute()["top1"] == pytest.approx(found)
+    return found
 
 
 class Watching(Loss):
@@ -661,7 +671,7 @@ def test_old_timm_is_told_apart(monkeypatch):
     installed = (
         rf"timm {timm.__version__} is installed \({re.escape(timm.__file__)}\): .*timm\.task"
     )
-    with pytest.raises(ImportError, match=rf"train\.timm needs .*: timm >= 1\.0\.31\. {installed}"):
+    with pytest.raises(ImportError, match=rf"train\.timm needs .*: timm >= 1\.0\.27\. {installed}"):
         importlib.import_module("kd_plugins.train.timm")
 
 
