@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .losses import Loss, create_loss, list_losses, loss_class
@@ -25,8 +26,7 @@ Train image classifiers on labels that are partly wrong, and find these labels.
 
   list [PATTERN]                 the losses by name; the whole description of one
   train DATA --models NAME ...   train one network, or several that teach each other
-  suspects DATA --networks FOLDER ... | --dynamics FOLDER
-                                 the labels that are probably wrong: table, page, pictures
+  suspects DATA                  the labels that are probably wrong: table, page, pictures
   apply DECISIONS DATA --out FOLDER
                                  the data without the labels that you found wrong
   report RUN ...                 draw the curves of runs, also of one that is still going
@@ -35,7 +35,7 @@ Train image classifiers on labels that are partly wrong, and find these labels.
 class, or Parquet files) or a Parquet file.
 """
 TRAIN = "kd-plugins train DATA --models NAME [NAME ...] --loss NAME [options]"
-SUSPECTS = "kd-plugins suspects DATA (--networks FOLDER ... | --dynamics FOLDER) [options]"
+SUSPECTS = "kd-plugins suspects DATA [--backbone NAME | --dynamics FOLDER | ...] [options]"
 APPLY = "kd-plugins apply DECISIONS.csv DATA --out FOLDER [options]"
 DEFAULTS = {"output_dir": "runs/train", "report_to": "none", "save_total_limit": 2}
 DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
@@ -83,10 +83,23 @@ class TrainSettings(DataSettings):
 class SuspectSettings(DataSettings):
     """What ``kd-plugins suspects`` takes."""
 
-    networks: list[str] = field(
-        default_factory=list, metadata=_help("folders that an export wrote")
+    backbone: str = field(
+        default="tf_efficientnet_lite0",
+        metadata=_help("pretrained timm network, or NAME=FILE, whose frozen features are used"),
     )
-    dynamics: str | None = field(default=None, metadata=_help("folder that train --dynamics wrote"))
+    side: int = field(default=96, metadata=_help("pixels of its input"))
+    networks: list[str] = field(
+        default_factory=list, metadata=_help("instead: folders that an export wrote")
+    )
+    dynamics: str | None = field(
+        default=None, metadata=_help("instead: folder that train --dynamics wrote")
+    )
+    probs: str | None = field(
+        default=None, metadata=_help("instead: out-of-sample probabilities [N, C], an .npy file")
+    )
+    cache: str | None = field(
+        default=None, metadata=_help("folder of features and folds; by default OUTPUT/cache")
+    )
     split: str = field(
         default="train", metadata=_help("the split in which to look; with dynamics the trained one")
     )
@@ -220,21 +233,39 @@ def suspects_command(argv: Sequence[str]) -> None:
     from .train import parse_settings
 
     (s,) = parse_settings(SuspectSettings, defaults={}, args=_data_first(argv), usage=SUSPECTS)
-    if bool(s.networks) == bool(s.dynamics):
-        raise SystemExit("expected --networks FOLDER ... or --dynamics FOLDER, one of them")
+    if len([source for source in (s.networks, s.dynamics, s.probs) if source]) > 1:
+        raise SystemExit("expected one of --networks, --dynamics and --probs, or none of them")
     rows, image, label = data.load_rows(_named_data(s), s.split, s.image, s.label)
     columns = {"image": image, "label": label}
     networks = [models.make_teacher(folder, None) for folder in s.networks]
     view = data.plain_view(rows, networks[0] if networks else None, **columns)
-    names = view.class_names
+    names, loading = view.class_names, {"batch_size": s.batch_size, "num_workers": s.num_workers}
+    paths: list[Any] = []
     if s.dynamics:
         suspects = audit.find_suspects(dynamics=s.dynamics, class_names=names)
-    else:
-        loading = {"batch_size": s.batch_size, "num_workers": s.num_workers}
+    elif networks:
         probs = audit.predict_probs(networks, view, **loading)
         suspects = audit.find_suspects(view.labels, probs, class_names=names)
-    paths = audit.write_suspects(suspects, rows, s.output, count=s.count, **columns)
+    else:
+        if s.probs:
+            noise = audit.estimate_label_noise(view.labels, _stored_probs(s.probs))
+        else:
+            cache = s.cache or f"{s.output}/cache"
+            options: dict[str, Any] = {"side": s.side, **columns, **loading}
+            noise = audit.noise_of_pictures(rows, s.backbone, cache, **options)
+        suspects = audit.find_suspects(noise=noise, class_names=names)
+        paths += audit.write_noise(noise, names, s.output)
+        print(audit.noise_summary(noise, names))
+    paths += audit.write_suspects(suspects, rows, s.output, count=s.count, **columns)
     print(f"{len(suspects)} of {len(rows)} labels are suspected:", *paths, sep="\n")
+
+
+def _stored_probs(path: str) -> Any:
+    import numpy as np
+
+    if not Path(path).is_file():
+        raise SystemExit(f"--probs {path}: expected a file that numpy.save wrote, floats [N, C]")
+    return np.load(path, mmap_mode="r")
 
 
 def apply_command(argv: Sequence[str]) -> None:

@@ -13,8 +13,10 @@ from .exchange import (
     to_datalab,
     to_label_studio,
 )
+from .frozen import frozen_features, noise_of_pictures
 from .gallery import contact_sheet, html_page, write_suspects
 from .influence import influence_scores, select_lowest
+from .noise_tables import noise_summary, write_noise
 from .out_of_sample import out_of_sample
 from .predict import predict_probs
 from .ranking import LabelNoise, estimate_label_noise
@@ -32,9 +34,12 @@ __all__ = [
     "from_argilla",
     "from_datalab",
     "from_label_studio",
+    "frozen_features",
     "html_page",
     "influence_scores",
     "label_studio_config",
+    "noise_of_pictures",
+    "noise_summary",
     "out_of_sample",
     "predict_probs",
     "read_decisions",
@@ -45,5 +50,6 @@ __all__ = [
     "to_datalab",
     "to_label_studio",
     "write_corrected",
+    "write_noise",
     "write_suspects",
 ]

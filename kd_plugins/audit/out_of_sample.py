@@ -25,6 +25,7 @@ from ..data.labels import check_labels, class_indices
 from ..losses import GCE, Loss, validate
 
 ROWS = 4096  # per temporary copy of features
+STEPS = 150  # at least, also for few samples
 
 
 def out_of_sample(
@@ -52,12 +53,15 @@ def out_of_sample(
         labels: the doubted labels [N].
         num_classes: C; by default the largest label + 1.
         folder: keeps the predictions of each fold, so that a run that was killed goes on after the
-            last complete one. It belongs to these features, labels and settings.
+            last complete one. It belongs to these features, labels and settings. The result is
+            then a memory map of `probs.npy` in it; all files take 4 N C bytes for each seed and
+            once more.
         loss: of one network, of logits and target alone. By default `GCE()`, which ranked wrong
             labels better than CE, and as well as heads that cost ten times as much.
         folds: parts of the data, 5 as in cleanlab.
         seeds: one round of folds for each.
-        epochs, batch_size, learning_rate: of AdamW, with a cosine schedule.
+        epochs, batch_size, learning_rate: of AdamW, with a cosine schedule. There are at least 150
+            steps, also if the samples are few.
 
     Raises:
         ValueError: the shapes do not fit, the loss needs more inputs, or the folder belongs to
@@ -87,7 +91,7 @@ def out_of_sample(
     }
     kept = None if folder is None else _claim(Path(folder), features, labels, settings)
     task = _Task(features, labels, classes, loss, epochs, batch_size, learning_rate)
-    probs = np.zeros((len(labels), classes), np.float32)
+    probs = _zeros(kept, (len(labels), classes))
     rounds = [(seed, fold) for seed in seeds for fold in range(folds)]
     for seed, fold in tqdm(rounds, "out of sample", unit="fold", leave=False, disable=None):
         out = _fold_of(labels, folds, seed) == fold
@@ -99,6 +103,13 @@ def out_of_sample(
             _save(path, part)
         probs[out] += part / len(seeds)
     return probs
+
+
+def _zeros(folder: Path | None, shape: tuple[int, int]) -> np.ndarray:
+    """Zeros, in a file of the folder if there is one: they may be larger than the memory."""
+    if folder is None:
+        return np.zeros(shape, np.float32)
+    return np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, shape)
 
 
 class _Task:
@@ -135,9 +146,11 @@ class _Task:
     def _train(self, train: np.ndarray) -> nn.Module:
         head, loss = nn.Linear(len(self.mean), self.classes), copy.deepcopy(self.loss)
         optimizer = torch.optim.AdamW(head.parameters(), self.learning_rate)
-        steps = self.epochs * -(-len(train) // self.batch_size)
+        batches = -(-len(train) // self.batch_size)
+        epochs = max(self.epochs, -(-STEPS // batches))
+        steps = epochs * batches
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(self.epochs):
+        for _ in range(epochs):
             for batch in torch.randperm(len(train)).split(self.batch_size):
                 rows = np.sort(train[batch.numpy()])  # neighbours in the file are read together
                 loss.set_progress(schedule.last_epoch / steps)

@@ -121,7 +121,7 @@ def estimate_label_noise(
     """
     labels, probs = class_indices(labels), np.asarray(probs)
     _refuse(labels, probs, features)
-    known = np.flatnonzero(np.isfinite(probs).all(1))
+    known = _known(probs)
     order = known[np.argsort(labels[known], kind="stable")]  # class by class
     q = _scratch((len(order), probs.shape[1]))
     for part, rows in _parts(order):
@@ -297,8 +297,10 @@ def _normalised(p: np.ndarray) -> np.ndarray:
 def _interval(value: float, draws: np.ndarray, confidence: float) -> tuple[float, float, float]:
     if not len(draws):
         return float(value), float("nan"), float("nan")
-    low, high = np.quantile(draws, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(value), float(low), float(high)
+    # The spread around the median of the draws: resampled data with repeats shift all of them.
+    ends = [(1 - confidence) / 2, 0.5, (1 + confidence) / 2]
+    low, middle, high = np.quantile(draws, ends)
+    return float(value), max(0.0, float(value + low - middle)), float(value + high - middle)
 
 
 def _refuse(labels: np.ndarray, probs: np.ndarray, features: np.ndarray | None) -> None:
@@ -314,7 +316,18 @@ def _refuse(labels: np.ndarray, probs: np.ndarray, features: np.ndarray | None) 
             f"features: expected floats [{len(labels)}, D], one row for each label, got "
             f"{list(features.shape)}"
         )
-    if not np.isfinite(probs).all(1).any():
+
+
+def _known(probs: np.ndarray) -> np.ndarray:
+    """The rows without NaN."""
+    rows = []
+    for start in range(0, len(probs), ROWS):
+        part = probs[start : start + ROWS]
+        finite = np.isfinite(part).all(1)
+        rows.append(start + np.flatnonzero(finite))
+        low, high = (float(f(part[finite], initial=0.5)) for f in (np.min, np.max))
+        validate.check(low >= 0 and high <= 1.001, "probs", (low, high), "numbers in [0, 1]")
+    found = np.concatenate(rows) if rows else np.empty(0, np.int64)
+    if not len(found):
         raise ValueError("probs: every row has a NaN, so there is nothing to fit the noise to")
-    low, high = float(np.nanmin(probs)), float(np.nanmax(probs))
-    validate.check(low >= 0 and high <= 1.001, "probs", (low, high), "numbers in [0, 1]")
+    return found

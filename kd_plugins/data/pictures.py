@@ -72,6 +72,9 @@ def load_pictures(
 def load_data(name: str) -> datasets.DatasetDict:
     """All splits of a data set: a hub id, a folder for ``datasets.load_dataset``, or a file.
 
+    In a CSV file, a column of paths becomes pictures, and a column ``label`` with names becomes
+    classes. Paths are relative to the file.
+
     Raises:
         ValueError: it cannot be loaded. The error of ``datasets`` is its cause.
     """
@@ -79,13 +82,31 @@ def load_data(name: str) -> datasets.DatasetDict:
     kind = {".jsonl": "json"}.get(path.suffix, path.suffix.removeprefix("."))
     try:
         if path.is_file():
-            return datasets.load_dataset(kind, data_files=name)
+            splits = datasets.load_dataset(kind, data_files=name)
+            return _with_pictures(splits, path.parent) if kind == "csv" else splits
         return datasets.load_dataset(name)
     except (OSError, ValueError) as error:  # also no network, no such data set
         raise ValueError(
             f"data {name!r}: expected a hub id, a folder (one folder per class, or Parquet), or a "
-            f"Parquet file; datasets says: {error}"
+            f"Parquet or CSV file; datasets says: {error}"
         ) from error
+
+
+def _with_pictures(splits: datasets.DatasetDict, folder: Path) -> datasets.DatasetDict:
+    """Paths as pictures, names of classes as classes."""
+    for split, rows in splits.items():
+        for name in rows.column_names:
+            values = rows.with_format("arrow")[name].to_pylist() if len(rows) else []
+            if not values or not isinstance(values[0], str):
+                continue
+            if (folder / values[0]).is_file():
+                paths = [str(folder / value) for value in values]
+                rows = rows.remove_columns(name).add_column(name, paths)
+                rows = rows.cast_column(name, datasets.Image())
+            elif name == "label":
+                rows = rows.class_encode_column(name)
+        splits[split] = rows
+    return splits
 
 
 def load_rows(

@@ -215,7 +215,9 @@ def test_refusals(pictures, tmp_path, capsys):
         "GCE has no argument": [*train, "--loss", "gce", "--loss_args", '{"quality": 1}'],
         "teaches peers": [*train, "--models", "test_resnet"],
         "doesn't contain any data files": ["train", tmp_path, *out],
-        "one of them": ["suspects", pictures],
+        "or none of them": ["suspects", pictures, "--dynamics", "a", "--probs", "b"],
+        "expected a file": ["suspects", pictures, "--probs", tmp_path / "no.npy"],
+        "there is no such network": ["suspects", pictures, "--backbone", "test_resnt"],
         "contains no training dynamics": ["suspects", pictures, "--dynamics", tmp_path],
         "column 'image'": [*train, "--label", "image"],
     }

@@ -1,0 +1,69 @@
+"""What was found about the noise of the labels: in words, as a table and as a picture."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .ranking import LabelNoise
+
+LARGEST = 40  # classes whose names the picture shows
+
+
+def noise_summary(noise: LabelNoise, names: Sequence[str], pairs: int = 5) -> str:
+    """How many labels are probably wrong, and the most frequent confusions.
+
+    Args:
+        noise: the result of `estimate_label_noise`.
+        names: of the classes.
+        pairs: how many confusions to name.
+    """
+    value, low, high = noise.count()
+    known = int(np.isfinite(noise.p_wrong).sum())
+    lines = [
+        f"About {value:,.0f} of {known:,} labels are wrong, {value / known:.1%} "
+        f"(90% interval {low:,.0f} to {high:,.0f}, if the model of the noise is right)."
+    ]
+    found = noise.worst_pairs(pairs)
+    lines += [f"  {share:.1%} of {names[i]} are labelled {names[j]}" for i, j, share in found]
+    return "\n".join(lines)
+
+
+def write_noise(noise: LabelNoise, names: Sequence[str], folder: str | Path) -> list[Path]:
+    """Write `classes.csv`, and `noise.png` if there is matplotlib. Returns the paths.
+
+    The table has a row for each class: how many labels it was given to, how many of these are
+    probably wrong, with a 90% interval, and the true class that is most often behind them. The
+    picture is T, the worst pairs named below it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "classes.csv"]
+    sizes = np.bincount(noise.labels[np.isfinite(noise.p_wrong)], minlength=len(names))
+    off = noise.transition * (1 - np.eye(len(names)))
+    with open(paths[0], "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["class", "labels", "wrong", "low", "high", "mostly"])
+        for k, figures in enumerate(noise.count_by_class()):
+            row = [round(figure, 1) for figure in figures]
+            table.writerow([names[k], sizes[k], *row, names[int(off[:, k].argmax())]])
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return paths
+    figure = Figure(figsize=(8, 8.6), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(off, cmap="Blues")
+    axes.set(xlabel="given label", ylabel="true class", title="Share of each class labelled wrong")
+    if len(names) <= LARGEST:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
+    figure.colorbar(shown, ax=axes, shrink=0.7)
+    worst = [f"{names[i]} → {names[j]}: {p:.1%}" for i, j, p in noise.worst_pairs(8)]
+    figure.supxlabel("\n".join("      ".join(worst[k : k + 2]) for k in (0, 2, 4, 6)), fontsize=10)
+    paths.append(folder / "noise.png")
+    figure.savefig(paths[1])
+    return paths
