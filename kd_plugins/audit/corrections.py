@@ -292,11 +292,10 @@ def _with_provenance(
         labels = _new_labels(dataset, changes, label)
     applied = noisy_view(dataset, labels, label=label, noisy=NEW)
     before = set(applied.column_names)
-    if "given_label" not in before:
-        applied = applied.rename_column(label, "given_label")
-    if label in applied.column_names:
-        applied = applied.remove_columns(label)
-    applied = applied.rename_column(NEW, label)
+    if "given_label" not in before:  # plain integers, so that there is one column of classes
+        given = np.array(column_array(dataset, label))
+        applied = applied.add_column("given_label", given, feature=Value("int64"))
+    applied = applied.remove_columns(label).rename_column(NEW, label)
     if "original_row" not in before:
         rows = np.arange(len(dataset))
         applied = applied.add_column("original_row", rows, feature=Value("int64"))

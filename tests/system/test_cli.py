@@ -200,6 +200,33 @@ def test_suspects_and_report(run, pictures, tmp_path, capsys):
     assert str(run / "pictures" / "curves.png") in drawn and all(Path(p).exists() for p in drawn)
 
 
+def test_apply_and_train_on_the_result(pictures, tmp_path, capsys):
+    """Decisions on a folder of pictures; the run goes on from the new folder by its name alone."""
+    decisions = tmp_path / "decisions.csv"
+    lines = ["index,label,proposed,decision,new_label,data", "0,0,1,wrong,1,", "25,1,0,other,,"]
+    decisions.write_text("\n".join([*lines, "59,2,1,fine,2,", ""]))
+    cli.main(["apply", str(decisions), str(pictures), "--out", str(tmp_path / "better")])
+    assert "2 labels are wrong; 60 rows, now 59" in capsys.readouterr().out
+    better = datasets.load_dataset(str(tmp_path / "better"))["train"]
+    assert np.bincount(better["label"]).tolist() == [19, 20, 20]
+
+    options = {
+        "models": "test_resnet",
+        "loss": "ce",
+        "max_steps": 1,
+        "output_dir": tmp_path / "run",
+    }
+    options |= {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 8}
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    cli.main(["train", str(tmp_path / "better"), *words])
+    assert "53 pictures to train on" in capsys.readouterr().out
+    weighted = ["--how", "weight", "--weight", "0.2", "--out", str(tmp_path / "weighted")]
+    cli.main(["apply", str(decisions), str(pictures), *weighted])
+    rows = datasets.load_dataset(str(tmp_path / "weighted"))["train"]
+    assert np.flatnonzero(np.array(rows["weight"]) < 1).tolist() == [0, 25]
+    assert "expected kd-plugins apply DECISIONS.csv DATA" in refused(capsys, "apply", "x.csv")
+
+
 def test_refusals(pictures, tmp_path, capsys):
     """What cannot work is said in one line, before anything is written."""
     out = ["--output_dir", tmp_path / "out", "--use_cpu"]

@@ -13,6 +13,7 @@ from PIL import Image
 from kd_plugins import apply_decisions, correct_labels, drop_suspects, read_decisions
 from kd_plugins.audit import write_corrected
 from kd_plugins.audit.corrections import data_signature
+from kd_plugins.data import find_column
 
 LABELS = [0, 1, 2, 0, 1, 2, 0, 1]
 HEAD = "index,label,proposed,decision,new_label,data"
@@ -49,7 +50,8 @@ def test_each_decision_by_hand(data, decisions):
     assert better["original_row"][:] == [0, 1, 2, 3, 5, 6, 7]
     assert better["given_label"][:] == [LABELS[k] for k in better["original_row"]]
     assert better["decision"][:] == ["wrong", "fine", "other", "skip", "", "", ""]
-    assert better.features["label"] == better.features["given_label"] == data.features["label"]
+    assert better.features["label"] == data.features["label"]
+    assert find_column(better, "label") == "label"  # a run finds it without being told
 
     dropped = apply_decisions(data, table, how="drop")
     assert dropped["original_row"][:] == [1, 3, 5, 6, 7] and dropped["label"][:] == [1, 0, 2, 0, 1]
