@@ -209,7 +209,8 @@ def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, An
     rows, image, label = kd.load_rows(splits, "train", s.image, s.label)
     held = next((split for split in ("validation", "test") if split in splits), None)
     columns: dict[str, Any] = {"image": image, "label": label}
-    train: Any = kd.ImageView(rows, _unchanged, seed=args.seed, **columns)
+    views = loss_class(s.loss).views
+    train: Any = kd.ImageView(rows, _unchanged, seed=args.seed, views=views, **columns)
     columns["class_names"] = train.class_names
     evaluation: Any = kd.ImageView(splits[held] if held else rows, _unchanged, **columns)
     set_seed(args.seed)

@@ -109,7 +109,8 @@ def load(s: Settings, args) -> tuple:
     plain = kd.data.picture_transform(example, size)
     crops = kd.data.picture_transform(example, size, s.augment)
     columns = {"image": s.image, "label": "given_label", "clean": s.label}
-    train_view = kd.data.ImageView(train, crops, seed=args.seed, **columns)
+    views = 1 if s.method == "cdr" else kd.loss_class(s.method).views
+    train_view = kd.data.ImageView(train, crops, seed=args.seed, views=views, **columns)
     fit = kd.data.ImageView(train, plain, **columns)
     label = "given_label" if s.holdout else s.label
     return train_view, kd.data.ImageView(test, plain, image=s.image, label=label), fit, noise

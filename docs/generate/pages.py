@@ -33,6 +33,7 @@ FAMILIES = {  # module of kd_plugins.losses -> title; a module that is not here 
     "mutual": "Selective mutual distillation",
     "co_teaching": "Co-teaching",
     "jocor": "Joint training",
+    "mixing": "Mixtures of pictures",
     "online": "Mutual learning",
     "online_features": "Mutual learning, on features",
 }

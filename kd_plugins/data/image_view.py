@@ -10,7 +10,7 @@ import torch
 from datasets import ClassLabel, Dataset
 from PIL import Image
 
-from ..losses.validate import fraction
+from ..losses.validate import fraction, one_of
 from .decode import NotAPicture, PictureColumn, decode_picture
 from .input_config import input_config
 from .labels import check_labels, label_column
@@ -23,9 +23,10 @@ class ImageView(torch.utils.data.Dataset):
     """Pictures and labels for training: augmentation repeats exactly, broken pictures are replaced.
 
     Item i is {"pixel_values": transform(picture), "labels": int, "index": int}, and
-    "clean_labels": int if there are any.
+    "clean_labels": int if there are any. With `views=2`, "second_view" is another transform(picture).
 
-    What `transform` draws from torch, `random` or `numpy.random` is a function of (seed, epoch, i):
+    What `transform` draws from torch, `random` or `numpy.random` is a function of (seed, epoch, i),
+    and another one for the second view:
     it does not depend on the number of workers, on the order, or on a resume. The generators are
     left as they were. `set_epoch` also reaches persistent workers: the epoch is in shared memory.
 
@@ -46,6 +47,7 @@ class ImageView(torch.utils.data.Dataset):
         max_broken: the largest share of broken rows, in [0, 1].
         class_names: the order of the classes; labels with names are matched to it. By default the
             names of `label`, or numbers.
+        views: 1, or 2 for a loss that wants two (`loss.views`), such as DivideMix.
 
     Raises:
         TypeError: `dataset` is a `DatasetDict` or a stream, or has a transform of its own; or (when
@@ -65,10 +67,12 @@ class ImageView(torch.utils.data.Dataset):
         clean: str | None = None,
         max_broken: float = 0.01,
         class_names: Sequence[str] | None = None,
+        views: int = 1,
     ):
         _refuse_other_kinds(dataset)
         fraction("max_broken", max_broken, "a share of the rows (1% is 0.01)")
         self.transform, self.seed, self.max_broken = transform, seed, max_broken
+        self.views = one_of("views", views, (1, 2), "an item has pixel_values and a second_view")
         self.name = dataset.info.dataset_name if isinstance(dataset, Dataset) else None  # for cards
         self.labels = label_column(dataset, label, class_names)
         feature = dataset.features[label] if isinstance(dataset, Dataset) else None
@@ -164,14 +168,18 @@ class ImageView(torch.utils.data.Dataset):
         with generators_kept():
             for index in indices:
                 row, picture = self.readable(index, values)
-                seed_generators(self.seed, int(self._epoch), index)
-                with _named(row, picture):
-                    pixels = self.transform(picture)
-                item = {"pixel_values": pixels, "labels": int(self.labels[row]), "index": row}
+                views = [self._transformed(picture, row, index, k) for k in range(self.views)]
+                item = dict(zip(("pixel_values", "second_view"), views, strict=False))
+                item |= {"labels": int(self.labels[row]), "index": row}
                 if self.clean_labels is not None:
                     item["clean_labels"] = int(self.clean_labels[row])
                 items.append(item)
         return items
+
+    def _transformed(self, picture: Image.Image, row: int, index: int, view: int) -> Any:
+        seed_generators(self.seed, int(self._epoch), index, view)
+        with _named(row, picture):
+            return self.transform(picture)
 
     def _mark_broken(self, row: int, error: Exception) -> None:
         self._broken[row] = 1

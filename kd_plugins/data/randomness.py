@@ -27,9 +27,10 @@ def generators_kept() -> Iterator[None]:
         np.random.set_state(state[2])
 
 
-def seed_generators(seed: int, epoch: int, index: int) -> None:
-    """Seed the three generators from a hash of (seed, epoch, index)."""
-    digest = blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=8).digest()
+def seed_generators(seed: int, epoch: int, index: int, view: int = 0) -> None:
+    """Seed the three generators from a hash of (seed, epoch, index, view)."""
+    key = f"{seed}/{epoch}/{index}" + (f"/{view}" if view else "")
+    digest = blake2b(key.encode(), digest_size=8).digest()
     number = int.from_bytes(digest, "little") >> 1
     torch.default_generator.manual_seed(number)  # torch.manual_seed would reseed CUDA as well
     random.seed(number)

@@ -16,6 +16,7 @@ from .dmi import DMI
 from .gradients import mask_noncritical_
 from .jocor import JoCoR
 from .masked import MaskedLoss
+from .mixing import DivideMix, ELRPlus
 from .mixture import GMMSelector, clean_probability, estimate_noise_rate
 from .mutual import SMKD, LowEntropy, Mutual, SelectAll, SelectNone, Selector
 from .online import DML, KDCL, MKD
@@ -72,6 +73,8 @@ __all__ = [
     "CoTeaching",
     "CoTeachingPlus",
     "ConfidencePenalty",
+    "DivideMix",
+    "ELRPlus",
     "FitNet",
     "ForwardCorrection",
     "GMMSelector",

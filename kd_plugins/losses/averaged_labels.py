@@ -17,6 +17,11 @@ from .state import Progress, SampleTable
 CLIP = 1e-4  # of ELR: p in [CLIP, 1 - CLIP]
 
 
+def clipped(p: Tensor) -> Tensor:
+    """p within [1e-4, 1 - 1e-4]; without a gradient outside."""
+    return p.clamp(CLIP, 1.0 - CLIP)
+
+
 class _Averaged(Loss):
     """A loss with a table ``averages`` [N, C]. A row that was never written is 0."""
 
@@ -86,7 +91,7 @@ class ELR(_Averaged):
 
     def per_sample(self, logits: Tensor, target: Tensor, index: Tensor) -> Tensor:
         log_p = log_softmax(logits)
-        p = log_p.exp().clamp(CLIP, 1.0 - CLIP)
+        p = clipped(log_p.exp())
         if self.moves_state:
             self._store(index, p.detach())
         agreement = (self.averages.read(index).to(p.dtype) * p).sum(-1)  # at most 1 - CLIP

@@ -17,7 +17,7 @@ from .sizes import NeedsSizes
 from .sizes import Sizes as Sizes
 from .state import Progress
 
-INPUTS = ("teacher", "features", "teacher_features", "index")  # beside logits and target
+INPUTS = ("teacher", "features", "teacher_features", "index", "mixed")  # beside logits and target
 REDUCTIONS = ("mean", "sum", "none")
 Selection = list[tuple[Tensor, Tensor]]  # per peer: mask [B], target [B, C]
 
@@ -47,6 +47,7 @@ class Loss(NeedsSizes):
         num_peers: 1 for a loss of one network; K for one that takes a sequence of K logits.
         layers: which maps of ``features`` and ``teacher_features`` it reads.
         ema_decay: if set, ``teacher`` is the peers themselves with weights averaged at this decay.
+        views: how many augmented views of each picture it wants.
         stats: detached 0-d diagnostics of the last forward, by name.
         selection: None, or the samples that each peer taught in the last forward: a mask [B] and
             the targets [B, C].
@@ -56,6 +57,7 @@ class Loss(NeedsSizes):
     num_peers: int = 1
     layers: tuple[int, ...] = (-1,)
     ema_decay: float | None = None
+    views: int = 1
     any_precision = False  # per_sample takes logits of 16 bits as they are
     weighs_labels = False  # per_sample applies the class weights itself
     stats: dict[str, Tensor]
@@ -161,6 +163,8 @@ class Loss(NeedsSizes):
         if name == "features":
             maps = [_maps(f) for f in value] if self.num_peers > 1 else _maps(value)
             return tree_map(_full, maps)
+        if name == "mixed":
+            return tree_map(lambda t: _full(t.detach()) if t.is_floating_point() else t, value)
         return value
 
     # --------------------------------------------------------------------------------- diagnostics

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..losses.base import Loss, peer_name
-from ..losses.state import SampleTable
+from ..losses.mixing import MixedLoss
+from ..losses.state import SampleTable, eval_mode
 from .factory import input_names, logits_of
 from .features import with_features
 from .inputs import InputAdapter, Normalization
@@ -28,6 +29,9 @@ class PeerModule(nn.Module):
     any other inputs (``input_ids``, ``attention_mask``), which each network gets if its ``forward``
     names them. Teachers run in eval mode without gradient and are not in the state dict. For a loss
     with ``ema_decay`` the teachers are the peers with weights averaged over time, which are in it.
+
+    A :class:`MixedLoss` learns from mixtures of pictures, of ``pixel_values`` and, if the batch has
+    one, ``second_view``.
 
     Args:
         peers: the networks that learn.
@@ -105,6 +109,8 @@ class PeerModule(nn.Module):
         self, inputs: dict[str, Any], labels: Tensor, index: Tensor | None, cached: Tensor | None
     ) -> tuple[Tensor, list[Tensor]]:
         """The loss and the peers' logits."""
+        if isinstance(self.criterion, MixedLoss):
+            return self._learn_mixed(inputs, labels, index)
         required, several = self.criterion.required_inputs, self.criterion.num_peers > 1
         with_maps = "features" in required
         runs = [self._run(peer, k, inputs, with_maps) for k, peer in enumerate(self.peers)]
@@ -119,6 +125,43 @@ class PeerModule(nn.Module):
         elif required & {"teacher", "teacher_features"}:
             extra |= self.ask_teachers(inputs)
         return self.criterion(tuple(logits) if several else logits[0], labels, **extra), logits
+
+    def _learn_mixed(
+        self, inputs: dict[str, Any], labels: Tensor, index: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The loss on mixtures of pictures, and the logits of the unmixed ones."""
+        if "pixel_values" not in inputs:
+            kind = type(self.criterion).__name__
+            raise ValueError(f"{kind} mixes pictures: expected pixel_values, got {sorted(inputs)}")
+        criterion: Any = self.criterion
+        views = [inputs[name] for name in ("pixel_values", "second_view") if name in inputs]
+        guess = self._guess(views)
+
+        def repeated(rows: Tensor | None, dim: int = 0) -> Any:
+            return rows if rows is None else torch.cat([rows] * len(views), dim)
+
+        mixed, pixels, logits = criterion.draw(repeated(guess, 1)), torch.cat(views), []
+        for k, peer in enumerate(self.peers):
+            logits.append(logits_of(peer(mixed.blend(self._adapted(peer, k, pixels)))))
+        given = {"index": repeated(index), "mixed": mixed}
+        loss = criterion(tuple(logits), repeated(labels), **given)
+        # all views of a picture have one label: what is kept of a step has a row per picture
+        rows = len(labels)
+        criterion.selection = [(mask[:rows], q[:rows]) for mask, q in criterion.selection or ()]
+        return loss, list(guess.clamp_min(torch.finfo(guess.dtype).tiny).log())
+
+    def _guess(self, views: Sequence[Tensor]) -> Tensor:
+        """What each network, or its average over time, says of the pictures: [K, B, C].
+
+        It is the mean of the probabilities over the views, in eval mode and without gradient.
+        """
+        networks = self.peers if self.averages is None else self.averages
+        with eval_mode(*networks):
+            logits = [
+                torch.stack([self._run(model, k, {"pixel_values": v})[0].float() for v in views])
+                for k, model in enumerate(networks)
+            ]
+            return torch.stack(logits).softmax(-1).mean(1)
 
     @torch.no_grad()
     def ask_teachers(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -155,8 +198,7 @@ class PeerModule(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Logits of a network that takes input k, and its maps where they are wanted."""
         if "pixel_values" in inputs:
-            pixels = inputs["pixel_values"]
-            pixels = self.inputs[k](pixels).to(weights_dtype(network, pixels))
+            pixels = self._adapted(network, k, inputs["pixel_values"])
             if with_maps:
                 return with_features(network, pixels, self.deep)
             return logits_of(network(pixels)), []
@@ -167,6 +209,10 @@ class PeerModule(nn.Module):
                 f"pixel_values, or some of {self.names[k]}; it has {sorted(inputs)}"
             )
         return logits_of(network(**named)), []
+
+    def _adapted(self, network: nn.Module, k: int, pixels: Tensor) -> Tensor:
+        """Pixels as the network that takes input k expects them."""
+        return self.inputs[k](pixels).to(weights_dtype(network, pixels))
 
     # --------------------------------------------------------------------------- beside the forward
 

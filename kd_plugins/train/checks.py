@@ -178,6 +178,16 @@ def _refuse_peers(peers: Sequence[nn.Module], teachers: Sequence[nn.Module], los
             )
 
 
+def refuse_views(loss: Loss, data: Any) -> None:
+    """Training data with fewer views of a picture than the loss wants; other data may bring them."""
+    views = getattr(data, "views", loss.views)
+    if views < loss.views:
+        raise ValueError(
+            f"{type(loss).__name__} compares {loss.views} augmented views of each picture, and the "
+            f"training data have {views}: expected ImageView(..., views={loss.views})"
+        )
+
+
 def _refuse_teachers(teachers: Sequence[nn.Module], loss: Loss, cached: Any) -> None:
     name, averaged = type(loss).__name__, loss.ema_decay is not None
     taught = sorted(loss.required_inputs & {"teacher", "teacher_features"})

@@ -30,6 +30,7 @@ from .checks import (
     refuse_nan,
     refuse_pairing,
     refuse_shared,
+    refuse_views,
 )
 from .collapse import CollapseCallback
 from .evaluation import RankingTrainer
@@ -135,6 +136,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         peers = [make_model(model, self._num_classes) for model in models]
         data = self._views.get("train")
         refuse_pairing(peers, self._teachers, loss, getattr(data, "teacher_logits", None))
+        refuse_views(loss, data)
         for name, view in self._views.items():
             refuse_labels(view, peers, name)
             same_classes(view, data, f"the {name} data")

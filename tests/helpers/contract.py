@@ -39,6 +39,7 @@ from kd_plugins import (
     list_losses,
 )
 from kd_plugins.losses import loss_class
+from kd_plugins.losses.mixing import Mixed
 from kd_plugins.models import PeerModule
 
 B, C, T = 8, 4, 2  # samples, classes, teachers
@@ -159,9 +160,13 @@ class Batch:
         def rows(t):
             return t.detach()[order].requires_grad_(t.requires_grad)
 
-        taken = {k: tree_map(rows, v) for k, v in self.extra.items() if k != "teacher"}
+        apart = ("teacher", "mixed")
+        taken = {k: tree_map(rows, v) for k, v in self.extra.items() if k not in apart}
         if "teacher" in self.extra:
             taken["teacher"] = self.extra["teacher"][:, order]
+        if mixed := self.extra.get("mixed"):
+            partner = order.argsort()[mixed.partner[order]]
+            taken["mixed"] = mixed._replace(guess=mixed.guess[:, order], partner=partner)
         return Batch([rows(z) for z in self.logits], self.target[order], taken)
 
     def replace(self, **fields):
@@ -191,6 +196,9 @@ def batch_for(loss, b=B, classes=C, dtype=torch.float32):
         "index": torch.arange(b).roll(1) + 3,
     }
     extra = {k: v for k, v in extra.items() if k in loss.required_inputs}
+    if "mixed" in loss.required_inputs:
+        guess = draw(loss.num_peers, b, classes).softmax(-1)
+        extra["mixed"] = Mixed(guess, torch.arange(b).roll(2), torch.tensor(0.75, dtype=dtype))
     logits = [(draw(b, classes) * scale).requires_grad_() for _ in range(loss.num_peers)]
     target = torch.arange(b).roll(3) % classes
     # a sure row that agrees with its label: what prunes or selects keeps something

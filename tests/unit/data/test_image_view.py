@@ -144,6 +144,25 @@ def test_randomness_is_a_function_of_seed_epoch_and_index():
     )
 
 
+def test_a_second_view_is_another_draw_that_repeats():
+    """The first view stays as it is without a second one."""
+    data, places = pictures(6), [3, 0, 5]
+    one, two = ImageView(data, jitter, seed=3), ImageView(data, jitter, seed=3, views=2)
+    for epoch in (0, 1):
+        one.set_epoch(epoch), two.set_epoch(epoch)
+        batch = two.__getitems__(places)
+        for place, item in zip(places, batch, strict=True):
+            assert torch.equal(item["pixel_values"], one[place]["pixel_values"])
+            assert not torch.equal(item["second_view"], item["pixel_values"])
+            assert torch.equal(item["second_view"], two[place]["second_view"])
+    assert "second_view" not in one[0] and two.views == 2
+    loader = DataLoader(two, 3, num_workers=1)
+    expected = torch.stack([two[i]["second_view"] for i in range(3)])
+    assert torch.equal(next(iter(loader))["second_view"], expected)
+    with pytest.raises(ValueError, match=r"views=3: expected one of \(1, 2\)"):
+        ImageView(data, jitter, views=3)
+
+
 def fail(picture):
     jitter(picture)
     raise KeyError("transform")

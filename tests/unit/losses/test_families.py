@@ -11,7 +11,7 @@ from kd_plugins.losses import loss_class
 MODULES = {
     *("robust", "dmi", "transition", "sample_memory", "curriculum", "online", "online_features"),
     *("distill", "teacher_free", "distill_features", "distill_contrast", "distill_camkd"),
-    *("averaged_labels", "bi_tempered", "jocor"),
+    *("averaged_labels", "bi_tempered", "jocor", "mixing"),
     *("distill_logits", "distill_relations"),
 }
 NAMES = [n for n in list_losses() if loss_class(n).__module__.rpartition(".")[2] in MODULES]
@@ -19,7 +19,7 @@ every = pytest.mark.parametrize("name", NAMES)
 
 
 def test_these_are_most_losses():
-    assert len(NAMES) == 46
+    assert len(NAMES) == 48
 
 
 @every
