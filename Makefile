@@ -55,8 +55,9 @@ docs: $(READY)
 	@echo "docs: serve it with $(BIN)/python -m http.server --directory site"
 
 build: $(READY)
-	rm -rf build # files of an earlier build would be packed again
-	$(BIN)/python -m build --wheel
+	rm -rf build dist # files of an earlier build would be packed again
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:
 	rm -rf .venv $(FLOORS) build dist site *.egg-info
