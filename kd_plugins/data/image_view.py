@@ -23,7 +23,8 @@ class ImageView(torch.utils.data.Dataset):
     """Pictures and labels for training: augmentation repeats exactly, broken pictures are replaced.
 
     Item i is {"pixel_values": transform(picture), "labels": int, "index": int}, and
-    "clean_labels": int if there are any. With `views=2`, "second_view" is another transform(picture).
+    "clean_labels": int if there are any. With `views=2` it also has a "second_view",
+    transform(picture) drawn once more.
 
     What `transform` draws from torch, `random` or `numpy.random` is a function of (seed, epoch, i),
     and another one for the second view:

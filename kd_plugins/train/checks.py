@@ -179,7 +179,7 @@ def _refuse_peers(peers: Sequence[nn.Module], teachers: Sequence[nn.Module], los
 
 
 def refuse_views(loss: Loss, data: Any) -> None:
-    """Training data with fewer views of a picture than the loss wants; other data may bring them."""
+    """A view of the training data that has fewer views of each picture than the loss wants."""
     views = getattr(data, "views", loss.views)
     if views < loss.views:
         raise ValueError(

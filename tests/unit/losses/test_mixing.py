@@ -1,4 +1,4 @@
-"""DivideMix and ELR+: by hand, against loops, limits, ranks; mixtures in the hosted module; resume."""
+"""DivideMix and ELR+: by hand, against loops, limits, ranks; in the hosted module; resume."""
 
 import copy
 import math
@@ -187,7 +187,7 @@ def test_refuses(make, message):
 
 
 def test_the_networks_see_mixtures_of_all_views():
-    """Bytes are normalised first, for each network; guesses are means over the views, in eval mode."""
+    """Bytes are normalised first, for each network; guesses, in eval mode, are means over views."""
     first, second = (torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8) for _ in range(2))
     y, index = torch.tensor([0, 1, 2, 0]), torch.tensor([5, 2, 0, 3])
     peers = [Net(1, bn=True), Net(2)]
