@@ -36,12 +36,12 @@ def write_corrected(
     ``provenance.json`` (which decisions, which data, how) and a copy of the decisions.
 
     Args:
-        splits: of the data set.
+        splits: the splits of the data set.
         decisions: the CSV file of the page.
-        folder: to be made.
-        split: in which the suspects were found.
+        folder: the folder to create.
+        split: the split in which the suspects were found.
         how, weight, label: see :func:`apply_decisions`.
-        source: where the data come from, for the provenance.
+        source: where the data come from, for ``provenance.json``.
 
     Returns:
         The number of rows ``before`` and ``after``, and of those ``changed``, by name.

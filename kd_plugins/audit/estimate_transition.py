@@ -48,8 +48,8 @@ def anchor(probs: Tensor, quantile: float | None = None) -> Tensor:
     """Anchor-point estimate of T: row i is the prediction for the sample with the largest p_i.
 
     It is exact if ``probs`` is the noisy posterior, every class has a sample that surely belongs to
-    it, and T_ii is the largest entry of its column. A class of which the network is never sure gets
-    the row of whatever comes nearest to it.
+    it, and T_ii is the largest entry of its column. A class of which the network is never sure
+    gets the row of the sample that comes nearest.
 
     Args:
         probs: softmax outputs [N, C] of a network trained on the noisy labels.

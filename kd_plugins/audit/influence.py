@@ -57,8 +57,8 @@ def influence_scores(
             with which the layer was trained.
 
     Returns:
-        float32 on the CPU (float64 for a float64 network). A row of the data set that no batch
-        contained gets inf, with a warning.
+        float32 on the CPU (float64 for a float64 network). A row of the data set that is
+        in no batch gets inf, with a warning.
 
     References:
         Koh and Liang, "Understanding black-box predictions via influence functions", ICML 2017 (the

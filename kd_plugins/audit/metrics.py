@@ -124,7 +124,7 @@ def peer_metrics(
             peers, with the ensemble last.
         labels: given labels [N].
         clean_labels: true labels [N], where they are known.
-        names: suffix of each peer; a, b, c ... by default.
+        names: the suffix of each peer; by default a, b, c ...
 
     Raises:
         TypeError: ids or labels are not integers.

@@ -38,7 +38,7 @@ def predict_probs(
     Args:
         models: one or several networks: modules, or folders that `export` wrote (see
             `make_teacher`). They run in eval mode, on the device of the first module. If all are
-            folders, they run on the accelerator if there is one. Classes are matched by name if
+            folders, they run on the accelerator, if there is one. Classes are matched by name if
             the network has names (timm's `label_names`, Hugging Face's `id2label`).
         view: the pictures. Its transform should not augment. It normalises for the first network;
             the pixels are converted for the others (`pretrained_cfg`).

@@ -100,11 +100,12 @@ def estimate_label_noise(
         probs: the result of :func:`out_of_sample`, or other out-of-sample probabilities [N, C].
             Rows of NaN are left out.
         features: floats [N, D]; without them q is `probs`.
-        neighbours: how many of the samples with the largest cosine of features are asked.
-        bank: they are looked for among so many samples, drawn at random if there are more. Time
-            grows with N times this number.
+        neighbours: the number of neighbours, which are the samples with the largest cosine of
+            features.
+        bank: the number of samples among which neighbours are looked for, drawn at random if
+            there are more. Time grows with N times this number.
         draws: resamplings (bootstrap) for the intervals of :meth:`LabelNoise.count`.
-        seed: of the bank and of the draws.
+        seed: the seed of the bank and of the draws.
 
     Raises:
         ValueError: the shapes do not fit.

@@ -79,7 +79,7 @@ class CacheFiles:
         return [start for start in starts if not done[start : start + batch_size].all()]
 
     def write(self, start: int, values: np.ndarray, replaced: np.ndarray) -> None:
-        """Store the values of the rows from `start` on, and which of them are of another row."""
+        """Store the values of the rows from `start` on, and which of them belong to another row."""
         with self._named_errors():
             _write(self.values, start, values)
             # After the values are on the disk: what is marked as done is there.
@@ -120,7 +120,7 @@ class CacheFiles:
 
 
 def key_parts(key: dict[str, Any]) -> list[str]:
-    """What must be the same in a key. The hint only explains a difference."""
+    """The parts of a key that must be the same. The hint only explains a difference."""
     return [part for part in key if part != "hint"]
 
 

@@ -30,7 +30,7 @@ def data_key(view: ImageView) -> str:
 
 
 def transform_key(view: ImageView) -> str:
-    """Hash of what the transform makes of up to 16 rows.
+    """Hash of the transform's output for up to 16 rows.
 
     Raises:
         ValueError: the transform is random, so that its pixels differ from epoch to epoch.
@@ -57,7 +57,7 @@ def transform_text(view: ImageView) -> str:
 def teacher_key(teacher: nn.Module, pixels: Any) -> str:
     """Hash of the weights, buffers and printed modules of a teacher, and its normalisation.
 
-    ``pixels`` is (mean, std) of what it was shown, None if it saw them as they came.
+    ``pixels`` is the (mean, std) of the pixels that it sees, or None if they are not converted.
     """
     digest = blake2b(digest_size=16)
     text = re.sub(r" at 0x[0-9a-f]+", "", repr(teacher))  # activations are not among the weights

@@ -15,7 +15,7 @@ from PIL import Image
 
 
 class NotAPicture(TypeError):
-    """A value of the wrong type, or an array of unknown range: the whole column is no pictures."""
+    """A value of the wrong type, or an array of unknown range: the column holds no pictures."""
 
 
 class PictureColumn:
@@ -23,7 +23,7 @@ class PictureColumn:
 
     Args:
         dataset: a `Dataset`, or a sequence of dict rows.
-        name: of the column.
+        name: the name of the column.
     """
 
     def __init__(self, dataset: Dataset | Sequence[dict], name: str) -> None:
@@ -71,8 +71,8 @@ def decode_picture(value: Any) -> Image.Image:
             in [0, 255], floats in [0, 1] or booleans. EXIF orientation is ignored.
 
     Raises:
-        NotAPicture: none of these.
-        Exception: a picture that cannot be read: whatever PIL raises.
+        NotAPicture: the value is none of these.
+        Exception: the picture cannot be read. The error is PIL's.
     """
     try:
         return _to_rgb(value)

@@ -131,7 +131,7 @@ def cache_features(
         folder: for this cache alone; created if needed.
         batch_size: pictures in a forward pass.
         num_workers: processes that read pictures.
-        dtype: of autocast, such as `torch.bfloat16`; by default there is none.
+        dtype: the dtype of autocast, such as `torch.bfloat16`; by default there is no autocast.
 
     Raises:
         ValueError: a random transform, or a folder with other features; the error says which.

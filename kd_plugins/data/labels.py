@@ -17,7 +17,7 @@ def class_indices(values: Any, what: str = "labels") -> np.ndarray:
 
     Args:
         values: anything that becomes an array.
-        what: the values, in an error.
+        what: what an error calls the values.
     """
     values = np.asarray(values)
     if values.dtype.kind not in "iub" and values.size:
@@ -110,7 +110,7 @@ def class_positions(
     they are not compared.
 
     Args:
-        what, other: how an error calls what has `names`, and `reference`.
+        what, other: what an error calls the owner of `names` and that of `reference`.
 
     Raises:
         ValueError: the names are not those of `reference`, in any order.
@@ -137,7 +137,7 @@ def same_classes(a: Any, b: Any, what: str, other: str = "the training data") ->
 
     Args:
         a, b: data sets, or lists of class names.
-        what, other: how an error calls them.
+        what, other: what an error calls them.
     """
     names, reference = (x if _are_names(x) else class_names(x) for x in (a, b))
     if names is None or reference is None:

@@ -174,7 +174,7 @@ def corrupt_by_key(
 
 @dataclass(frozen=True)
 class NoiseReport:
-    """Realised noise.
+    """How much noise there is, counted.
 
     Attributes:
         rate: the share of wrong labels.

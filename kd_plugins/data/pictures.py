@@ -120,9 +120,10 @@ def load_rows(
 
     Args:
         data: all its splits, or what :func:`load_data` takes.
-        split: of the data set.
+        split: the name of the split.
         image: column of pictures; see :func:`find_column`.
-        label: column of class indices; without it that of class names, see :func:`find_column`.
+        label: column of class indices; by default the one with class names, see
+            :func:`find_column`.
         where: if given, only the rows where this column is true.
     """
     splits = load_data(data) if isinstance(data, str) else data
@@ -145,7 +146,7 @@ def hold_out(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]
 def find_column(data: datasets.Dataset, kind: str, name: str | None = None) -> str:
     """The column ``name``, checked to be of a kind: ``"image"`` or ``"label"`` (a ClassLabel).
 
-    Without a name it is the only column of that kind, or else the one that is called as the kind.
+    Without a name it is the only column of that kind, or the one whose name is the kind.
     """
     feature = {"image": datasets.Image, "label": datasets.ClassLabel}[kind]
     fitting = [key for key, value in data.features.items() if isinstance(value, feature)]

@@ -70,10 +70,10 @@ def cache_teachers(
 ) -> TeacherCache:
     """The view with the teachers' logits from `folder`; missing ones are computed first.
 
-    For data whose pixels are the same in every epoch. The files belong to these pictures in this
-    order, this transform, these teachers and this dtype: a folder with anything else is refused.
-    Labels may differ. Logits that were computed before a run was killed are kept. They take
-    N * T * C * 4 bytes: 5.1 GB for each teacher on ImageNet.
+    Use it for data whose pixels are the same in every epoch. The files belong to these pictures in
+    this order, this transform, these teachers and this dtype: a folder with anything else is
+    refused. Labels may differ. Logits that were computed before a run was killed are kept. They
+    take N * T * C * 4 bytes: 5.1 GB for each teacher on ImageNet.
 
     Teachers run in eval mode, without gradients, on the device where they are: move them first. On
     several processes each computes its share: call it after `MutualTrainingArguments(...)`, which
@@ -82,15 +82,17 @@ def cache_teachers(
 
     Args:
         view: the training data.
-        teachers: trained networks, pixels -> logits [B, C]. A network is taken for the same if its
-            weights, buffers, printed modules and normalisation are; other attributes are not seen.
+        teachers: trained networks, pixels -> logits [B, C]. Two networks count as
+            the same if their weights, buffers, printed modules and normalisation are equal; other
+            attributes are not compared.
         folder: for this cache alone, seen by all processes; created if needed.
         student: the first network of the Trainer, for which the pixels are normalised. They are
             normalised again (`pretrained_cfg`) and resized for each teacher, as in the Trainer.
             Without a student they are only resized.
-        batch_size: of the teachers.
+        batch_size: pictures in a forward pass.
         num_workers: processes that read pictures.
-        dtype: of autocast, `torch.bfloat16` for a run with `bf16=True`; by default there is none.
+        dtype: the dtype of autocast, `torch.bfloat16` for a run with `bf16=True`; by default
+            there is no autocast.
 
     Raises:
         ValueError: a random transform, or a folder with other logits; the error says which.

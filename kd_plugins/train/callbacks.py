@@ -17,10 +17,10 @@ from .checks import mark_used, refuse_used
 
 
 class ScheduleCallback(TrainerCallback):
-    """Tell a loss how far training is, a seeded view its epoch, and averages over time each step.
+    """Tell the loss how far training is and the data their epoch; update averages over time.
 
     Args:
-        loss: by default that of the hosted module which is trained.
+        loss: the loss to tell; by default that of the ``PeerModule`` that is trained.
     """
 
     def __init__(self, loss: Loss | None = None) -> None:
@@ -48,7 +48,7 @@ class ScheduleCallback(TrainerCallback):
 
 
 class CDRCallback(TrainerCallback):
-    """CDR in a Trainer, for each network by itself.
+    """Use CDR in a Trainer, for each network by itself.
 
     See :func:`kd_plugins.losses.gradients.mask_noncritical_`. It acts on the complete gradient
     just before the step: accumulated, averaged over the processes and clipped.
@@ -71,7 +71,7 @@ class CDRCallback(TrainerCallback):
 
 
 def short(progress: type[TrainerCallback]) -> type[TrainerCallback]:
-    """The Trainer's progress bar, or its table in notebooks, with the figures that fit a line.
+    """The Trainer's progress bar, or its table in notebooks, with only as many figures as fit.
 
     The log keeps them all.
     """

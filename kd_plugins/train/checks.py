@@ -1,4 +1,4 @@
-"""What networks, a loss, data and arguments cannot do together, said before anything runs."""
+"""Refuse networks, losses, data and arguments that do not fit, before anything runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # timm's tasks do without transformers
 
 
 def refuse_arguments(args: TrainingArguments) -> None:
-    """Arguments of the Trainer that would change what a loss computes, or lose its state."""
+    """Refuse arguments that would change what a loss computes, or lose its state."""
     _refuse_strategies(args)
     if args.label_smoothing_factor:
         raise ValueError(
@@ -65,7 +65,7 @@ def _refuse_strategies(args: TrainingArguments) -> None:
 
 
 def refuse_hf_arguments(args: TrainingArguments, hf: Mapping[str, Any]) -> None:
-    """Arguments of ``Trainer`` that this one does not read."""
+    """Refuse arguments of ``Trainer`` that this Trainer does not read."""
     instead = {
         "model": "pass the networks as models",
         "model_init": "pass functions of the trial as models and loss",
@@ -87,7 +87,7 @@ def refuse_hf_arguments(args: TrainingArguments, hf: Mapping[str, Any]) -> None:
 
 
 def refuse_shared(models: Any, loss: Any) -> None:
-    """For a hyperparameter search each trial makes its networks and its loss."""
+    """Refuse networks or a loss that the trials of a hyperparameter search would share."""
     names = [models] if isinstance(models, str) else models
     anew = callable(names) or all(isinstance(model, str) for model in names)
     if not anew or isinstance(loss, nn.Module) or isinstance(models, nn.Module):
@@ -101,7 +101,7 @@ def refuse_shared(models: Any, loss: Any) -> None:
 
 
 def refuse_plain(loss: Loss) -> None:
-    """A plain Trainer trains one network, sees only its logits, and wants one number."""
+    """Refuse a loss for peers, on features, or without reduction in a plain Trainer."""
     _refuse_loss(loss)
     name, use = type(loss).__name__, "use MutualDistillationTrainer(models, loss, args, ...)"
     if loss.num_peers > 1:
@@ -116,7 +116,7 @@ def refuse_plain(loss: Loss) -> None:
 def refuse_pairing(
     peers: Sequence[nn.Module], teachers: Sequence[nn.Module], loss: Loss, cached: Any = None
 ) -> None:
-    """Networks, teachers and loss that do not fit together.
+    """Refuse networks, teachers and a loss that do not fit together.
 
     Args:
         peers: the networks that learn.
@@ -239,7 +239,7 @@ def _refuse_classes(
 
 
 def refuse_used(loss: Loss, control: Any) -> None:
-    """A loss with state does not carry it into the training of another Trainer.
+    """Refuse a loss whose state comes from the training of another Trainer.
 
     Args:
         loss: :func:`mark_used` has left a note of its Trainer in it.
@@ -263,7 +263,7 @@ def mark_used(loss: Loss, control: Any) -> None:
 
 
 def refuse_labels(view: Any, peers: Sequence[nn.Module], name: str) -> None:
-    """Labels of a data set that the networks have no class for."""
+    """Refuse labels for which the networks have no class."""
     classes = next((n for p in peers if (n := class_count(p))), None)
     labels = getattr(view, "labels", None)
     if classes is None or labels is None or len(labels) == 0:
@@ -282,7 +282,7 @@ def refuse_labels(view: Any, peers: Sequence[nn.Module], name: str) -> None:
 
 
 def refuse_nan(figures: Mapping[str, float], args: TrainingArguments, step: int) -> None:
-    """A loss that is not finite: every weight it reached is lost."""
+    """Refuse a loss that is not finite: every weight it reached is lost."""
     if not math.isfinite(figures["loss"]):
         bad = [name for name, value in figures.items() if not math.isfinite(value)]
         raise FloatingPointError(

@@ -193,10 +193,10 @@ def write_results(
     """Write ``results.json`` and pictures into ``args.output_dir``, and print the figures.
 
     Args:
-        settings: dataclass of the script; kept beside the figures.
-        args: for the folder and the seed.
-        figures: what was evaluated. Times are left out.
-        run: folder with the log that is drawn, if it is another one.
+        settings: the dataclass of the script; it is written beside the figures.
+        args: the training arguments, which name the folder and the seed.
+        figures: what the evaluation returned. Times are left out.
+        run: the folder with the log to draw, if it is not ``args.output_dir``.
     """
     figures = {k: v for k, v in figures.items() if not k.endswith(("runtime", "per_second"))}
     folder = Path(str(args.output_dir))

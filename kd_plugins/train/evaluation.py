@@ -19,8 +19,8 @@ class RankingTrainer(Trainer):
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """As the Trainer's, with logits [B, C] of one network or [B, K, C] of peers.
 
-        For the Trainer's own metrics the networks are ranked here, on the device: five class ids a
-        sample, where the logits of 20,000 samples, 1,000 classes and two networks take 300 MB.
+        For the Trainer's own metrics only the five most probable class ids are kept, computed on
+        the device: the logits of 20,000 samples, 1,000 classes and two networks take 300 MB.
         """
         loss, logits, labels = super().prediction_step(*args, **kwargs)
         if logits is None:

@@ -57,7 +57,7 @@ def stepped(
 
 
 def clip_each(parts: Sequence[nn.Module], max_norm: float) -> Tensor:
-    """Clip the gradient of each part by itself; the largest norm before.
+    """Clip the gradient of each part by itself; returns the largest norm before clipping.
 
     Clipped together, one peer's spike would shrink the other's step.
     """

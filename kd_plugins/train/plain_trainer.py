@@ -64,7 +64,7 @@ def as_compute_loss_func(
 
 
 class _ComputeLoss:
-    """What ``as_compute_loss_func`` returns. ``ProgressCallback`` tells it network and batch."""
+    """What ``as_compute_loss_func`` returns. ``ProgressCallback`` gives it network and batch."""
 
     def __init__(self, loss: Loss, teachers: Sequence[str | Path | nn.Module]) -> None:
         refuse_plain(loss)

@@ -37,13 +37,13 @@ class PublishingTrainer(Trainer):
         """Save each network by itself, with a model card, as ``peer_a``, ``peer_b`` ...: see
         :func:`kd_plugins.models.export`.
 
-        With it goes how pictures were prepared for this network: as the evaluation data say
-        (``view.input_config()``), else the training data, composed with what the network's input
-        adapter does.
+        The folder also says how pictures were prepared for this network: what the evaluation data
+        say (``view.input_config()``), or else the training data, combined with what the network's
+        input adapter does.
 
         Args:
-            output_dir: where to; ``args.output_dir`` by default.
-            input_config: of the batches, where the data cannot say it: ``input_size`` (C, H, W),
+            output_dir: the folder to write; ``args.output_dir`` by default.
+            input_config: that of the batches, if the data cannot say it: ``input_size`` (C, H, W),
                 ``mean``, ``std`` (left out for bytes), ``crop_pct``, ``interpolation``.
             **card: fields of the card's metadata, as the hub names them:
                 ``license="apache-2.0"``, ``datasets=["uoft-cs/cifar100"]``.
@@ -95,13 +95,13 @@ class PublishingTrainer(Trainer):
         """Upload each network with its card, and nothing else, to a repository of its own.
 
         A repository is made if there is none. It is called ``args.hub_model_id`` (or like the
-        output folder), and of several networks ``-a``, ``-b`` ... is added. The arguments are those
-        of the Trainer and of :meth:`export`; what is not given is taken from ``args.hub_token``,
-        ``hub_revision`` and ``hub_private_repo``.
+        output folder), with ``-a``, ``-b`` ... added if there are several networks. The arguments
+        are those of the Trainer and of :meth:`export`; what is not given is taken from
+        ``args.hub_token``, ``hub_revision`` and ``hub_private_repo``.
 
         Returns:
-            A commit per network, futures with ``blocking=False``; nothing on other processes than
-            the main one.
+            The commit of each network, or its future with ``blocking=False``. Only the main process
+            uploads; the others return nothing.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if not self.is_world_process_zero():

@@ -1,4 +1,4 @@
-"""The folder of a run: its settings, its checkpoints, and what the run is that they belong to."""
+"""The folder of a run: its settings, its checkpoints, and a description of the run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def describe_run(
     teachers: Sequence[nn.Module],
     data: Any,
 ) -> dict[str, Any]:
-    """What tells a run from other runs, as a flat dictionary that JSON keeps."""
+    """What distinguishes a run from other runs, as a flat dictionary that JSON can hold."""
     run = _describe_loss(loss, "loss")
     for k, network in enumerate(networks):
         run |= _describe_network(network, f"network {peer_name(k)}")
@@ -143,7 +143,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 
 
 def write_run(folder: Path, run: dict[str, Any], args: TrainingArguments, *files: str) -> None:
-    """Leave in a checkpoint what run it is of, and which files it consists of."""
+    """Write into a checkpoint to which run it belongs and which files it has."""
     ranks = range(args.world_size)
     if args.save_on_each_node:
         first = args.process_index - args.local_process_index
@@ -154,14 +154,14 @@ def write_run(folder: Path, run: dict[str, Any], args: TrainingArguments, *files
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file that is complete or absent."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)
 
 
 def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
-    """Raise where a checkpoint belongs to another run. One without ``run.json`` is not checked."""
+    """Raise if a checkpoint belongs to another run. One without ``run.json`` is not checked."""
     path = folder / RUN
     if not path.exists():
         return
@@ -174,7 +174,7 @@ def refuse_other_run(folder: Path, run: dict[str, Any]) -> None:
 
 
 def refuse_damaged(folder: Path) -> None:
-    """Raise where a checkpoint lacks a file or has one that cannot be read."""
+    """Raise if a checkpoint lacks a file or has one that cannot be read."""
     if found := faults(folder):
         raise ValueError(
             f"{folder} cannot be resumed: {'; '.join(found)}. The run would go on with part of its "
@@ -227,7 +227,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def last_checkpoint(output_dir: str | Path | None) -> str | None:
-    """The newest checkpoint in a folder that a run can go on from; None if none was finished.
+    """The newest checkpoint from which a run can go on; None if no checkpoint was finished.
 
     A checkpoint that a kill has left unfinished is passed over, and so is one with a missing or
     damaged file; the log names it.

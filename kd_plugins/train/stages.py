@@ -56,7 +56,7 @@ def stages_of(method: str, epochs: Sequence[float] = (), known: bool = False) ->
         known: the transition matrix is known. A correction then needs no stage to estimate it.
 
     Raises:
-        ValueError: as many ``epochs`` as there are stages were expected.
+        ValueError: there are not as many ``epochs`` as stages.
 
     >>> [stage.name for stage in stages_of("joint")]
     ['joint', 'soft_labels']
@@ -89,7 +89,7 @@ def arguments_of(
 def hand_over(
     following: Stage, trainer: Any, view: Any, known: Mapping[str, Any], estimator: str
 ) -> dict[str, Any]:
-    """What the next stage needs from one that has been trained: its loss's argument, or teachers.
+    """What a trained stage gives the next one: an argument of its loss, or teachers.
 
     Args:
         following: the next stage.

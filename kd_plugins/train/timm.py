@@ -135,7 +135,7 @@ class StatefulClassificationTask(ClassificationTask):
             self.criterion.set_progress(min(updates / self.total_updates, 1.0))
 
     def update_ema(self, step: int | None = None) -> None:
-        """After update number ``step`` of the weights: set the progress, update all averages."""
+        """Set the progress and update all averages, after update number ``step`` of the weights."""
         self._set_updates(self.updates + 1 if step is None else step)
         self.hosted.average()
         if self.has_ema():
