@@ -28,6 +28,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 def start(monkeypatch, recipe, *argv):
     monkeypatch.setattr(sys, "argv", [recipe, *map(str, argv)])
+    monkeypatch.syspath_prepend((RECIPES / recipe).parent)  # as python does for a script
     try:
         return runpy.run_path(str(RECIPES / recipe), run_name="__main__")
     except SystemExit as error:  # a user's error: what was said, after a check of the exit code
@@ -1008,15 +1009,18 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("| loss alone") == 1
 
 
-def test_rows_of_the_benchmark_that_want_a_gpu():
-    """The parts that run without a GPU: two networks cost more than one, every loss has a call."""
-    benchmark = runpy.run_path(str(RECIPES / "experiments" / "benchmark.py"))
-    assert benchmark["two_peers_on_one"]("eager", True)[0] > 1
+def test_rows_of_the_benchmark_that_want_a_gpu(monkeypatch):
+    """The parts that run without a GPU; every loss has a call."""
+    monkeypatch.syspath_prepend(RECIPES / "experiments")
+    from costs_of_losses import every_loss, peak_memory
+    from costs_of_training import two_peers_on_one
+
+    assert two_peers_on_one("eager", True)[0] > 0
     # each refined label and the sum of them is written down: one [B, C] each
-    assert 1 <= benchmark["peak_memory"](64, 2000, torch.float32)[0] < 2
-    assert 1 <= benchmark["peak_memory"](64, 2000, torch.bfloat16)[0] < 2
+    assert 1 <= peak_memory(64, 2000, torch.float32)[0] < 2
+    assert 1 <= peak_memory(64, 2000, torch.bfloat16)[0] < 2
     values = []
-    for _, loss, call in benchmark["every_loss"]():
+    for _, loss, call in every_loss():
         loss.set_progress(0.5)
         values.append(call(loss))
     assert len(values) > 30 and all(value.isfinite() for value in values)
