@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map
 from . import validate
 from .functional import as_probs, full_dtype
 from .sizes import NeedsSizes
-from .sizes import Sizes as Sizes
 from .state import Progress
 
 INPUTS = ("teacher", "features", "teacher_features", "index", "mixed")  # beside logits and target
