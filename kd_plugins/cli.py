@@ -328,8 +328,11 @@ def _refusal(message: str, name: str, known: list[str]) -> SystemExit:
 
 
 def _signature(cls: type) -> str:
-    parameters = [p.replace(annotation=p.empty) for p in inspect.signature(cls).parameters.values()]
-    return str(inspect.Signature(parameters))
+    """The call, with the arguments that every loss has written out."""
+    own, every = (inspect.signature(c).parameters.values() for c in (cls, Loss))
+    named = {p.name: p for p in (*own, *every) if p.kind != p.VAR_KEYWORD}
+    parameters = [p.replace(annotation=p.empty) for p in named.values()]
+    return str(inspect.Signature(sorted(parameters, key=lambda p: p.kind)))
 
 
 def _unchanged(picture: Any) -> Any:

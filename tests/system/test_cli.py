@@ -116,7 +116,8 @@ def test_list(capsys):
     ]
     cli.main(["list", "gce"])
     out = capsys.readouterr().out
-    assert out.startswith("GCE(q=0.7") and "References:" in out and "in (0, 1]" in out
+    assert out.startswith("GCE(q=0.7, *, num_classes=None, reduction='mean', weight=None)")
+    assert "References:" in out and "in (0, 1]" in out
 
 
 def test_run_from_yaml(run, pictures, capsys):
