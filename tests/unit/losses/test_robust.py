@@ -336,7 +336,7 @@ def test_gce_has_no_gradient_where_p_is_zero():
         (SCE(6, 0), lambda p: -6.0),
         (RCE(), lambda p: -4 * p),
     ],
-    ids=repr,
+    ids=["gce", "ce", "sce", "rce"],
 )
 def test_no_clamp_stops_the_gradient_of_a_small_probability(loss, slope):
     """With p clamped at 1e-7, as in the public code, all of them are 0 here."""
