@@ -106,7 +106,7 @@ class SuspectSettings(DataSettings):
     output: str = field(
         default="runs/suspects", metadata=_help("folder to write", aliases=["--output_dir"])
     )
-    count: int = field(default=500, metadata=_help("suspects on the page"))
+    count: int = field(default=5000, metadata=_help("suspects on the page"))
     batch_size: int = field(default=256, metadata=_help("pictures in a batch"))
     num_workers: int = field(default=0, metadata=_help("processes that read pictures"))
 

@@ -42,7 +42,7 @@ class Settings:
     dynamics: str | None = HfArg(default=None, help="folder of DynamicsCallback")
     batch_size: int = 256
     num_workers: int = 0
-    count: int = HfArg(default=500, help="suspects on the page")
+    count: int = HfArg(default=5000, help="suspects on the page")
     output_dir: str = "runs/suspects"
 
 

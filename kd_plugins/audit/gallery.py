@@ -67,7 +67,7 @@ def write_suspects(
     dataset: Any,
     folder: str | Path,
     *,
-    count: int = 500,
+    count: int = 5000,
     image: str = "image",
     label: str | None = "label",
 ) -> list[Path]:

@@ -29,7 +29,7 @@ def html_page(
     dataset: Any,
     path: str | Path,
     *,
-    count: int = 500,
+    count: int = 5000,
     image: str = "image",
     label: str | None = "label",
     title: str = "Labels that are probably wrong",
