@@ -66,7 +66,7 @@ def step_with_teachers(ours, theirs, count: int, quick: bool) -> Row:
 
 
 def every_loss() -> Iterator[tuple[str, Loss, Callable[[Callable], torch.Tensor]]]:
-    """Name, loss and a call of it. Losses on features are measured by the contract tests."""
+    """Name, loss and a call of it. Losses on features or mixtures are in the contract tests."""
     classes, rows, g = 10, 64, torch.Generator().manual_seed(0)
     matrix = {"transition": 0.8 * torch.eye(classes) + 0.2 / classes}
     known = dict.fromkeys(("forward_correction", "backward_correction", "t_revision"), matrix)
@@ -77,7 +77,7 @@ def every_loss() -> Iterator[tuple[str, Loss, Callable[[Callable], torch.Tensor]
     }
     y = torch.randint(classes, (rows,), generator=g).to(DEVICE)
     for name in list_losses():
-        if "features" in loss_class(name).required_inputs:
+        if loss_class(name).required_inputs & {"features", "mixed"}:
             continue
         loss = create_loss(name, **known.get(name, {})).bind(rows, classes).to(DEVICE)
         zs = tuple(

@@ -117,7 +117,7 @@ def test_other_classes_are_refused_and_numbers_are_no_names():
 
 def test_what_cannot_predict_is_refused():
     view = ImageView(rows(6), to_tensor)
-    with pytest.raises(TypeError, match="view: expected an ImageView, got Subset"):
+    with pytest.raises(TypeError, match="view: expected an ImageView or a FeatureView, got Subset"):
         predict_probs(Net(1), torch.utils.data.Subset(view, [3, 4]))
     with pytest.raises(ValueError, match="at least one network"):
         predict_probs([], view)
