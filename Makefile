@@ -5,6 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 FLOORS := .venv-floors
+PYTEST := pytest -q -n logical --maxprocesses 4 --dist worksteal
 LAUNCH := $(BIN)/accelerate launch -q --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 CHECK := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
 
@@ -34,11 +35,11 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n logical --maxprocesses 4 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m $(PYTEST) $(ARGS)
 
 # The tests on exactly the lower bounds of pyproject.toml.
 test-floors: $(FLOORS)/.ready
-	$(FLOORS)/bin/python -m pytest -q $(ARGS)
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m $(PYTEST) $(ARGS)
 
 $(FLOORS)/.ready: pyproject.toml setup.cfg
 	@$(PYTHON) -c "$(CHECK)" || { echo "needs Python 3.11 or newer with its venv module"; exit 1; }
