@@ -245,16 +245,22 @@ def test_a_matrix_that_is_stopped(name, start, tmp_path):
     before, number = signal.getsignal(signal.SIGTERM), getattr(signal, name)
     root = tmp_path / "out" / "smkd-1" / "full"
 
-    def stop():
-        while len(list(root.glob("*/0/pid"))) < 2:
-            time.sleep(0.05)
-        os.kill(os.getpid(), number)
+    over = threading.Event()  # a signal that came after the test would stop all tests
 
-    threading.Thread(target=stop, daemon=True).start()
+    def stop():
+        while len(list(root.glob("*/0/pid"))) < 2 and not over.is_set():
+            time.sleep(0.05)
+        if not over.is_set():
+            os.kill(os.getpid(), number)
+
+    stopping = threading.Thread(target=stop)
+    stopping.start()
     try:
         with pytest.raises(KeyboardInterrupt if name == "SIGINT" else SystemExit):
             start("--seeds", 1, "--jobs", 2, fail="stop")
     finally:
+        over.set()
+        stopping.join()
         signal.signal(signal.SIGTERM, before)
     pids = [int(p.read_text()) for p in root.glob("*/0/pid")]
     time.sleep(1)
