@@ -177,10 +177,12 @@ class StatefulClassificationTask(ClassificationTask):
         self._dynamics.write()
         return {"loss": loss, "updates": self.updates, "epochs": self.hosted.epochs}
 
-    def create_evaluator(self, **kwargs: Any) -> Any:
-        if self._dynamics is not None:  # all processes evaluate before one writes the checkpoint
-            self._dynamics.write()
-        return super().create_evaluator(**kwargs)
+    if hasattr(ClassificationTask, "create_evaluator"):  # from timm 1.0.31 on
+
+        def create_evaluator(self, **kwargs: Any) -> Any:
+            if self._dynamics is not None:  # all processes evaluate before one saves
+                self._dynamics.write()
+            return super().create_evaluator(**kwargs)
 
     def load_task_state(
         self,
