@@ -213,7 +213,8 @@ def timm_run(task, folder, data, epochs, *, resume=None, accumulate=1, lr=0.05):
             optimizer.zero_grad()
             updates += 1
             task.update_ema(step=updates)
-        task.create_evaluator()
+        if hasattr(task, "create_evaluator"):  # from timm 1.0.31 on
+            task.create_evaluator()
         task.get_eval_model().eval()
         saver.save_checkpoint(epoch, metric=epoch)
 
