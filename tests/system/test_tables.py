@@ -67,7 +67,9 @@ def start(tables, tmp_path, monkeypatch):
         )
         return tables["main"](), tmp_path / "out" / "smkd-1" / budget
 
-    return run
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)  # forks of later tests would have the recipe's
 
 
 def starts(root):
