@@ -120,12 +120,8 @@ class ApplySettings(DataSettings):
     how: str = field(
         default="correct", metadata=_help("what to do with wrong labels: correct, drop or weight")
     )
-    weight: float = field(
-        default=0.1, metadata=_help("of rows with a wrong label, with --how weight")
-    )
-    split: str = field(
-        default="train", metadata=_help("the split in which the suspects were found")
-    )
+    weight: float = field(default=0.1, metadata=_help("of wrong rows, with --how weight"))
+    split: str = field(default="train", metadata=_help("where the suspects were found"))
 
 
 def list_command(argv: Sequence[str]) -> None:

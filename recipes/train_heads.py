@@ -10,8 +10,8 @@ stand a table (`results.md`) and a picture (`results.png`): test accuracy in per
 deviation over the seeds, at the last epoch. A pair counts as the mean of its two networks.
 
 `--methods all` takes every loss that needs no teacher and no feature maps. Methods that need the
-noise rate (Co-teaching, JoCoR) or the transition matrix are told the true one. With
-`--dropout 0 --num_train_epochs 60` the heads memorise. docs/frozen-features.md has figures.
+noise rate (Co-teaching, JoCoR) or the transition matrix are told the true one.
+docs/frozen-features.md has figures.
 """
 
 import json

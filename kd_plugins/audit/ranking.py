@@ -304,7 +304,8 @@ def _interval(value: float, draws: np.ndarray, confidence: float) -> tuple[float
     return float(value), max(0.0, float(value + low - middle)), float(value + high - middle)
 
 
-def _refuse(labels: np.ndarray, probs: np.ndarray, features: np.ndarray | None) -> None:
+def check_probs(labels: np.ndarray, probs: np.ndarray) -> None:
+    """Raise ValueError unless probs are floats [N, C] and the labels [N] are among the classes."""
     fits = probs.ndim == 2 and probs.shape[1] > 1 and labels.shape == probs.shape[:1]
     if not fits or probs.dtype.kind != "f":
         raise ValueError(
@@ -312,6 +313,10 @@ def _refuse(labels: np.ndarray, probs: np.ndarray, features: np.ndarray | None) 
             f"{list(probs.shape)}"
         )
     check_labels(labels, probs.shape[1])
+
+
+def _refuse(labels: np.ndarray, probs: np.ndarray, features: np.ndarray | None) -> None:
+    check_probs(labels, probs)
     if features is not None and (features.ndim != 2 or len(features) != len(labels)):
         raise ValueError(
             f"features: expected floats [{len(labels)}, D], one row for each label, got "

@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from ..data.labels import check_labels, class_indices
 from .dynamics import summarise
-from .ranking import LabelNoise
+from .ranking import LabelNoise, check_probs
 
 CHUNK = 1 << 16  # rows per temporary copy; one of 2.4 million rows would take 500 MB
 
@@ -99,13 +99,7 @@ def find_suspects(
 
 def _from_probs(labels: Any, probs: Any) -> dict[str, np.ndarray]:
     labels, probs = class_indices(labels), np.asarray(probs)
-    fits = probs.ndim == 2 and probs.shape[1] > 1 and labels.shape == probs.shape[:1]
-    if not fits or probs.dtype.kind != "f":
-        raise ValueError(
-            f"probs: expected floats [N, C] for labels {list(labels.shape)}, got {probs.dtype} "
-            f"{list(probs.shape)}"
-        )
-    check_labels(labels, probs.shape[1])
+    check_probs(labels, probs)
     p_label, p_proposed = np.empty((2, len(labels)), np.float32)
     proposed = np.empty(len(labels), np.int64)
     for start in range(0, len(labels), CHUNK):
