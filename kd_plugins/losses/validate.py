@@ -141,28 +141,7 @@ def unknown_argument(cls: type, name: str, known: Iterable[str]) -> TypeError:
 
 def logits(name: str, value: Any, num_peers: int, num_classes: int | None) -> list[Tensor]:
     """The logits of each network, in a list, if loss ``name`` can take them."""
-    if num_peers == 1:
-        if not isinstance(value, Tensor):
-            several = isinstance(value, list | tuple)
-            hint = f"; Mutual({name}(), SelectNone()) trains several networks side by side"
-            raise TypeError(
-                f"{name} expects a tensor of logits [B, C], got {shape_of(value)}"
-                + (hint if several else "")
-            )
-        peers = [value]
-    else:
-        if isinstance(value, Tensor) or len(value) < 2:
-            raise ValueError(
-                f"{name} teaches peers: expected a tuple of at least two logits [B, C], "
-                f"got {shape_of(value)}"
-            )
-        peers = list(value)
-        if len(peers) != num_peers:
-            raise ValueError(f"{name} was made for num_peers={num_peers}, got {len(peers)} logits")
-        if len({z.shape for z in peers}) > 1:
-            raise ValueError(
-                f"{name}: all peers must have logits of one shape [B, C], got {shape_of(value)}"
-            )
+    peers = _one_network(name, value) if num_peers == 1 else _peers(name, value, num_peers)
     shape = shape_of(peers[0])
     if peers[0].dim() > 2:
         raise ValueError(
@@ -181,6 +160,30 @@ def logits(name: str, value: Any, num_peers: int, num_classes: int | None) -> li
     if num_classes not in (None, peers[0].shape[1]):
         raise ValueError(f"{name} was made for num_classes={num_classes}, got logits {shape}")
     return peers
+
+
+def _one_network(name: str, value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    hint = ""
+    if isinstance(value, list | tuple):
+        hint = f"; Mutual({name}(), SelectNone()) trains several networks side by side"
+    raise TypeError(f"{name} expects a tensor of logits [B, C], got {shape_of(value)}{hint}")
+
+
+def _peers(name: str, value: Any, num_peers: int) -> list[Tensor]:
+    if isinstance(value, Tensor) or len(value) < 2:
+        raise ValueError(
+            f"{name} teaches peers: expected a tuple of at least two logits [B, C], "
+            f"got {shape_of(value)}"
+        )
+    if len(value) != num_peers:
+        raise ValueError(f"{name} was made for num_peers={num_peers}, got {len(value)} logits")
+    if len({z.shape for z in value}) > 1:
+        raise ValueError(
+            f"{name}: all peers must have logits of one shape [B, C], got {shape_of(value)}"
+        )
+    return list(value)
 
 
 def target(name: str, value: Tensor, logits: Tensor) -> Tensor:
