@@ -1,6 +1,6 @@
 """Compare methods on frozen features: every method, noise and seed in seconds a run, on a CPU.
 
-    python recipes/train_heads.py --data ethz/food101 --backbone efficientnet_b0.ra_in1k \\
+    python recipes/train_heads.py --data ethz/food101 --backbone resnet50 --side 224 \\
         --methods ce gce smkd smkd:eta=1 --noise symmetric:0.4 pair_flip:0.4 --seeds 0 1 2
 
 The features of a pretrained timm network are computed once and kept in `--features`. Each run
@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import timm
 import torch
 from transformers import PrinterCallback, set_seed
 from transformers.hf_argparser import HfArg
@@ -43,9 +42,8 @@ class Settings:
     image: str | None = HfArg(default=None, help="column of pictures, if there are several")
     label: str | None = HfArg(default=None, help="column of classes, if there are several")
     where: str | None = HfArg(default=None, help="train only on rows where this column is true")
-    backbone: str = HfArg(default="efficientnet_b0.ra_in1k", help="timm name")
-    weights: str | None = HfArg(default=None, help="file with the backbone's weights")
-    size: int = HfArg(default=0, help="side of the pictures in px; 0: as the backbone expects")
+    backbone: str = HfArg(default="tf_efficientnet_lite0", help="timm name, or NAME=FILE")
+    side: int = HfArg(default=96, help="side of the pictures in px")
     features: str = HfArg(default="runs/features", help="folder for the features of these data")
     methods: list[str] = HfArg(default_factory=lambda: ["all"], help="NAME, or NAME:q=0.7,k=2")
     noise: list[str] = HfArg(default_factory=lambda: ["symmetric:0.4"], help="NAME:RATE or COLUMN")
@@ -81,14 +79,9 @@ def every_method() -> list[str]:
 
 def cached(s: Settings, split: str, rows) -> FeatureView:
     """The features of a split, with its clean labels."""
-    overlay = {"file": s.weights} if s.weights else None
-    known = {"pretrained": True, "num_classes": 0, "pretrained_cfg_overlay": overlay}
-    network = timm.create_model(s.backbone, **known).to(memory_format=torch.channels_last)
-    size = {"input_size": (3, s.size, s.size), "crop_pct": 1.0} if s.size else {}
-    cfg = timm.data.resolve_data_config(size, model=network)
     columns = {"image": s.image, "label": s.label, "clean": s.label}
-    view = kd.ImageView(rows, timm.data.create_transform(**cfg), **columns)
-    return kd.cache_features(view, network, Path(s.features, split), batch_size=64)
+    folder = Path(s.features, split)
+    return kd.audit.frozen_features(rows, s.backbone, folder, side=s.side, **columns)
 
 
 def run(s: Settings, args, method: str, noise, data, test, seed: int) -> dict:

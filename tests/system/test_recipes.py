@@ -1028,10 +1028,11 @@ def test_rows_of_the_benchmark_that_want_a_gpu(monkeypatch):
 
 def test_train_heads(tmp_path, pictures, monkeypatch, capsys):
     """Features once, then heads by name; a second command trains only what is new."""
-    network = timm.create_model("resnet10_cifar", num_classes=10)
+    network = timm.create_model("resnet10_cifar")
     torch.save(network.state_dict(), tmp_path / "weights.pth")
-    argv = ["train_heads.py", "--data", pictures, "--backbone", "resnet10_cifar"]
-    argv += ["--weights", tmp_path / "weights.pth", "--size", 32, "--seeds", 0, 1]
+    backbone = f"resnet10_cifar={tmp_path / 'weights.pth'}"
+    argv = ["train_heads.py", "--data", pictures, "--backbone", backbone]
+    argv += ["--side", 32, "--seeds", 0, 1]
     argv += ["--features", tmp_path / "features", "--output_dir", tmp_path / "run"]
     argv += ["--num_train_epochs", 1, "--use_cpu", "True", "--noise", "symmetric:0.25"]
     start(monkeypatch, *argv, "--methods", "ce", "smkd:rho=auto,eta=1", "co_teaching", "elr")
