@@ -42,7 +42,7 @@ class Settings:
     loss_args: list[str] = HfArg(default_factory=list, help="of the method: eta=2 b2=-6")
     refine_args: list[str] = HfArg(default_factory=list, help="of the modification: b1=10")
     models: list[str] = HfArg(default_factory=lambda: ["resnet34_cifar"] * 2, help="timm names")
-    noise: str = HfArg(default="symmetric", help="or pair_flip, asymmetric, circular, none, COLUMN")
+    noise: str = HfArg(default="symmetric", help="or pair_flip, circular, cifar10, none, COLUMN")
     rate: float | None = HfArg(default=None, help="share of wrong labels; 0.4, or 0 without noise")
     stage_epochs: list[float] = HfArg(default_factory=list, help="num_train_epochs of each stage")
     estimator: str = HfArg(default="anchor", help="of the transition matrix; dual_t, or known")

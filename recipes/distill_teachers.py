@@ -38,7 +38,7 @@ DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
 SCHEDULE = {"num_train_epochs": 240, "milestones": [150 / 240, 180 / 240, 210 / 240]}
 SCHEDULE |= {"per_device_train_batch_size": 64, "learning_rate": 0.05, "lr_decay": 0.1}
 SCHEDULE |= {"weight_decay": 5e-4, "optim_args": "momentum=0.9,nesterov=True"}
-PRESETS = {  # weights as published; of wttm, lr and lr_ds they are ours, as is the share to keep
+PRESETS = {  # weights as published; of lr and lr_ds they are ours, as is the share to keep
     "kd": {"terms": "0.1*ce + 0.9*kd"},
     "aver": {"terms": "ce + aver"},
     "ebkd": {"terms": "ce + ebkd"},
@@ -52,7 +52,7 @@ PRESETS = {  # weights as published; of wttm, lr and lr_ds they are ours, as is 
     "dkd": {"terms": "ce + dkd"},
     "dist": {"terms": "ce + 2*dist"},
     "nkd": {"terms": "ce + nkd"},
-    "wttm": {"terms": "ce + wttm"},
+    "wttm": {"terms": "ce + 3*wttm"},
     "kd_standardized": {"terms": "0.1*ce + 9*kd", "standardize": 2.0},
     "rkd": {"terms": "ce + rkd"},
     "sp": {"terms": "ce + 3000*sp"},
@@ -75,6 +75,7 @@ class Settings:
     teacher_epochs: float = HfArg(default=0.0, help="0: num_train_epochs")
     terms: str = HfArg(default="ce + camkd", help="a sum of registered losses with weights")
     beta: float = HfArg(default=8.0, help="of dkd: 8, 6 or 2 by pair; see its description")
+    gamma: float = HfArg(default=0.1, help="of wttm: 0.1 to 0.4 by pair; see its description")
     standardize: float = HfArg(default=0.0, help="T of standardised logits; 0 is off")
     revise: float = HfArg(default=0.0, help="eta of Label Revision; 0 is off")
     keep: float = HfArg(default=1.0, help="share of the training data to distil on")
@@ -102,6 +103,8 @@ def make_loss(s: Settings, teachers: list, mask):
             own["heads"] = [teacher.forward_head for teacher in teachers]
         if name == "dkd":
             own |= {"beta": s.beta, "warmup": 1 / 12}  # of 240 epochs 20, as published
+        if name == "wttm":
+            own["gamma"] = s.gamma
         if s.standardize and "standardize" in signature(kd.loss_class(name)).parameters:
             own |= {"standardize": True, "temperature": s.standardize}
         term = kd.create_loss(name, **own)

@@ -13,9 +13,16 @@ from torchvision import transforms as T
 
 from .image_view import ImageView
 from .labels import column_array, same_classes
-from .noise import circular, pair_flip, symmetric
+from .noise import asymmetric, circular, pair_flip, symmetric
 
-NOISE = ("symmetric", "pair_flip", "asymmetric", "circular", "none")
+NOISE = ("symmetric", "pair_flip", "asymmetric", "circular", "cifar10", "none")
+LOOKALIKES = {
+    "truck": "automobile",
+    "bird": "airplane",
+    "deer": "horse",
+    "cat": "dog",
+    "dog": "cat",
+}
 
 
 class Pictures(NamedTuple):
@@ -169,14 +176,24 @@ def noise_by_name(
     Args:
         data: the clean data; ``"circular"`` reads its column ``coarse_label``.
         name: ``"symmetric"``, ``"pair_flip"``, ``"asymmetric"`` (to the next class), ``"circular"``
-            (within the superclasses), ``"none"``, or the name of a column.
-        rate: share of wrong labels.
+            (within the superclasses), ``"cifar10"`` (the papers' asymmetric noise on CIFAR-10:
+            truck to automobile, bird to airplane, deer to horse, cat and dog to each other),
+            ``"none"``, or the name of a column.
+        rate: share of wrong labels; for ``"cifar10"`` of those five classes, half as much of all.
         label: column of the clean labels.
     """
     classes = data.features[label].num_classes
     if name == "circular":
         above = dict(zip(data[label], data["coarse_label"], strict=True))
         return circular([above[k] for k in range(classes)], rate)
+    if name == "cifar10":
+        names = data.features[label].names
+        if missing := {*LOOKALIKES, *LOOKALIKES.values()} - {*names}:
+            raise ValueError(
+                f"noise cifar10: expected classes of CIFAR-10, got no {sorted(missing)}"
+            )
+        pairs = {names.index(a): names.index(b) for a, b in LOOKALIKES.items()}
+        return asymmetric(classes, rate, pairs)
     if name in ("symmetric", "none"):
         return symmetric(classes, rate if name == "symmetric" else 0.0)
     if name in ("pair_flip", "asymmetric"):

@@ -188,7 +188,7 @@ class GMMSelector(Selector):
 
     Args:
         num_samples: rows of the training data; ``loss.bind`` can fill it in.
-        threshold: 0.5 in the paper, 0.6 for 90% noise (from memory of the paper).
+        threshold: 0.5 in the paper, 0.6 for 90% noise (its table 7).
         start: length of the warm-up: 30 of 300 epochs for CIFAR-100; 10 (0.033) for CIFAR-10.
 
     References:

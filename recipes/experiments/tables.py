@@ -13,7 +13,8 @@ Figures made with other options are not published together: they need another `-
 
 `--budget full` is the papers' setting. `small` takes narrow networks, few epochs and part of the
 classes, so that a table takes minutes to an hour on two cores. Its figures are not comparable with
-the papers', and every output says so. tables_of_papers.py has the content of tables and budgets.
+the papers', and every output says so. tables_of_papers.py and
+tables_of_distillation.py have the content of tables and budgets.
 
 Output: `results.parquet` with one row per cell, seed and metric; `table.md`, `table.tex` and
 `table.png` (mean, deviation, the paper's figure and the difference); the training curves of the
@@ -33,7 +34,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from tables_of_papers import BUDGETS, NARROW, TABLES, Options, Table
+from table import Options, Table
+from tables_of_papers import BUDGETS, NARROW, TABLES
 from tables_report import publish, slug
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
@@ -48,7 +50,9 @@ RECIPES = Path(__file__).resolve().parents[1]
 class Settings:
     table: str = HfArg(help=f"one of {', '.join(TABLES)}")
     data: str = HfArg(default="uoft-cs/cifar100", help="hub id or folder")
-    label: str | None = HfArg(default=None, help="column; at budget small coarse_label for SMKD")
+    label: str | None = HfArg(
+        default=None, help="column; at budget small coarse_label, if not given"
+    )
     budget: str = HfArg(default="full", help=f"one of {', '.join(BUDGETS)}")
     seeds: int = HfArg(default=3, help="runs of each cell: seeds 0, 1, ...")
     jobs: int = HfArg(default=1, help="cells at once")
@@ -125,7 +129,8 @@ def choose_cells(s: Settings, table: Table) -> list[tuple[str, str]]:
 
 def options_for_all(s: Settings, table: Table, rest: list[str]) -> dict[str, list[str]]:
     """The options that are passed on to every cell; refused if a cell has its own."""
-    own = {key for part in (*table.rows.values(), *table.columns.values()) for key in part}
+    parts = (*table.rows.values(), *table.columns.values(), *table.cells.values())
+    own = {key for part in parts for key in part}
     own |= {"seed", "teachers", "train_teachers"}
     given = options_of(rest)
     for key, values in given.items():
@@ -151,7 +156,7 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
     root = Path(s.output_dir, s.table, s.budget)
 
     def make(row: str, column: str, seed: int, folder: Path, *parts: Options) -> Cell:
-        options = merged({"data": s.data, "label": s.label}, table.base, *parts)
+        options = merged({"data": s.data}, table.base, *parts)
         if s.budget != "full":
             for key in {"models", "teachers"} & {*options}:
                 options[key] = [NARROW.get(name, name) for name in options[key]]
@@ -159,6 +164,7 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
             normalize = "selected" if s.budget == "full" else "batch"  # the paper's, the default
             options = merged(options, {"loss_args": {"normalize": normalize}})
         options |= {"output_dir": folder, "seed": seed}
+        options["label"] = s.label or options.get("label")
         command = [sys.executable, str(RECIPES / table.recipe), *arguments(options)]
         for key, values in given.items():
             if not row or key not in ("teacher_epochs", "teacher_rates"):
@@ -174,7 +180,8 @@ def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
         trained = [str(folder / str(k) / "peer_a") for k in range(len(names))]
     for seed in range(s.seeds):
         for row, column in grid:
-            own = merged(table.columns[column], table.rows[row], budget)
+            single = table.cells.get((row, column), {})
+            own = merged(table.columns[column], table.rows[row], single, budget)
             if trained:
                 own["train_teachers"] = False
                 own.pop("teacher_epochs", None)

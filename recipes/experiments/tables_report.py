@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import fmean
 
 import pandas as pd
-from tables_of_papers import TABLES, Table
+from table import Table
+from tables_of_papers import TABLES
 
 from kd_plugins.audit import plots as report
 

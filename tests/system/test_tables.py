@@ -378,8 +378,8 @@ def test_cells_of_a_distillation_table_share_one_schedule(tables, monkeypatch):
             name
         )
         for row, (s, _) in runs.items():
-            column = [*table.columns.values()][-1]
-            student = column.get("student", "resnet10_cifar")
+            column = [*table.columns][-1]  # the runs are those of the last one
+            student = table.columns[column].get("student", "resnet10_cifar")
             assert s["student"] == (student if row else "none")
             own = table.rows.get(
                 row, {"preset": "kd"}
@@ -392,6 +392,7 @@ def test_cells_of_a_distillation_table_share_one_schedule(tables, monkeypatch):
             named = ("terms", "revise", "keep", "standardize")
             assert [s[key] for key in named] == [learned[key] for key in named]
             assert s["teacher_epochs"] == 0  # as many as the students
+            assert (row, column) not in table.cells  # its options would not be those of the row
 
 
 def test_rows_have_the_teachers_that_they_name(tables):
@@ -415,9 +416,55 @@ def test_each_column_has_its_pair(tables):
         (student,), taught = options["student"], options.get("teachers", [])
         assert bool(taught) == (cell.row != "student alone")
         names = [trained[int(Path(folder).parent.name)] for folder in taught]
-        depth = {"resnet20": "resnet56", "resnet32": "resnet110", "resnet8x4": "resnet32x4"}
-        assert names in ([], [depth[student.removesuffix("_cifar")] + "_cifar"])
-        assert options.get("beta") == (None if "8x4" in student else ["2"])
+        pair = [*(name.removesuffix("_cifar") for name in names), student.removesuffix("_cifar")]
+        column = cell.column.lower().replace("-", "").split(", ")
+        assert pair == [column[0], "resnet" + column[1]][-len(pair) :]
+
+
+WTTM = {"terms": "ce + 3*wttm", "gamma": 0.1}
+DIVIDE = {"lambda_u": 150.0, "threshold": 0.5, "start": 0.1}
+DIVIDE10 = {"lambda_u": 25.0, "threshold": 0.5, "start": 10 / 300}
+ELR = {"lambda_": 3.0, "beta": 0.7, "ramp": 0.0}
+ASYMMETRIC = "asymmetric 40%"
+PUBLISHED = [
+    ("dkd", "DKD", "ResNet-56, 20", {"terms": "ce + dkd", "beta": 2.0}),
+    ("dkd", "DKD", "ResNet-32x4, 8x4", {"terms": "ce + dkd", "beta": 8.0}),
+    ("dkd", "WTTM", "ResNet-56, 20", {"terms": "ce + 1.5*wttm", "gamma": 0.3}),
+    ("dkd", "WTTM", "ResNet-32x4, 8x4", WTTM),
+    ("dkd", "KD, standardised", "ResNet-110, 20", {"terms": "0.1*ce + 12*kd", "standardize": 4.0}),
+    ("dividemix-1", "DivideMix", "20%", DIVIDE | {"lambda_u": 25.0}),
+    ("dividemix-1", "DivideMix", "90%", DIVIDE | {"threshold": 0.6}),
+    ("dividemix-1", "ELR+", "50%", {"lambda_": 7.0, "beta": 0.9, "ramp": 0.41}),
+    ("dividemix-1-cifar10", "DivideMix", "80%", DIVIDE10),
+    ("dividemix-1-cifar10", "DivideMix", "90%", DIVIDE10 | {"lambda_u": 50.0, "threshold": 0.6}),
+    ("dividemix-1-cifar10", "DivideMix", ASYMMETRIC, DIVIDE10 | {"lambda_u": 0.0}),
+    ("dividemix-1-cifar10", "ELR+", "90%", ELR),
+    ("dividemix-1-cifar10", "ELR+", ASYMMETRIC, ELR | {"lambda_": 1.0, "beta": 0.9}),
+]
+
+
+@pytest.mark.parametrize(("table", "row", "column", "expected"), PUBLISHED)
+def test_cells_have_the_published_arguments(tables, table, row, column, expected, monkeypatch):
+    """What differs from pair to pair, and from rate to rate, arrives in the recipe's loss."""
+    s = tables["Settings"](table=table, seeds=1, rows=[row], columns=[column])
+    cell = tables["make_cells"](s, [])[0][-1]
+    recipe = runpy.run_path(cell.command[1])
+    monkeypatch.setattr(sys, "argv", cell.command[1:])
+    settings = recipe["options"]()[0]
+    known = vars(settings)
+    if table != "dkd":
+        assert settings.noise == ("cifar10" if column == ASYMMETRIC else "symmetric")
+        known = vars(recipe["make_loss"](settings, settings.method, {}))
+    assert {name: known[name] for name in expected} == expected
+
+
+def test_a_given_label_is_used_at_every_budget(tables):
+    """Budget small names CIFAR-100's superclasses; other data sets do not have them."""
+    for label, expected in ((None, ["coarse_label"]), ("label", ["label"])):
+        s = tables["Settings"](table="dividemix-1-cifar10", seeds=1, budget="small", label=label)
+        cells = tables["make_cells"](s, [])[0]
+        found = [tables["options_of"](cell.command)["label"] for cell in cells]
+        assert found == [expected] * len(cells)
 
 
 def test_knowledge_columns_are_the_limits(tables):

@@ -1,6 +1,7 @@
 """load_pictures, noise by name, the transform of a network."""
 
 import datasets
+import numpy as np
 import pytest
 import timm
 from helpers.pictures import hub
@@ -94,6 +95,21 @@ def test_noise_by_name(name, first_row, tmp_path):
     assert noise_by_name(rows, "coarse_label", 0.3, "fine_label") == "coarse_label"
     with pytest.raises(ValueError, match=r"noise salt: expected symmetric, .*none or one of"):
         noise_by_name(rows, "salt", 0.3, "fine_label")
+
+
+def test_noise_between_the_look_alikes_of_cifar10():
+    """Five classes change as in the papers, whatever the order of the classes."""
+    pairs = {"truck": "automobile", "bird": "airplane", "deer": "horse", "cat": "dog", "dog": "cat"}
+    names = [*pairs, "ship", "frog", "automobile", "airplane", "horse"]
+    rows = datasets.Dataset.from_dict({"label": [0]})
+    rows = rows.cast_column("label", datasets.ClassLabel(names=names))
+    matrix = noise_by_name(rows, "cifar10", 0.4)
+    changed = zip(*np.nonzero(matrix == 0.4), strict=True)
+    assert {names[given]: names[wrong] for given, wrong in changed} == pairs
+    assert matrix.sum(1) == pytest.approx(np.ones(10)) and matrix.trace() == pytest.approx(8)
+    rows = rows.cast_column("label", datasets.ClassLabel(names=names[1:]))
+    with pytest.raises(ValueError, match=r"noise cifar10: expected .*, got no \['truck'\]"):
+        noise_by_name(rows, "cifar10", 0.4)
 
 
 def test_transform_is_that_of_the_network():
