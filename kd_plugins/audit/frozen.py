@@ -42,7 +42,7 @@ def frozen_features(
         columns: `image`, `label` and `clean` of `ImageView`.
 
     Raises:
-        ValueError: there is no such network, or its weights cannot be loaded.
+        ValueError: there is no such network, or its weights cannot be loaded or do not fit.
     """
     validate.count("side", side, "it is the side of the pictures in pixels", least=8)
     try:
@@ -51,6 +51,12 @@ def frozen_features(
         raise ValueError(
             f"the weights of {backbone} cannot be loaded: {error}. Without a network, name a file "
             f"of weights: {backbone}=FILE.safetensors"
+        ) from error
+    except RuntimeError as error:  # of load_state_dict
+        raise ValueError(
+            f"the weights of {backbone} do not fit the network: expected the file of this timm "
+            "name, with timm's own number of classes; for a network with another head, name a "
+            f"folder that export() wrote ({str(error).splitlines()[-1].strip()})"
         ) from error
     config = timm.data.resolve_data_config(model=network)
     config |= {"input_size": (3, side, side), "crop_pct": 1.0}

@@ -45,6 +45,16 @@ def backbone(tmp_path_factory):
     return f"test_resnet={path}"
 
 
+def test_weights_with_another_head_are_refused(pictures, tmp_path, capsys):
+    """The head is not used, but a file that fits only in part could be the wrong network's."""
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("test_resnet", num_classes=37).state_dict(), weights)
+    argv = ["suspects", str(pictures), "--backbone", f"test_resnet={weights}"]
+    with pytest.raises(SystemExit):
+        cli.main([*argv, "--output", str(tmp_path)])
+    assert "do not fit the network" in capsys.readouterr().err
+
+
 def suspects_of(table):
     return datasets.Dataset.from_parquet(str(table), keep_in_memory=True)
 
