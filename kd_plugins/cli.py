@@ -37,6 +37,7 @@ class, or Parquet files) or a Parquet file.
 TRAIN = "kd-plugins train DATA --models NAME [NAME ...] --loss NAME [options]"
 SUSPECTS = "kd-plugins suspects DATA [--backbone NAME | --dynamics FOLDER | ...] [options]"
 APPLY = "kd-plugins apply DECISIONS.csv DATA --out FOLDER [options]"
+BACKBONE = "tf_efficientnet_lite0"
 DEFAULTS = {"output_dir": "runs/train", "report_to": "none", "save_total_limit": 2}
 DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
 
@@ -83,9 +84,12 @@ class TrainSettings(DataSettings):
 class SuspectSettings(DataSettings):
     """What ``kd-plugins suspects`` takes."""
 
-    backbone: str = field(
-        default="tf_efficientnet_lite0",
-        metadata=_help("pretrained timm network, or NAME=FILE, whose frozen features are used"),
+    backbone: str | None = field(
+        default=None,
+        metadata=_help(
+            "pretrained timm network, or NAME=FILE, whose frozen features are used; without "
+            f"another source {BACKBONE}"
+        ),
     )
     side: int = field(default=96, metadata=_help("pixels of its input"))
     networks: list[str] = field(
@@ -96,6 +100,12 @@ class SuspectSettings(DataSettings):
     )
     probs: str | None = field(
         default=None, metadata=_help("instead: out-of-sample probabilities [N, C], an .npy file")
+    )
+    zero_shot: str | None = field(
+        default=None,
+        metadata=_help(
+            "instead, or beside --backbone or --probs: CLIP or SigLIP, a hub id or a folder"
+        ),
     )
     cache: str | None = field(
         default=None, metadata=_help("folder of features and folds; by default OUTPUT/cache")
@@ -230,8 +240,13 @@ def suspects_command(argv: Sequence[str]) -> None:
     from .train import parse_settings
 
     (s,) = parse_settings(SuspectSettings, defaults={}, args=_data_first(argv), usage=SUSPECTS)
-    if len([source for source in (s.networks, s.dynamics, s.probs) if source]) > 1:
-        raise SystemExit("expected one of --networks, --dynamics and --probs, or none of them")
+    frozen = [source for source in (s.backbone, s.probs) if source]
+    others = [source for source in (s.networks, s.dynamics, frozen or s.zero_shot) if source]
+    if len(others) > 1 or len(frozen) > 1:
+        raise SystemExit(
+            "expected one of --networks, --dynamics, --probs and --backbone, or none of them; "
+            "--zero-shot goes with the last two"
+        )
     rows, image, label = data.load_rows(_named_data(s), s.split, s.image, s.label)
     columns = {"image": image, "label": label}
     networks = [models.make_teacher(folder, None) for folder in s.networks]
@@ -244,17 +259,22 @@ def suspects_command(argv: Sequence[str]) -> None:
         probs = audit.predict_probs(networks, view, **loading)
         suspects = audit.find_suspects(view.labels, probs, class_names=names)
     else:
-        if s.probs:
-            noise = audit.estimate_label_noise(view.labels, _stored_probs(s.probs))
-        else:
-            cache = s.cache or f"{s.output}/cache"
-            options: dict[str, Any] = {"side": s.side, **columns, **loading}
-            noise = audit.noise_of_pictures(rows, s.backbone, cache, **options)
+        noise = _noise(s, rows, side=s.side, **columns, **loading)
         suspects = audit.find_suspects(noise=noise, class_names=names)
         paths += audit.write_noise(noise, names, s.output)
         print(audit.noise_summary(noise, names))
     paths += audit.write_suspects(suspects, rows, s.output, count=s.count, **columns)
     print(f"{len(suspects)} of {len(rows)} labels are suspected:", *paths, sep="\n")
+
+
+def _noise(s: SuspectSettings, rows: Any, **options: Any) -> Any:
+    """How probable it is that each label is wrong, from the sources that are no training."""
+    from . import audit
+
+    backbone = s.backbone or (None if s.probs or s.zero_shot else BACKBONE)
+    options["probs"] = _stored_probs(s.probs) if s.probs else None
+    cache = s.cache or f"{s.output}/cache"
+    return audit.noise_of_pictures(rows, backbone, cache, zero_shot=s.zero_shot, **options)
 
 
 def _stored_probs(path: str) -> Any:

@@ -21,6 +21,7 @@ from .out_of_sample import out_of_sample
 from .predict import predict_probs
 from .ranking import LabelNoise, estimate_label_noise
 from .suspects import find_suspects
+from .zero_shot import zero_shot_probs
 
 __all__ = [
     "LabelNoise",
@@ -52,4 +53,5 @@ __all__ = [
     "write_corrected",
     "write_noise",
     "write_suspects",
+    "zero_shot_probs",
 ]

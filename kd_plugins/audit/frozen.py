@@ -13,10 +13,12 @@ from datasets import Dataset
 
 from ..data.feature_cache import FeatureView, cache_features
 from ..data.image_view import ImageView
+from ..data.labels import label_column
 from ..losses import validate
 from ..models.factory import make_teacher
 from .out_of_sample import out_of_sample
 from .ranking import LabelNoise, estimate_label_noise
+from .zero_shot import ROWS, zero_shot_probs
 
 
 def frozen_features(
@@ -69,23 +71,63 @@ def frozen_features(
 
 
 def noise_of_pictures(
-    rows: Dataset, backbone: str, folder: str | os.PathLike, **options: Any
+    rows: Dataset,
+    backbone: str | None,
+    folder: str | os.PathLike,
+    *,
+    probs: np.ndarray | None = None,
+    zero_shot: str | os.PathLike | None = None,
+    side: int = 96,
+    **options: Any,
 ) -> LabelNoise:
     """How probable it is that each label is wrong, from pictures: all steps with their defaults.
 
     These are :func:`frozen_features`, :func:`out_of_sample` and :func:`estimate_label_noise`. A
     picture that cannot be read has no probability (NaN).
 
+    With `zero_shot`, the probabilities are the geometric mean, normalised, of those of
+    :func:`zero_shot_probs` and of the other source; or the former alone, if `backbone` and `probs`
+    are None. Then the neighbours are those of the model's embeddings.
+
     Args:
         rows: the data.
         backbone: see :func:`frozen_features`.
-        folder: for what is computed on the way, `features` and `folds` in it. After a kill, nothing
-            that is complete is computed again.
+        folder: for what is computed on the way, `features`, `folds` and `zero-shot` in it. After a
+            kill, nothing that is complete is computed again.
+        probs: instead of the backbone, out-of-sample probabilities [N, C].
+        zero_shot: the model of :func:`zero_shot_probs`.
+        side: of the backbone's input in pixels.
         options: of :func:`frozen_features`.
+
+    Raises:
+        ValueError: no source, or both a backbone and `probs`.
     """
-    view = frozen_features(rows, backbone, Path(folder, "features"), **options)
-    probs = out_of_sample(
-        view.features, view.labels, view.num_classes, folder=Path(folder, "folds")
-    )
-    probs[view.index != np.arange(len(view))] = np.nan  # these have the features of another row
-    return estimate_label_noise(view.labels, probs, view.features)
+    given = [source is not None for source in (backbone, probs)]
+    if all(given) or not (any(given) or zero_shot):
+        raise ValueError("expected a backbone or probs, or zero_shot, alone or with one of them")
+    labels = label_column(rows, options.get("label", "label"))
+    features = None
+    if backbone is not None:
+        view = frozen_features(rows, backbone, Path(folder, "features"), side=side, **options)
+        features, folds = view.features, Path(folder, "folds")
+        probs = out_of_sample(features, view.labels, view.num_classes, folder=folds)
+        probs[view.index != np.arange(len(view))] = np.nan  # these have features of another row
+    if zero_shot is not None:
+        own, view = zero_shot_probs(rows, zero_shot, Path(folder, "zero-shot"), **options)
+        if probs is not None:
+            _pool_into(own, probs)
+        probs, features = own, view.features if features is None else features
+    return estimate_label_noise(labels, probs, features)
+
+
+def _pool_into(probs: np.ndarray, other: np.ndarray) -> None:
+    """Replace probs [N, C] by the geometric mean of both, normalised."""
+    if probs.shape != other.shape:
+        raise ValueError(
+            f"probs: expected {list(probs.shape)}, as many as zero_shot gives, got "
+            f"{list(other.shape)}"
+        )
+    for start in range(0, len(probs), ROWS):
+        part = slice(start, start + ROWS)
+        pooled = np.sqrt((probs[part] + 1e-6) * (other[part] + 1e-6))  # no class is ruled out
+        probs[part] = pooled / pooled.sum(1, keepdims=True)
