@@ -36,6 +36,7 @@ class Settings:
     classes: int = HfArg(default=0, help="keep only the first classes, so many")
     where: str | None = HfArg(default=None, help="train only on rows where this column is true")
     augment: bool = HfArg(default=True, help="crop and flip")
+    flip: bool = HfArg(default=True, help="False: crop only, for digits and letters")
     size: int = HfArg(default=0, help="side of the pictures in px; 0: as they are")
     method: str = HfArg(default="smkd", help="any of kd_plugins.list_losses(), or cdr")
     refine: str = HfArg(default="mylc", help="label modification inside smkd")
@@ -107,7 +108,7 @@ def load(s: Settings, args) -> tuple:
     size = s.size or min(train[0][s.image].size)
     example = kd.models.make_model(s.models[0], classes)
     plain = kd.data.picture_transform(example, size)
-    crops = kd.data.picture_transform(example, size, s.augment)
+    crops = kd.data.picture_transform(example, size, s.augment, flip=s.flip)
     columns = {"image": s.image, "label": "given_label", "clean": s.label}
     views = 1 if s.method == "cdr" else kd.loss_class(s.method).views
     train_view = kd.data.ImageView(train, crops, seed=args.seed, views=views, **columns)

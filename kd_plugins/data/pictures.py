@@ -206,18 +206,25 @@ def noise_by_name(
 
 
 def picture_transform(
-    model: nn.Module, size: int, augment: bool = False, as_bytes: bool = False
+    model: nn.Module,
+    size: int,
+    augment: bool = False,
+    as_bytes: bool = False,
+    flip: bool = True,
 ) -> Any:
     """PIL picture -> normalised tensor for ``model``, with the augmentation of the papers if asked.
 
-    Up to 64 px: resized to ``size``, padded by 4 px, cropped and flipped at random. Larger pictures
-    go through timm's transform for the model. With ``as_bytes`` the tensor is uint8 and not
+    Up to 64 px: resized to ``size``, padded by an eighth of it (4 of 32 px), cropped and flipped at
+    random. Larger pictures go through timm's transform for the model. With ``flip=False`` none is
+    mirrored, as digits and letters must not be. With ``as_bytes`` the tensor is uint8 and not
     normalised: ``MutualDistillationTrainer`` and ``predict_probs`` do that on the device.
     """
     cfg = timm.data.resolve_data_config(model=model)
     if size > 64:
-        return timm.data.create_transform(**cfg, is_training=augment, normalize=not as_bytes)
-    crops = [T.RandomCrop(size, padding=4), T.RandomHorizontalFlip()] if augment else []
+        more = {"normalize": not as_bytes, "hflip": 0.5 if flip else 0.0}
+        return timm.data.create_transform(**cfg, is_training=augment, **more)
+    crops = [T.RandomCrop(size, padding=size // 8)] if augment else []
+    crops += [T.RandomHorizontalFlip()] if augment and flip else []
     last = [T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])]
     last = [T.PILToTensor()] if as_bytes else last
     return T.Compose([T.Resize((size, size)), *crops, *last])

@@ -125,6 +125,17 @@ def test_transform_is_that_of_the_network():
     assert large.shape == (3, 160, 160)
 
 
+@pytest.mark.parametrize("size", [16, 224])
+def test_digits_are_not_mirrored(size):
+    """A picture whose left half is bright keeps it there, if no flip is asked for."""
+    model = timm.create_model("test_resnet")
+    half = Image.fromarray(np.repeat([[255, 0]], 8, 1).repeat(16, 0).astype("uint8")).convert("RGB")
+    for flip in (True, False):
+        crops = picture_transform(model, size, augment=True, flip=flip)
+        sides = [crops(half)[0].sum(0).chunk(2) for _ in range(16)]
+        assert {bool(a.sum() >= b.sum()) for a, b in sides} == ({True, False} if flip else {True})
+
+
 def test_classes_of_the_splits_are_compared(monkeypatch):
     def split(names):
         features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
