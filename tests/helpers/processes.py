@@ -9,11 +9,13 @@ import os
 import runpy
 import socket
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
+from tqdm import tqdm
 
 TESTS = Path(__file__).parents[1]
 # for a process that imports the package and the helpers anew
@@ -25,6 +27,7 @@ def child(work, *args, log=os.devnull, env=()):
 
     def run():
         os.environ.update(env)
+        tqdm.set_lock(threading.RLock())  # forks share one, and a killed one would keep it for good
         AcceleratorState._reset_state(reset_partial_state=True)  # it says how many processes run
         with open(log, "w", buffering=1, encoding="utf-8") as out:
             os.dup2(out.fileno(), 1)
