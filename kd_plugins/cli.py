@@ -248,7 +248,7 @@ def suspects_command(argv: Sequence[str]) -> None:
             "--zero-shot goes with the last two"
         )
     rows, image, label = data.load_rows(_named_data(s), s.split, s.image, s.label)
-    columns = {"image": image, "label": label}
+    columns: dict[str, Any] = {"image": image, "label": label}
     networks = [models.make_teacher(folder, None) for folder in s.networks]
     view = data.plain_view(rows, networks[0] if networks else None, **columns)
     names, loading = view.class_names, {"batch_size": s.batch_size, "num_workers": s.num_workers}

@@ -102,19 +102,18 @@ def load(s: Settings, args) -> tuple:
     classes = train.features[s.label].num_classes
     if args.process_index == 0:
         print(kd.data.noise_report(train[s.label], train["given_label"], classes))
-    if s.holdout > 0:  # its labels are the given ones: nobody has clean labels to choose with
-        train, test = train.train_test_split(s.holdout, seed=args.seed).values()
+    if s.holdout > 0:  # the same rows for every seed; their labels are the given ones
+        train, test = train.train_test_split(s.holdout, seed=0).values()
 
     size = s.size or min(train[0][s.image].size)
     example = kd.models.make_model(s.models[0], classes)
-    plain = kd.data.picture_transform(example, size)
-    crops = kd.data.picture_transform(example, size, s.augment, flip=s.flip)
     columns = {"image": s.image, "label": "given_label", "clean": s.label}
     views = 1 if s.method == "cdr" else kd.loss_class(s.method).views
-    train_view = kd.data.ImageView(train, crops, seed=args.seed, views=views, **columns)
-    fit = kd.data.ImageView(train, plain, **columns)
-    label = "given_label" if s.holdout else s.label
-    return train_view, kd.data.ImageView(test, plain, image=s.image, label=label), fit, noise
+    how = {"augment": s.augment, "flip": s.flip, "seed": args.seed, "views": views}
+    train_view = kd.data.training_view(train, example, size, **how, **columns)
+    fit = kd.data.plain_view(train, example, size, **columns)
+    columns = {"image": s.image, "label": "given_label" if s.holdout else s.label}
+    return train_view, kd.data.plain_view(test, example, size, **columns), fit, noise
 
 
 def main() -> dict:

@@ -14,9 +14,8 @@ noise rate (Co-teaching, JoCoR) or the transition matrix are told the true one.
 docs/frozen-features.md has figures.
 """
 
-import json
-from contextlib import suppress
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 
@@ -25,6 +24,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.hf_argparser import HfArg
 
 import kd_plugins as kd
+from kd_plugins.audit.dots import draw_dots
 from kd_plugins.audit.plots import markdown, mean_std
 from kd_plugins.data import FeatureView
 from kd_plugins.models import feature_head
@@ -56,8 +56,7 @@ class Settings:
 def make_loss(method: str, rate: float, transition) -> kd.Loss:
     """The loss that `NAME:argument=value,...` names; of smkd, MyLC's arguments too."""
     name, _, text = method.partition(":")
-    given = dict(pair.split("=") for pair in text.split(",") if pair)
-    own = {key: json.loads(v) if v[:1] in "-.0123456789" else v for key, v in given.items()}
+    own = kd.train.parse_pairs("methods", text.split(",") if text else [])
     if name in ("co_teaching", "co_teaching_plus", "jocor"):
         own = {"forget": rate} | own
     elif name in ("forward_correction", "backward_correction"):
@@ -114,42 +113,19 @@ def with_noise(s: Settings, train, clean, test, name: str, seed: int) -> tuple:
     return noise, data, test
 
 
-def read(log: Path) -> dict[tuple, dict]:
-    """The runs that are done; a line that was cut short by a kill is not."""
-    done = {}
-    for line in log.read_text().splitlines() if log.exists() else []:
-        with suppress(ValueError):
-            row = json.loads(line)
-            done[row["noise"], row["seed"], row["method"]] = row
-    return done
-
-
 def report(rows: list[dict], noises: list[str], folder: Path) -> None:
-    """A table, and a picture with a panel a noise: a dot is a seed, the line is cross-entropy."""
-    import matplotlib.pyplot as plt
-
-    table: dict[str, dict[str, list[float]]] = {}
+    """A table and a picture: a row is a method, the best one first, and a column a noise."""
+    found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
-        table.setdefault(row["method"], {n: [] for n in noises})
-        table[row["method"]].setdefault(row["noise"], []).append(row["eval_accuracy"])
-    order = sorted(table, key=lambda m: -fmean(fmean(v or [0]) for v in table[m].values()))
-    cells = [[m, *(mean_std(table[m][n]) if table[m][n] else "" for n in noises)] for m in order]
+        columns = found.setdefault(row["method"], {noise: [] for noise in noises})
+        columns[row["noise"]].append(row["eval_accuracy"])
+    best_first = sorted(found, key=lambda method: -fmean(map(fmean, found[method].values())))
+    found = {method: found[method] for method in best_first}
+    cells = [[method, *map(mean_std, columns.values())] for method, columns in found.items()]
     text = markdown(["method", *noises], cells)
     (folder / "results.md").write_text(text + "\n")
+    draw_dots(found, folder / "results.png", reference="ce")
     print(text)
-
-    size = (2.6 * len(noises) + 1.5, 0.22 * len(order) + 1)
-    figure, axes = plt.subplots(1, len(noises), figsize=size, sharey=True, squeeze=False)
-    for axis, noise in zip(axes[0], noises, strict=True):
-        for height, method in enumerate(reversed(order)):
-            values = [100 * v for v in table[method][noise]]
-            axis.plot(values, [height] * len(values), "o", color="#0072B2", ms=4, alpha=0.7)
-        if table.get("ce", {}).get(noise):
-            axis.axvline(100 * fmean(table["ce"][noise]), color="#D55E00")
-        axis.set(title=noise, yticks=range(len(order)), yticklabels=order[::-1])
-        axis.set_xlabel("test accuracy [%]")
-        axis.grid(axis="x", alpha=0.3)
-    figure.savefig(folder / "results.png", dpi=120, bbox_inches="tight")
 
 
 def main() -> None:
@@ -161,18 +137,19 @@ def main() -> None:
     clean, test = cached(s, "train", train), cached(s, "test", test)
     may_grow = ("methods", "noise", "seeds")
     kd.train.claim_folder(args, **{k: v for k, v in vars(s).items() if k not in may_grow})
+
     log = Path(args.output_dir, "results.jsonl")
-    done = read(log)
-    todo = [(n, seed, m) for n in s.noise for seed in s.seeds for m in methods]
-    for number, (name, seed, method) in enumerate(todo, start=1):
-        if (name, seed, method) in done:
+    done = {(row["noise"], row["seed"], row["method"]): row for row in kd.train.read_results(log)}
+    todo = list(product(s.noise, s.seeds, methods))
+    for number, key in enumerate(todo, start=1):
+        if key in done:
             continue
+        name, seed, method = key
         noise, data, unseen = with_noise(s, train, clean, test, name, seed)
         row = {"method": method, "noise": name, "seed": seed}
         row |= run(s, args, method, noise, data, unseen, seed)
-        with log.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        done[name, seed, method] = row
+        kd.train.append_result(log, row)
+        done[key] = row
         print(f"{number}/{len(todo)} {name} {method} seed {seed}: {row['eval_accuracy']:.1%}")
     report([done[key] for key in todo], s.noise, Path(args.output_dir))
 

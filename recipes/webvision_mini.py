@@ -70,49 +70,49 @@ def digits(root: Path, seed: int) -> Path:
     return root
 
 
-def views(s: Settings, root: Path, model, seed: int) -> tuple[kd.ImageView, dict]:
-    """Training data with seeded augmentation, and what is evaluated after each epoch."""
-    if s.data_dir is None:  # without random crops: they keep a network from memorising the digits
-        plain = T.Compose([T.ToTensor(), T.Normalize(0.5, 0.5)])
-        train = kd.load_webvision(root, classes=None)
-        test = kd.ImageView(kd.load_webvision(root, "val", classes=None), plain)
-        # evaluated on the training data too: how many wrong labels are memorised?
-        fit = kd.ImageView(train, plain, clean="clean_label")
-        return kd.ImageView(train, plain, seed=seed, clean="clean_label"), {
-            "val": test,
-            "train": fit,
-        }
+def digit_views(root: Path, seed: int) -> tuple[kd.ImageView, dict]:
+    """Training data, and what is evaluated: the training data too, for memorised labels."""
+    # without random crops, which keep a network from memorising the digits
+    plain = T.Compose([T.ToTensor(), T.Normalize(0.5, 0.5)])
+    rows, val = (kd.load_webvision(root, split, classes=None) for split in ("train", "val"))
+    train, fit = (kd.ImageView(rows, plain, seed=seed, clean="clean_label") for _ in range(2))
+    return train, {"val": kd.ImageView(val, plain), "train": fit}
+
+
+def webvision_views(s: Settings, model, seed: int) -> tuple[kd.ImageView, dict]:
+    """Training data with seeded augmentation, and what is evaluated."""
     cfg = timm.data.resolve_data_config(model=model)
     last = [T.ToTensor(), T.Normalize(cfg["mean"], cfg["std"])]
     crops = T.Compose([T.Resize(320), T.RandomCrop(299), T.RandomHorizontalFlip(), *last])
     plain = T.Compose([T.Resize(320), T.CenterCrop(299), *last])
-    sets = {"val": kd.load_webvision(root, "val")}
+    evals = {"val": kd.ImageView(kd.load_webvision(s.data_dir, "val"), plain)}
     if s.imagenet_dir:
-        synsets = Path(root, "info", "synsets.txt")
-        sets["imagenet"] = kd.load_webvision(s.imagenet_dir, "imagenet", synsets=synsets)
-    evals = {name: kd.ImageView(part, plain) for name, part in sets.items()}
-    return kd.ImageView(kd.load_webvision(root), crops, seed=seed), evals
+        synsets = Path(s.data_dir, "info", "synsets.txt")
+        rows = kd.load_webvision(s.imagenet_dir, "imagenet", synsets=synsets)
+        evals["imagenet"] = kd.ImageView(rows, plain)
+    return kd.ImageView(kd.load_webvision(s.data_dir), crops, seed=seed), evals
 
 
 def run(s: Settings, args: kd.MutualTrainingArguments, root: Path, method: str) -> dict:
     """Train one pair of networks; its figures, from disk if it was trained before."""
-    done = Path(args.output_dir, "results.json")
     title, make_loss = METHODS[method]
-    loss = make_loss()
+    loss, done = make_loss(), Path(args.output_dir, "results.json")
     settings = {"models": s.models, "data": s.data_dir, "loss": repr(loss)}
     if done.exists():
         kd.train.claim_folder(args, **settings)
         print(f"{title}, seed {args.seed}: done before, see {done}")
         return json.loads(done.read_text())
     set_seed(args.seed)
-    classes = 50 if s.data_dir else 10
-    networks = [kd.models.make_model(name, classes) for name in s.models]
+    networks = [kd.models.make_model(name, 50 if s.data_dir else 10) for name in s.models]
     networks = [network.to(memory_format=torch.channels_last) for network in networks]
-    train, evals = views(s, root, networks[0], args.seed)
+    if s.data_dir:
+        train, evals = webvision_views(s, networks[0], args.seed)
+    else:
+        train, evals = digit_views(root, args.seed)
     print(f"\n{title}, seed {args.seed}: {len(train)} pictures, {' and '.join(s.models)}")
     callbacks = [kd.DynamicsCallback()] if method == s.methods[-1] else []  # for suspects()
-    data = {"train_dataset": train, "eval_dataset": evals}
-    trainer = kd.MutualDistillationTrainer(networks, loss, args, callbacks=callbacks, **data)
+    data = {"train_dataset": train, "eval_dataset": evals, "callbacks": callbacks}
+    trainer = kd.MutualDistillationTrainer(networks, loss, args, **data)
     kd.train.claim_folder(args, **settings)  # not before all of it could be made
     trainer.train(resume_from_checkpoint=True)
     figures: dict = {}
@@ -125,21 +125,20 @@ def run(s: Settings, args: kd.MutualTrainingArguments, root: Path, method: str) 
     return figures
 
 
-def suspects(s: Settings, folder: Path, dynamics: Path, root: Path) -> list[Path]:
+def suspects(dynamics: Path, root: Path, classes: int | None, folder: Path) -> list[Path]:
     """The labels that are probably wrong: a table, pictures, and a page to go through."""
-    train = kd.load_webvision(root) if s.data_dir else kd.load_webvision(root, classes=None)
+    train = kd.load_webvision(root, classes=classes)
     names = [name.partition(" ")[2] or name for name in train.features["label"].names]
     found = kd.find_suspects(dynamics=dynamics, class_names=names)  # names without n01440764
-    text = f"{len(found)} of {len(train)} labels are suspected"
-    if not s.data_dir:
+    print(f"\n{len(found)} of {len(train)} labels are suspected")
+    if "clean_label" in train.column_names:
         wrong = np.asarray(train["label"]) != np.asarray(train["clean_label"])
         hits = wrong[found["index"]]
-        text += f", {hits.mean():.0%} of them are wrong ({hits[:100].mean():.0%} of the first "
-        text += f"hundred), {hits.sum() / wrong.sum():.0%} of all wrong labels are among them"
-    print(f"\n{text}")
-    found.to_csv(folder / "suspects.csv")
-    sheet = kd.contact_sheet(found, train, folder / "suspects.png")
-    return [folder / "suspects.csv", sheet, kd.html_page(found, train, folder / "suspects.html")]
+        print(
+            f"{hits.mean():.0%} of them are wrong ({hits[:100].mean():.0%} of the first hundred), "
+            f"{hits.sum() / wrong.sum():.0%} of all wrong labels are among them"
+        )
+    return kd.audit.write_suspects(found, train, folder)
 
 
 def main() -> None:
@@ -161,25 +160,28 @@ def main() -> None:
             one = copy.copy(args)
             one.seed, one.output_dir = seed, str(folder / f"{method}-{seed}")
             results[method].append(run(s, one, root, method))
-    if args.process_index:
-        return
+    if args.process_index == 0:
+        report(s, folder, args.seed, results)
 
+
+def report(s: Settings, folder: Path, seed: int, results: dict[str, list[dict]]) -> None:
+    """The table, and pictures of the first seed."""
     wanted = re.compile(r"eval_(?!train)\w+_accuracy(_[ab]|_ensemble)?|eval_train_memorised")
-    keys = [key for key in next(iter(results.values()))[-1] if wanted.fullmatch(key)]
+    keys = [key for key in results[s.methods[-1]][-1] if wanted.fullmatch(key)]
     rows = [
         [METHODS[method][0], *(plots.mean_std([run[key] for run in runs]) for key in keys)]
         for method, runs in results.items()
     ]
-    runs = {METHODS[method][0]: folder / f"{method}-{args.seed}" for method in s.methods}
-    pictures = plots.draw(runs, folder / "pictures")
     print(f"\nPer cent, last epoch, {s.seeds} seed(s); networks a and b: {', '.join(s.models)}\n")
     print(plots.markdown(["method", *(key.removeprefix("eval_") for key in keys)], rows))
-    last = f"{s.methods[-1]}-{args.seed}"
-    if (dynamics := folder / last / "dynamics").exists():
-        root = Path(s.data_dir) if s.data_dir else folder / f"data-{args.seed}"
-        pictures += suspects(s, folder / "pictures", dynamics, root)
-    print("\nPictures:", *pictures, sep="\n  ")
-    print(f"Networks, for timm and transformers: {folder}/{last}/peer_a and peer_b")
+    runs = {METHODS[method][0]: folder / f"{method}-{seed}" for method in s.methods}
+    paths = plots.draw(runs, folder / "pictures")
+    last = folder / f"{s.methods[-1]}-{seed}"
+    if (last / "dynamics").exists():
+        root, classes = (s.data_dir, 50) if s.data_dir else (folder / f"data-{seed}", None)
+        paths += suspects(last / "dynamics", root, classes, folder / "pictures")
+    print("\nPictures:", *paths, sep="\n  ")
+    print(f"Networks, for timm and transformers: {last}/peer_a and peer_b")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from .pictures import (
     noise_by_name,
     picture_transform,
     plain_view,
+    training_view,
 )
 from .subset import SubsetView, as_view, num_samples, set_epoch
 from .teacher_cache import TeacherCache, cache_teachers
@@ -63,6 +64,7 @@ __all__ = [
     "same_classes",
     "set_epoch",
     "symmetric",
+    "training_view",
     "write_webvision",
 ]
 

@@ -230,17 +230,44 @@ def picture_transform(
     return T.Compose([T.Resize((size, size)), *crops, *last])
 
 
-def plain_view(rows: datasets.Dataset, model: nn.Module | None, **columns: Any) -> ImageView:
+def plain_view(
+    rows: datasets.Dataset, model: nn.Module | None, size: int = 0, **arguments: Any
+) -> ImageView:
     """A view without augmentation, normalised for ``model`` if there is one.
 
     Args:
-        rows: pictures of one size up to 64 px, or any larger ones; the first one tells.
+        rows: pictures of one size up to 64 px, or any larger ones.
         model: the network that will see them.
-        **columns: ``image``, ``label`` and ``clean`` of :class:`ImageView`.
+        size: side in px, as :func:`picture_transform` takes it; 0: that of the first picture.
+        **arguments: ``image``, ``label`` and others of :class:`ImageView`.
     """
-    view = ImageView(rows, T.ToTensor(), **columns)
+    view = ImageView(rows, T.ToTensor(), **arguments)
     if model is not None:
-        view.transform = picture_transform(model, min(view.readable(0)[1].size))
+        view.transform = picture_transform(model, size or min(view.readable(0)[1].size))
+    return view
+
+
+def training_view(
+    rows: datasets.Dataset,
+    model: nn.Module,
+    size: int = 0,
+    augment: bool = True,
+    flip: bool = True,
+    **arguments: Any,
+) -> ImageView:
+    """A view with the augmentation of the papers, normalised for ``model``.
+
+    Args:
+        rows: pictures of one size up to 64 px, or any larger ones.
+        model: the network that will see them.
+        size: side in px, as :func:`picture_transform` takes it; 0: that of the first picture.
+        augment: False leaves the augmentation out.
+        flip: False leaves the mirroring out, for digits and letters.
+        **arguments: ``seed``, ``image``, ``label`` and others of :class:`ImageView`.
+    """
+    view = plain_view(rows, None, **arguments)
+    size = size or min(view.readable(0)[1].size)
+    view.transform = picture_transform(model, size, augment, flip=flip)
     return view
 
 

@@ -159,6 +159,19 @@ def parse_pairs(option: str, texts: Sequence[str]) -> dict[str, Any]:
     return pairs
 
 
+def parse_terms(option: str, text: str) -> list[tuple[float, str]]:
+    """Weights and names of the losses in a sum that an option holds. A weight of 1 may be left out.
+
+    >>> parse_terms("terms", "ce + 50*camkd_features")
+    [(1.0, 'ce'), (50.0, 'camkd_features')]
+    """
+    terms = [term.rpartition("*") for term in text.split("+")]
+    try:
+        return [(float(weight or 1), name.strip()) for weight, _, name in terms]
+    except ValueError as error:
+        raise SystemExit(f"--{option} {text}: expected WEIGHT*NAME + NAME ...: {error}") from None
+
+
 def _did_you_mean(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

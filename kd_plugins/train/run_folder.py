@@ -294,3 +294,20 @@ def claim_folder(args: TrainingArguments, **settings: Any) -> None:
     elif args.process_index == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(current, indent=1))
+
+
+def read_results(path: str | Path) -> list[dict[str, Any]]:
+    """The lines that :func:`append_result` wrote; none if there is no such file.
+
+    A line that a kill has cut short is left out.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def append_result(path: str | Path, result: Mapping[str, Any]) -> None:
+    """Add the result of one of many runs to a file, as a line of JSON."""
+    path = Path(path)
+    cut_short = path.exists() and not path.read_bytes().endswith(b"\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" * cut_short + json.dumps(result) + "\n")

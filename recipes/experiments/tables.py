@@ -28,22 +28,26 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 from table import Options, Table
+from tables_of_distillation import TEACHER
 from tables_of_papers import BUDGETS, NARROW, TABLES
 from tables_report import publish, slug
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
-from kd_plugins.train import run_main
+from kd_plugins.train import MutualTrainingArguments, run_main
 
 RECIPES = Path(__file__).resolve().parents[1]
+# options that reach the teachers too; how long they train is --teacher_epochs
+SHARED = {f.name for f in fields(MutualTrainingArguments)} - {"num_train_epochs"}
+SHARED |= {"image", "augment", "holdout"}
 
 
 @dataclass
@@ -59,6 +63,7 @@ class Settings:
     rows: list[str] = HfArg(default_factory=list, help="these rows only")
     columns: list[str] = HfArg(default_factory=list, help="these columns only")
     first: list[str] = HfArg(default_factory=list, help="cells to run first: 'ROW:COLUMN'")
+    teacher_epochs: float = HfArg(default=0.0, help="of the teachers; 0: those of the budget")
     output_dir: str = "runs/tables"
 
 
@@ -131,7 +136,7 @@ def options_for_all(s: Settings, table: Table, rest: list[str]) -> dict[str, lis
     """The options that are passed on to every cell; refused if a cell has its own."""
     parts = (*table.rows.values(), *table.columns.values(), *table.cells.values())
     own = {key for part in parts for key in part}
-    own |= {"seed", "teachers", "train_teachers"}
+    own |= {"seed", "teachers"}
     given = options_of(rest)
     for key, values in given.items():
         if any(name.startswith(key) for name in own):  # argparse also takes the start of a name
@@ -148,46 +153,46 @@ def options_for_all(s: Settings, table: Table, rest: list[str]) -> dict[str, lis
 def make_cells(s: Settings, rest: list[str]) -> tuple[list[Cell], Path]:
     """The cells in the order in which they run, and the folder of the table.
 
-    Teachers that the cells share are a cell of their own, with an empty row, and come first.
+    Each teacher that the cells share is a cell of its own, with an empty row, and comes first.
     """
     table = chosen(TABLES, "table", s.table)
-    budget = chosen(BUDGETS, "budget", s.budget)[table.recipe]
+    budget = chosen(BUDGETS, "budget", s.budget)
     grid, given = choose_cells(s, table), options_for_all(s, table, rest)
     root = Path(s.output_dir, s.table, s.budget)
 
-    def make(row: str, column: str, seed: int, folder: Path, *parts: Options) -> Cell:
-        options = merged({"data": s.data}, table.base, *parts)
+    def make(row: str, column: str, folder: Path, recipe: str, options: Options) -> Cell:
+        options = {"data": s.data} | options
         if s.budget != "full":
             for key in {"models", "teachers"} & {*options}:
                 options[key] = [NARROW.get(name, name) for name in options[key]]
         if options.get("method") == "smkd":
             normalize = "selected" if s.budget == "full" else "batch"  # the paper's, the default
             options = merged(options, {"loss_args": {"normalize": normalize}})
-        options |= {"output_dir": folder, "seed": seed}
-        options["label"] = s.label or options.get("label")
-        command = [sys.executable, str(RECIPES / table.recipe), *arguments(options)]
+        options |= {"output_dir": folder, "label": s.label or options.get("label")}
+        command = [sys.executable, str(RECIPES / recipe), *arguments(options)]
         for key, values in given.items():
-            if not row or key not in ("teacher_epochs", "teacher_rates"):
+            if row or any(name.startswith(key) for name in SHARED):
                 command += [f"--{key}", *values]
-        return Cell(row, column, seed, folder, command)
+        return Cell(row, column, options["seed"], folder, command)
 
     cells, trained = [], []
-    if names := table.base.get("teachers"):
-        teachers = make("", "", 0, root / "teachers", budget)
-        teachers.command.extend(["--student", "none"])  # the last one counts
-        cells.append(teachers)
-        folder = root / "teachers" / "teachers"
-        trained = [str(folder / str(k) / "peer_a") for k in range(len(names))]
+    own = merged(TEACHER, budget["teachers"])
+    if s.teacher_epochs:
+        own["num_train_epochs"] = s.teacher_epochs
+    for k, name in enumerate(table.base.get("teachers", [])):
+        folder = root / "teachers" / str(k)
+        options = own | {"models": [name], "seed": k}
+        cells.append(make("", "", folder, "cifar100_noise.py", options))
+        trained.append(str(folder / "peer_a"))
     for seed in range(s.seeds):
         for row, column in grid:
             single = table.cells.get((row, column), {})
-            own = merged(table.columns[column], table.rows[row], single, budget)
+            own = merged(table.columns[column], table.rows[row], single)
             if trained:
-                own["train_teachers"] = False
-                own.pop("teacher_epochs", None)
                 own["teachers"] = [trained[k] for k in own.get("teachers", range(len(trained)))]
+            own = merged(table.base, own, budget[table.recipe], {"seed": seed})
             folder = root / f"{slug(row)}--{slug(column)}" / str(seed)
-            cells.append(make(row, column, seed, folder, own))
+            cells.append(make(row, column, folder, table.recipe, own))
     return cells, root
 
 
@@ -260,7 +265,7 @@ class Runner:
             device = self.gpus[slot % len(self.gpus)] if self.gpus else f"{self.cores} CPU cores"
             clock |= {"device": device, "command": cell.command[1:]}
             (cell.folder / "clock.json").write_text(json.dumps(clock, indent=1))
-            name = f"{cell.row} {cell.column} {cell.seed}" if cell.row else "teachers"
+            name = f"{cell.row} {cell.column} {cell.seed}" if cell.row else "teacher"
             self.bar.set_postfix_str(name)
             self.bar.update()
         return ok

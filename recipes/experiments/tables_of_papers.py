@@ -251,10 +251,11 @@ SCHEDULE: Options = {
     "bf16": True,
 }
 BUDGETS: dict[str, dict[str, Options]] = {
-    "full": {"cifar100_noise.py": {}, "distill_teachers.py": {}},
+    "full": {"cifar100_noise.py": {}, "distill_teachers.py": {}, "teachers": {}},
     "small": {
         "cifar100_noise.py": SCHEDULE
         | {"label": "coarse_label", "classes": 10, "augment": False, "num_train_epochs": 12},
-        "distill_teachers.py": SCHEDULE | {"num_train_epochs": 5, "teacher_epochs": 10},
+        "distill_teachers.py": SCHEDULE | {"num_train_epochs": 5},
+        "teachers": SCHEDULE | {"num_train_epochs": 10},
     },
 }

@@ -52,6 +52,13 @@ def tables():
         yield runpy.run_path(str(RECIPES / "experiments" / "tables.py"))
 
 
+@pytest.fixture(scope="module")
+def recipes():
+    """The names of the recipes that cells run."""
+    names = ("cifar100_noise.py", "distill_teachers.py")
+    return {name: runpy.run_path(str(RECIPES / name)) for name in names}
+
+
 @pytest.fixture
 def start(tables, tmp_path, monkeypatch):
     """Run the matrix with the stand-in. Returns the exit code and the folder of the table."""
@@ -204,23 +211,16 @@ def test_options_that_cells_have_of_their_own_are_refused(more, start, tmp_path)
 
 
 @pytest.mark.parametrize("budget", ["full", "small"])
-def test_what_is_passed_on_reaches_whom_it_concerns(tables, budget, monkeypatch):
-    """Options of the teachers go to the teachers only, all other options to every cell."""
-    recipe = runpy.run_path(str(RECIPES / "distill_teachers.py"))
-    more = ["--teacher_epochs", "7", "--student", "resnet18_cifar", "--learning_rate=0.01"]
-    cells, _ = tables["make_cells"](
-        tables["Settings"](table="camkd-1", seeds=1, budget=budget), more
-    )
-    for cell in cells:
-        s, args = parse(recipe, cell.command, monkeypatch)
-        assert (
-            s["student"] == ("resnet18_cifar" if cell.row else "none")
-            and args.learning_rate == 0.01
-        )
-        assert s["teacher_epochs"] == (0 if cell.row else 7) and s["train_teachers"] == (
-            not cell.row
-        )
-    for bad in ("--teachers", "--train_teachers", "--terms", "--preset"):
+def test_what_is_passed_on_reaches_whom_it_concerns(tables, budget):
+    """Options that teachers have too go to every cell, options of students to the students."""
+    asked = tables["Settings"](table="camkd-1", seeds=1, budget=budget, teacher_epochs=7)
+    more = ["--student", "resnet18_cifar", "--learning_rate=0.01", "--num_train_epochs", "9"]
+    for cell in tables["make_cells"](asked, more)[0]:
+        given = tables["options_of"](cell.command)
+        assert given["learning_rate"] == ["0.01"]
+        assert given["num_train_epochs"] == (["9"] if cell.row else ["7"])
+        assert given.get("student") == (["resnet18_cifar"] if cell.row else None)
+    for bad in ("--teachers", "--terms", "--preset"):
         with pytest.raises(SystemExit, match=f"{bad} x: each cell of camkd-1 has its own"):
             tables["make_cells"](tables["Settings"](table="camkd-1", seeds=1), [bad, "x"])
 
@@ -304,23 +304,20 @@ def test_first_cells(tables):
 
 
 @pytest.mark.parametrize("budget", ["full", "small"])
-def test_every_cell_is_a_command_that_its_recipe_takes(tables, budget):
+def test_every_cell_is_a_command_that_its_recipe_takes(tables, recipes, budget):
     """The recipe's own parser takes the options, and the named losses can be made."""
-    settings = {
-        name: runpy.run_path(str(RECIPES / name))
-        for name in ("cifar100_noise.py", "distill_teachers.py")
-    }
     for name, table in tables["TABLES"].items():
         cells, _ = tables["make_cells"](tables["Settings"](table=name, seeds=1, budget=budget), [])
         assert len({cell.folder for cell in cells}) == len(cells)
         assert set(table.paper) <= {(c.row, c.column) for c in cells}, name
-        recipe = settings[table.recipe]
-        parser = HfArgumentParser((recipe["Settings"], MutualTrainingArguments))
         for cell in cells:
-            assert cell.command[1] == str(RECIPES / table.recipe)
+            kind = table.recipe if cell.row else "cifar100_noise.py"
+            recipe = recipes[kind]
+            assert cell.command[1] == str(RECIPES / kind)
+            parser = HfArgumentParser((recipe["Settings"], MutualTrainingArguments))
             s, args = parser.parse_args_into_dataclasses(cell.command[2:])
             assert args.seed == cell.seed and args.output_dir == str(cell.folder)
-            if table.recipe == "distill_teachers.py":
+            if kind == "distill_teachers.py":
                 assert not s.preset or s.preset in recipe["PRESETS"]
                 continue
             if s.method == "smkd":
@@ -332,10 +329,10 @@ def test_every_cell_is_a_command_that_its_recipe_takes(tables, budget):
             assert "resnet34_cifar" not in s.models or budget == "full"
 
 
-def parse(recipe, command, monkeypatch):
-    """Settings and arguments as the recipe reads and checks them."""
+def parse(recipes, command, monkeypatch):
+    """Settings and arguments as the recipe of a command reads and checks them."""
     monkeypatch.setattr(sys, "argv", command[1:])
-    s, args = recipe["options"]()
+    s, args, *_ = recipes[Path(command[1]).name]["options"]()
     return vars(s), args
 
 
@@ -356,50 +353,32 @@ SCHEDULE = [
 ]
 
 
-def test_cells_of_a_distillation_table_share_one_schedule(tables, monkeypatch):
+def test_cells_of_a_distillation_table_share_one_schedule(tables, recipes, monkeypatch):
     """Teachers and rows have the published schedule, also rows that name only their terms."""
-    recipe = runpy.run_path(str(RECIPES / "distill_teachers.py"))
-    there = {
-        name: table
-        for name, table in tables["TABLES"].items()
-        if table.recipe == "distill_teachers.py"
-    }
+    distill = recipes["distill_teachers.py"]
+    there = {name: t for name, t in tables["TABLES"].items() if t.recipe == "distill_teachers.py"}
     assert len(there) == 5
+    published = MutualTrainingArguments("x", report_to="none", **distill["SCHEDULE"])
     for name, table in there.items():
         cells, _ = tables["make_cells"](tables["Settings"](table=name, seeds=1), [])
-        runs = {cell.row: parse(recipe, cell.command, monkeypatch) for cell in cells}
-        schedules = {
-            row: {key: getattr(args, key) for key in SCHEDULE} for row, (_, args) in runs.items()
-        }
-        assert (
-            runs.keys() == {"", *table.rows} and schedules[""] | recipe["SCHEDULE"] == schedules[""]
-        )
-        assert {row: other for row, other in schedules.items() if other != schedules[""]} == {}, (
-            name
-        )
-        for row, (s, _) in runs.items():
-            column = [*table.columns][-1]  # the runs are those of the last one
-            student = table.columns[column].get("student", "resnet10_cifar")
-            assert s["student"] == (student if row else "none")
-            own = table.rows.get(
-                row, {"preset": "kd"}
-            )  # of the teachers: for its schedule, no student learns the terms
-            learned = (
-                {"revise": 0.0, "keep": 1.0, "standardize": 0.0}
-                | recipe["PRESETS"].get(own.get("preset"), {})
-                | own
-            )
+        for cell in cells:
+            s, args = parse(recipes, cell.command, monkeypatch)
+            for key in SCHEDULE:
+                assert getattr(args, key) == getattr(published, key), (cell, key)
+            if not cell.row or (cell.row, cell.column) in table.cells:
+                continue  # a teacher, or a cell whose options are not those of the row
+            own = table.rows[cell.row]
+            learned = {"revise": 0.0, "keep": 1.0, "standardize": 0.0}
+            learned |= distill["PRESETS"].get(own.get("preset"), {}) | own
             named = ("terms", "revise", "keep", "standardize")
             assert [s[key] for key in named] == [learned[key] for key in named]
-            assert s["teacher_epochs"] == 0  # as many as the students
-            assert (row, column) not in table.cells  # its options would not be those of the row
 
 
 def test_rows_have_the_teachers_that_they_name(tables):
     """Methods for one teacher have the first one, CA-MKD has all, the student alone has none."""
     table = tables["TABLES"]["camkd-2"]
     cells, root = tables["make_cells"](tables["Settings"](table="camkd-2", seeds=1), [])
-    folders = [str(root / "teachers" / "teachers" / str(k) / "peer_a") for k in range(3)]
+    folders = [str(root / "teachers" / str(k) / "peer_a") for k in range(3)]
     seen = {
         cell.row: [a for a in cell.command if a.endswith("peer_a")] for cell in cells if cell.row
     }
@@ -410,8 +389,8 @@ def test_rows_have_the_teachers_that_they_name(tables):
 def test_each_column_has_its_pair(tables):
     """DKD's pairs: the student of the column learns from the teacher of the column."""
     cells = tables["make_cells"](tables["Settings"](table="dkd", seeds=1), [])[0]
-    trained = [*tables["TABLES"]["dkd"].base["teachers"]]
-    for cell in cells[1:]:
+    trained = tables["TABLES"]["dkd"].base["teachers"]
+    for cell in cells[len(trained) :]:
         options = tables["options_of"](cell.command)
         (student,), taught = options["student"], options.get("teachers", [])
         assert bool(taught) == (cell.row != "student alone")
@@ -444,11 +423,13 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("table", "row", "column", "expected"), PUBLISHED)
-def test_cells_have_the_published_arguments(tables, table, row, column, expected, monkeypatch):
+def test_cells_have_the_published_arguments(
+    tables, recipes, table, row, column, expected, monkeypatch
+):
     """What differs from pair to pair, and from rate to rate, arrives in the recipe's loss."""
     s = tables["Settings"](table=table, seeds=1, rows=[row], columns=[column])
     cell = tables["make_cells"](s, [])[0][-1]
-    recipe = runpy.run_path(cell.command[1])
+    recipe = recipes[Path(cell.command[1]).name]
     monkeypatch.setattr(sys, "argv", cell.command[1:])
     settings = recipe["options"]()[0]
     known = vars(settings)
@@ -486,16 +467,15 @@ def test_knowledge_columns_are_the_limits(tables):
 
 
 def test_teachers_come_first_and_are_shared(tables, tmp_path):
-    """One cell trains the teachers. All students but the student alone read their folders."""
-    cells, root = tables["make_cells"](
-        tables["Settings"](table="camkd-3", budget="small", output_dir=str(tmp_path)), []
-    )
-    first, *others = [" ".join(cell.command) for cell in cells]
-    assert (
-        "--train_teachers True" in first
-        and "--teachers resnet10_cifar resnet10_cifar mobilenetv3_small_050" in first
-    )
-    folders = " ".join(str(root / "teachers" / "teachers" / str(k) / "peer_a") for k in range(3))
-    for cell, command in zip(cells[1:], others, strict=True):
-        assert "--train_teachers False" in command
-        assert (folders in command) != (cell.row == "student alone")
+    """Each teacher is a cell. All students but the student alone read all of their folders."""
+    asked = tables["Settings"](table="camkd-3", budget="small", output_dir=str(tmp_path))
+    cells, root = tables["make_cells"](asked, [])
+    folders = [root / "teachers" / str(k) for k in range(3)]
+    assert [cell.folder for cell in cells if not cell.row] == folders
+    options = [tables["options_of"](cell.command) for cell in cells]
+    names = ["resnet10_cifar", "resnet10_cifar", "mobilenetv3_small_050"]
+    assert [o["models"] for o in options[:3]] == [[name] for name in names]
+    assert [o["seed"] for o in options[:3]] == [["0"], ["1"], ["2"]]
+    for cell, own in zip(cells[3:], options[3:], strict=True):
+        taught = [] if cell.row == "student alone" else [str(f / "peer_a") for f in folders]
+        assert own.get("teachers", []) == taught

@@ -8,7 +8,14 @@ from helpers.pictures import hub
 from PIL import Image
 
 import kd_plugins.models  # noqa: F401  makes resnet10_cifar known to timm
-from kd_plugins.data import find_column, load_pictures, noise_by_name, picture_transform
+from kd_plugins.data import (
+    find_column,
+    load_pictures,
+    noise_by_name,
+    picture_transform,
+    plain_view,
+    training_view,
+)
 
 INTEGERS = datasets.Value("int64")
 
@@ -146,3 +153,18 @@ def test_classes_of_the_splits_are_compared(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name: data)
     with pytest.raises(ValueError, match=r"the test data has .* another order: class 0 is 'dog'"):
         load_pictures("any", classes=2)
+
+
+def test_views_for_a_network(tmp_path):
+    """Pictures keep their size or get the one that is asked for; only training augments."""
+    rows = load_pictures(str(hub(tmp_path / "data")), label="fine_label").train
+    network, columns = timm.create_model("resnet10_cifar"), {"image": "img", "label": "fine_label"}
+    side = min(rows[0]["img"].size)
+    plain = plain_view(rows, network, **columns)[0]["pixel_values"]
+    assert plain.shape == (3, side, side)
+    assert plain.equal(picture_transform(network, side)(rows[0]["img"]))
+    assert training_view(rows, network, augment=False, **columns)[0]["pixel_values"].equal(plain)
+    train = training_view(rows, network, 24, seed=3, **columns)
+    first = train[0]["pixel_values"]
+    train.set_epoch(1)
+    assert first.shape == (3, 24, 24) and not first.equal(train[0]["pixel_values"])
