@@ -71,26 +71,30 @@ def pretrained(s: Settings, classes: int) -> nn.Module:
     return timm.create_model(s.model, **known)
 
 
-def main() -> None:
-    on_cpu = {"use_cpu": not torch.accelerator.is_available()}
-    s, args = kd.train.parse_settings(Settings, TrainingArguments, defaults=DEFAULTS | on_cpu)
-    loss = kd.create_loss(s.method, **({"b1": s.b1} if s.method == "mylc" else {}))
-    set_seed(args.seed)
+def load(s: Settings, args: TrainingArguments) -> tuple:
+    """Training and test data, with wrong labels if asked."""
     train, test, s.image, s.label = kd.data.load_pictures(s.data, s.image, s.label)
     classes = train.features[s.label].num_classes
     noise = kd.data.symmetric(classes, s.rate)
     train = kd.data.noisy_view(train, noise, seed=args.seed, label=s.label)
     if s.rate:
         print(kd.data.noise_report(train[s.label], train["noisy_label"], classes))
+    return train, test, classes
 
+
+def main() -> None:
+    on_cpu = {"use_cpu": not torch.accelerator.is_available()}
+    s, args = kd.train.parse_settings(Settings, TrainingArguments, defaults=DEFAULTS | on_cpu)
+    loss = kd.create_loss(s.method, **({"b1": s.b1} if s.method == "mylc" else {}))
+    set_seed(args.seed)
+    train, test, classes = load(s, args)
     model = pretrained(s, classes)
     size = {"input_size": (3, s.size, s.size)} if s.size else {}
     cfg = timm.data.resolve_data_config(size, model=model)
     crops = timm.data.create_transform(**cfg, is_training=True, color_jitter=None)
     plain = timm.data.create_transform(**cfg)
     columns = {"image": s.image, "seed": args.seed, "label": "noisy_label"}
-    clean = s.label if s.rate else None
-    train_view = kd.data.ImageView(train, crops, clean=clean, **columns)
+    train_view = kd.data.ImageView(train, crops, clean=s.label if s.rate else None, **columns)
     test_view = kd.data.ImageView(test, plain, **columns | {"label": s.label})
     loss.bind(num_samples=len(train_view), num_classes=classes)
     if s.prime:

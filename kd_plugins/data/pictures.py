@@ -221,7 +221,7 @@ def picture_transform(
     """
     cfg = timm.data.resolve_data_config(model=model)
     if size > 64:
-        more = {"normalize": not as_bytes, "hflip": 0.5 if flip else 0.0}
+        more: dict[str, Any] = {"normalize": not as_bytes, "hflip": 0.5 if flip else 0.0}
         return timm.data.create_transform(**cfg, is_training=augment, **more)
     crops = [T.RandomCrop(size, padding=size // 8)] if augment else []
     crops += [T.RandomHorizontalFlip()] if augment and flip else []
