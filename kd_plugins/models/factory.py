@@ -81,8 +81,11 @@ def _create(name: str, source: str, **kwargs: Any) -> nn.Module:
     """
     try:
         network: Any = timm.create_model(name, **kwargs)
-    except (SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "weights_only" not in str(error):
+    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        unreadable = isinstance(error, SafetensorError) or "weights_only" in str(error)
+        # timm's readers of numpy archives raise these, without the name of the file
+        archive = "checkpoint_path" in kwargs and isinstance(error, ValueError | KeyError)
+        if not unreadable and not archive:
             raise
         raise ValueError(
             f"the weights of {source} are not read: expected safetensors, or a pickle of tensors "

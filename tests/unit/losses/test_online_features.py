@@ -232,6 +232,8 @@ def test_logits_with_features_are_the_networks(name):
         else {}
     )
     model = timm.create_model(name, num_classes=C, **depth).eval()
+    if not hasattr(model, "forward_intermediates"):
+        pytest.skip(f"timm {timm.__version__} reads no feature maps of {name}")
     x = torch.randn(
         2, 3, *(model.patch_embed.img_size if hasattr(model, "patch_embed") else (96, 96))
     )

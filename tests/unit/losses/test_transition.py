@@ -215,7 +215,7 @@ def test_on_noisy_labels_the_least_loss_is_at_the_clean_posterior(make):
             optimizer.zero_grad()
             value = loss(z, eta @ T)
             value.backward()
-            return value
+            return value.detach()
 
         optimizer.step(closure)
         torch.testing.assert_close(z.detach().softmax(-1), end, atol=1e-5, rtol=0)
