@@ -263,6 +263,10 @@ def suspects_command(argv: Sequence[str]) -> None:
         suspects = audit.find_suspects(noise=noise, class_names=names)
         paths += audit.write_noise(noise, names, s.output)
         print(audit.noise_summary(noise, names))
+        if noise.near is not None:
+            pairs = audit.near_duplicates(noise, class_names=names)
+            paths += audit.write_oddities(noise, pairs, names, s.output)
+            print(f"{len(pairs)} pairs of nearly the same picture have different labels.")
     paths += audit.write_suspects(suspects, rows, s.output, count=s.count, **columns)
     print(f"{len(suspects)} of {len(rows)} labels are suspected:", *paths, sep="\n")
 

@@ -16,7 +16,8 @@ from .exchange import (
 from .frozen import frozen_features, noise_of_pictures
 from .gallery import contact_sheet, html_page, write_suspects
 from .influence import influence_scores, select_lowest
-from .noise_tables import noise_summary, write_noise
+from .neighbours import near_duplicates
+from .noise_tables import noise_summary, write_noise, write_oddities
 from .out_of_sample import out_of_sample
 from .predict import predict_probs
 from .ranking import LabelNoise, estimate_label_noise
@@ -39,6 +40,7 @@ __all__ = [
     "html_page",
     "influence_scores",
     "label_studio_config",
+    "near_duplicates",
     "noise_of_pictures",
     "noise_summary",
     "out_of_sample",
@@ -52,6 +54,7 @@ __all__ = [
     "to_label_studio",
     "write_corrected",
     "write_noise",
+    "write_oddities",
     "write_suspects",
     "zero_shot_probs",
 ]

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 
 from .ranking import LabelNoise
 
 LARGEST = 40  # classes whose names the picture shows
+FARTHEST = 100  # pictures in the table of outliers
 
 
 def noise_summary(noise: LabelNoise, names: Sequence[str], pairs: int = 5) -> str:
@@ -66,4 +68,26 @@ def write_noise(noise: LabelNoise, names: Sequence[str], folder: str | Path) -> 
     figure.supxlabel("\n".join("      ".join(worst[k : k + 2]) for k in (0, 2, 4, 6)), fontsize=10)
     paths.append(folder / "noise.png")
     figure.savefig(paths[1])
+    return paths
+
+
+def write_oddities(
+    noise: LabelNoise, pairs: Dataset, names: Sequence[str], folder: str | Path
+) -> list[Path]:
+    """Write `duplicates.csv`, the result of `near_duplicates`, and `outliers.csv`.
+
+    The latter has the hundred pictures that are farthest from all classes, the farthest first.
+    There always are such pictures, also where each belongs to a class. Returns the paths.
+    """
+    paths = [Path(folder, "duplicates.csv"), Path(folder, "outliers.csv")]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    pairs.to_pandas().to_csv(paths[0], index=False)  # with a header even if there are none
+    outlier = np.zeros(0) if noise.outlier is None else noise.outlier
+    with open(paths[1], "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["index", "label", "label_name", "outlier"])
+        for row in np.argsort(-outlier, kind="stable")[:FARTHEST]:
+            if np.isfinite(outlier[row]):
+                label = int(noise.labels[row])
+                table.writerow([row, label, names[label], round(float(outlier[row]), 5)])
     return paths

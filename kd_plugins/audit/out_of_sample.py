@@ -128,7 +128,7 @@ class _Task:
         self.features, self.labels, self.classes = features, torch.from_numpy(labels), classes
         self.loss, self.epochs, self.batch_size = loss, epochs, batch_size
         self.learning_rate = learning_rate
-        self.mean, self.std = _moments(features)
+        self.mean, self.std = moments(features)
 
     def rows(self, rows: np.ndarray) -> Tensor:
         """Standardised features of some rows."""
@@ -161,7 +161,7 @@ class _Task:
         return head
 
 
-def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each feature."""
     total, square = np.zeros((2, features.shape[1]))
     for start in range(0, len(features), ROWS):

@@ -9,19 +9,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike
-from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from ..data.labels import check_labels, class_indices
 from ..losses import validate
+from .neighbours import find_neighbours, outlier_ranks, scratch
 
 ROWS = 4096  # per temporary copy
 PRIORS = (2.0, 5.0, 20.0, 100.0, 500.0, 1e6)  # weights of the prior of T, in samples of a class
@@ -39,6 +37,11 @@ class LabelNoise:
         transition: T [C, C], T[i, j] = P(given label j | true class i).
         draws: the share of wrong labels among those given as each class, in each resampling of the
             data [draws, C].
+        features: those that were given, or None.
+        near: with features, the rows of the nearest neighbours of each sample [N, neighbours],
+            nearest first; -1 for a row without probabilities.
+        outlier: with features, the share of samples that are nearer to a class than this one [N].
+            It is high for pictures that belong to no class.
     """
 
     labels: np.ndarray
@@ -47,6 +50,9 @@ class LabelNoise:
     p_proposed: np.ndarray
     transition: np.ndarray
     draws: np.ndarray
+    features: np.ndarray | None = None
+    near: np.ndarray | None = None
+    outlier: np.ndarray | None = None
 
     def count(self, confidence: float = 0.9) -> tuple[float, float, float]:
         """How many labels are wrong: estimate, lower and upper end of the interval.
@@ -124,16 +130,21 @@ def estimate_label_noise(
     _refuse(labels, probs, features)
     known = _known(probs)
     order = known[np.argsort(labels[known], kind="stable")]  # class by class
-    q = _scratch((len(order), probs.shape[1]))
+    q = scratch((len(order), probs.shape[1]))
     for part, rows in _parts(order):
         q[part] = _normalised(probs[rows])
-    if features is not None:
-        q = _pool(q, features, order, min(neighbours, len(order) - 1), bank, seed)
+    near = outlier = None
+    if features is not None and len(order) > 1:
+        count = min(neighbours, min(bank, len(order)) - 1)
+        near = find_neighbours(features, order, count, bank, seed)
+        outlier = outlier_ranks(features, labels, order, probs.shape[1])
+        q = _pool(q, order, near)
     model, shares = _fitted(q, labels[order], draws, seed)
     p_wrong, p_proposed = np.full((2, len(labels)), np.nan)
     proposed = labels.copy()
     p_wrong[order], proposed[order], p_proposed[order] = model.posterior()
-    return LabelNoise(labels, p_wrong, proposed, p_proposed, model.transition[..., 0], shares)
+    found = (labels, p_wrong, proposed, p_proposed, model.transition[..., 0], shares)
+    return LabelNoise(*found, features, near, outlier)
 
 
 class _NoiseModel:
@@ -252,43 +263,20 @@ def _length(part: slice) -> int:
     return part.stop - part.start
 
 
-def _pool(
-    q: np.ndarray, features: np.ndarray, order: np.ndarray, count: int, bank: int, seed: int
-) -> np.ndarray:
-    """The geometric mean of q and of the mean q of the nearest neighbours in the bank."""
-    chosen = np.arange(len(order))
-    if len(order) > bank:
-        chosen = np.sort(np.random.default_rng(seed).choice(len(order), bank, replace=False))
-    known = torch.from_numpy(np.array(q[chosen]))
-    keys = _directions(features, order[chosen])
-    pooled = _scratch(q.shape)
-    bar = tqdm(total=len(order), desc="neighbours", leave=False, disable=None)
+def _pool(q: np.ndarray, order: np.ndarray, near: np.ndarray) -> np.ndarray:
+    """The geometric mean of q and of the mean q of the neighbours."""
+    position = np.empty(len(near), np.int64)
+    position[order] = np.arange(len(order))
+    pooled = scratch(q.shape)
     for part, rows in _parts(order):
-        cosine = _directions(features, rows) @ keys.T
-        self_ = np.searchsorted(chosen, np.arange(part.start, part.stop))
-        is_in = chosen[np.minimum(self_, len(chosen) - 1)] == np.arange(part.start, part.stop)
-        cosine[np.flatnonzero(is_in), self_[is_in]] = -2.0  # no sample is its own neighbour
-        nearest = cosine.topk(min(count, len(chosen) - 1)).indices
-        mean = known[nearest].mean(1).numpy()
+        mean = sum(q[position[k]] for k in near[rows].T) / near.shape[1]
         pooled[part] = _normalised(np.sqrt((q[part] + 1e-6) * (mean + 1e-4)))
-        bar.update(len(rows))
-    bar.close()
     return pooled
-
-
-def _directions(features: np.ndarray, rows: np.ndarray) -> torch.Tensor:
-    return normalize(torch.from_numpy(np.array(features[rows], np.float32)))
 
 
 def _parts(order: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
     for start in range(0, len(order), ROWS):
         yield slice(start, min(start + ROWS, len(order))), order[start : start + ROWS]
-
-
-def _scratch(shape: Sequence[int]) -> np.ndarray:
-    """An array in a nameless file, which may be larger than the memory."""
-    with TemporaryFile() as file:  # the map keeps it until it goes itself
-        return np.memmap(file, np.float32, "w+", shape=tuple(shape))
 
 
 def _normalised(p: np.ndarray) -> np.ndarray:

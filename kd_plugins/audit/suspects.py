@@ -18,6 +18,7 @@ from datasets import Dataset
 
 from ..data.labels import check_labels, class_indices
 from .dynamics import summarise
+from .neighbours import speaking_neighbours
 from .ranking import LabelNoise, check_probs
 
 CHUNK = 1 << 16  # rows per temporary copy; one of 2.4 million rows would take 500 MB
@@ -53,8 +54,11 @@ def find_suspects(
         A `Dataset`, highest score first, with the columns `index` (the row in the data), `label`,
         `proposed` (the most probable class), `score`, `p_label` and `p_proposed`. With dynamics,
         `proposed` is the class with most votes, weighted by confidence, and `p_label` the mean over
-        visits and networks. If two classes are equally probable, the given label stands. Use
-        `.select(range(100))` or `.filter` to keep a part: weak networks doubt many right labels.
+        visits and networks. If two classes are equally probable, the given label stands. Noise
+        with features adds two columns: `outlier`, the share of samples that are nearer to a class,
+        and `neighbours`, the rows of up to four nearest neighbours whose label is the proposed
+        class. Use `.select(range(100))` or `.filter` to keep a part: weak networks doubt many
+        right labels.
 
     References:
         Northcutt, Jiang and Chuang, "Confident learning: estimating uncertainty in dataset labels",
@@ -93,6 +97,9 @@ def find_suspects(
         for name in ("label", "proposed"):
             check_labels(table[name].to_numpy(), len(class_names))
             table = table.append_column(f"{name}_name", text.take(table[name]))
+    if noise is not None and noise.near is not None and noise.outlier is not None:
+        table = table.append_column("outlier", pa.array(noise.outlier[order]))
+        table = table.append_column("neighbours", speaking_neighbours(noise, order))
     content = b"".join(table[name].to_numpy().tobytes() for name in ("index", "proposed", "score"))
     return Dataset(table, fingerprint=blake2b(content, digest_size=8).hexdigest())
 

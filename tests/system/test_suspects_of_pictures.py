@@ -64,12 +64,16 @@ def test_wrong_folders_are_found(pictures, backbone, tmp_path, capsys):
     cli.main([*argv, "--output", str(tmp_path)])
     out = capsys.readouterr().out
     kinds = ("suspects.html", "suspects.parquet", "suspects.csv", "suspects.png", "noise.png")
-    for name in (*kinds, "classes.csv"):
+    for name in (*kinds, "classes.csv", "duplicates.csv", "outliers.csv"):
         assert f"{tmp_path / name}\n" in out and (tmp_path / name).stat().st_size > 50
     found = suspects_of(tmp_path / "suspects.parquet")
     rows = datasets.load_dataset("imagefolder", data_dir=str(pictures), split="train")
     names = [rows.with_format("arrow")["image"][i]["path"].as_py() for i in found["index"]]
     assert sum("/x" in name for name in names[:15]) >= 13
+    for row in found:
+        assert all(rows[k]["label"] == row["proposed"] for k in row["neighbours"])
+    assert "neighbours" in (tmp_path / "suspects.csv").read_text().splitlines()[0]
+    assert re.search(r"\d+ pairs of nearly the same picture have different labels", out)
     count = int(re.search(r"About (\d+) of 120 labels are wrong", out)[1])
     assert 10 <= count <= 22
     assert re.search(r"\d+\.\d% of dog are labelled cat", out)
