@@ -91,25 +91,39 @@ def out_of_sample(
     }
     kept = None if folder is None else _claim(Path(folder), features, labels, settings)
     task = _Task(features, labels, classes, loss, epochs, batch_size, learning_rate)
-    probs = _zeros(kept, (len(labels), classes))
+    probs = _zeros(kept and kept / "probs.npy", (len(labels), classes))
     rounds = [(seed, fold) for seed in seeds for fold in range(folds)]
     for seed, fold in tqdm(rounds, "out of sample", unit="fold", leave=False, disable=None):
-        out = _fold_of(labels, folds, seed) == fold
-        path = None if kept is None else kept / f"seed-{seed}-fold-{fold}.npy"
-        if path is not None and path.exists():
-            part = np.load(path)
-        else:
-            part = task.predict(np.flatnonzero(~out), np.flatnonzero(out), seed * folds + fold)
-            _save(path, part)
-        probs[out] += part / len(seeds)
+        is_out = _fold_of(labels, folds, seed) == fold
+        train, out = np.flatnonzero(~is_out), np.flatnonzero(is_out)
+        path = kept and kept / f"seed-{seed}-fold-{fold}.npy"
+        part = _predicted(task, train, out, seed * folds + fold, path)
+        for start in range(0, len(out), ROWS):
+            rows = slice(start, start + ROWS)
+            probs[out[rows]] += part[rows] / len(seeds)
     return probs
 
 
-def _zeros(folder: Path | None, shape: tuple[int, int]) -> np.ndarray:
-    """Zeros, in a file of the folder if there is one: they may be larger than the memory."""
-    if folder is None:
+def _predicted(
+    task: _Task, train: np.ndarray, out: np.ndarray, seed: int, path: Path | None
+) -> np.ndarray:
+    """Probabilities of the rows `out`: those in the file if it exists, else it is written."""
+    if path is not None and path.exists():
+        return np.load(path, mmap_mode="r")
+    unfinished = path and path.with_suffix(".part")
+    part = _zeros(unfinished, (len(out), task.classes))
+    task.predict(part, train, out, seed)
+    if path is not None and unfinished is not None and isinstance(part, np.memmap):
+        part.flush()
+        unfinished.replace(path)  # whole or not at all
+    return part
+
+
+def _zeros(path: Path | None, shape: tuple[int, int]) -> np.ndarray:
+    """Zeros, in the file if there is one: they may be larger than the memory."""
+    if path is None:
         return np.zeros(shape, np.float32)
-    return np.lib.format.open_memmap(folder / "probs.npy", "w+", np.float32, shape)
+    return np.lib.format.open_memmap(path, "w+", np.float32, shape)
 
 
 class _Task:
@@ -134,14 +148,15 @@ class _Task:
         """Standardised features of some rows."""
         return torch.from_numpy((self.features[rows] - self.mean) / self.std)
 
-    def predict(self, train: np.ndarray, out: np.ndarray, seed: int) -> np.ndarray:
-        """Probabilities of the rows `out` [n, C], from a head trained on the rows `train`."""
+    def predict(self, into: np.ndarray, train: np.ndarray, out: np.ndarray, seed: int) -> None:
+        """Write the probabilities of the rows `out`, from a head trained on the rows `train`."""
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             head = self._train(train)
-        parts = np.array_split(out, -(-len(out) // ROWS))
         with torch.no_grad():
-            return np.concatenate([head(self.rows(part)).softmax(-1).numpy() for part in parts])
+            for start in range(0, len(out), ROWS):
+                rows = slice(start, start + ROWS)
+                into[rows] = head(self.rows(out[rows])).softmax(-1).numpy()
 
     def _train(self, train: np.ndarray) -> nn.Module:
         head, loss = nn.Linear(len(self.mean), self.classes), copy.deepcopy(self.loss)
@@ -203,14 +218,6 @@ def _claim(folder: Path, features: np.ndarray, labels: np.ndarray, settings: dic
             f"{ {name: key[name] for name in other} }. Choose another folder, or delete it"
         )
     return folder
-
-
-def _save(path: Path | None, part: np.ndarray) -> None:
-    if path is not None:
-        whole = path.with_suffix(".part")
-        with open(whole, "wb") as file:  # np.save would add .npy to the name
-            np.save(file, part)
-        whole.replace(path)  # whole or not at all
 
 
 def _refuse(

@@ -1,6 +1,7 @@
 """Heads that never saw the label of the sample that they predict."""
 
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -126,3 +127,16 @@ def test_refusals(change, words):
     given = {"features": features, "labels": labels} | change
     with pytest.raises(ValueError, match=words):
         out_of_sample(**given)
+
+
+def test_probabilities_of_many_classes_are_never_in_memory_at_once(tmp_path):
+    """What numpy holds at its peak is a small part of the 32 MB of the result."""
+    labels = np.arange(20_000) % 400
+    features = np.random.default_rng(0).normal(size=(20_000, 4)).astype(np.float32)
+    tracemalloc.start()
+    options = {"seeds": [0], "folds": 2, "epochs": 1, "batch_size": 128}
+    probs = out_of_sample(features, labels, folder=tmp_path, **options)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert probs.shape == (20_000, 400) and peak < probs.nbytes / 2
+    assert np.allclose(probs.sum(1), 1, atol=1e-4)
