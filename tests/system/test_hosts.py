@@ -1,29 +1,28 @@
-"""Two hosts, each a network namespace of its own, in one run through torchrun's rendezvous; and
-one that is cut off.
+"""Two hosts, each a network namespace of its own, in one run; and one that is cut off.
 
-The rendezvous is torchrun's default, by the first host's address. With ``--rdzv_backend c10d``
-the survivor ends as soon, but the
-agent of the host that is cut off waits for the store on the other one for minutes after its own
-process has ended.
+Each host has the agent that torchrun starts, with torchrun's default rendezvous, by the first
+host's address. With ``c10d`` the survivor ends as soon, but the agent of the host that is cut off
+waits for the store on the other one for minutes after its own process has ended.
 """
 
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from helpers.processes import PYTHONPATH, leave
+import torch
+from helpers.processes import child
 from helpers.tiny import difference, trainer
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from transformers import TrainerCallback
 
-TIMEOUT = (
-    30  # seconds a process waits for another (ddp_timeout); importing takes long on a busy machine
-)
+TIMEOUT = 15  # seconds a process waits for another (ddp_timeout)
+NEW_NETWORK = 0x40000000  # CLONE_NEWNET
 
 
 class Slow(TrainerCallback):
@@ -45,9 +44,27 @@ def work(folder, per_device):
     run.save_model(str(Path(folder, "end")))
 
 
-if __name__ == "__main__":
-    work(sys.argv[1], 4)
-    leave()
+def work_on_a_host(folder):
+    work(folder, 4)
+    torch.distributed.barrier()  # nobody leaves while the other still talks to it
+
+
+def agent(name, rank, folder):
+    """What ``ip netns exec NAME torchrun --nnodes 2 --node_rank RANK ...`` does."""
+    with open(f"/var/run/netns/{name}") as namespace:
+        assert ctypes.CDLL(None).setns(namespace.fileno(), NEW_NETWORK) == 0
+    config = LaunchConfig(
+        run_id="pair",
+        min_nodes=2,
+        max_nodes=2,
+        nproc_per_node=1,
+        rdzv_backend="static",
+        rdzv_endpoint="10.77.0.1:29411",
+        rdzv_configs={"rank": rank},
+        max_restarts=0,
+        start_method="fork",  # nothing has to be imported again
+    )
+    elastic_launch(config, work_on_a_host)(folder)
 
 
 def ip(*args):
@@ -58,23 +75,8 @@ def ip(*args):
 def hosts():
     """The names of two namespaces with a cable between them."""
     names = [f"kd{os.getpid()}{side}" for side in "ab"]
-    steps = [("netns", "add", name) for name in names]
-    steps += [
-        (
-            "link",
-            "add",
-            "kd0",
-            "netns",
-            names[0],
-            "type",
-            "veth",
-            "peer",
-            "name",
-            "kd1",
-            "netns",
-            names[1],
-        )
-    ]
+    cable = f"link add kd0 netns {names[0]} type veth peer name kd1 netns {names[1]}"
+    steps = [("netns", "add", name) for name in names] + [cable.split()]
     for k, name in enumerate(names):
         steps += [("-n", name, "addr", "add", f"10.77.0.{k + 1}/24", "dev", f"kd{k}")]
         steps += [("-n", name, "link", "set", device, "up") for device in ("lo", f"kd{k}")]
@@ -96,38 +98,21 @@ def running(host):
 
 
 def start(hosts, folder):
-    """torchrun on both hosts; the processes, whose output goes into files."""
-    processes = []
-    for k, name in enumerate(hosts):
-        command = [
-            "ip",
-            "netns",
-            "exec",
-            name,
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nnodes",
-            "2",
-        ]
-        command += ["--node_rank", str(k), "--master_addr", "10.77.0.1", "--master_port", "29411"]
-        env = os.environ | {
-            "PYTHONPATH": PYTHONPATH,
-            "OMP_NUM_THREADS": "1",
-            "GLOO_SOCKET_IFNAME": f"kd{k}",
-        }
-        with open(f"{folder}-{k}.log", "w") as log:
-            processes.append(
-                subprocess.Popen(
-                    [*command, __file__, str(folder)], stdout=log, stderr=subprocess.STDOUT, env=env
-                )
-            )
-    return processes
+    """An agent on both hosts, whose output goes into files."""
+    return [
+        child(
+            agent,
+            *(name, k, folder),
+            log=f"{folder}-{k}.log",
+            env={"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": f"kd{k}"},
+        )
+        for k, name in enumerate(hosts)
+    ]
 
 
 def test_two_hosts_are_one_run_and_a_cut_cable_ends_it(hosts, tmp_path):
     """As one process on the same batches. When one is cut off, both end with an error after
-    ddp_timeout and leave nothing running; started again by the same commands, the run resumes."""
+    ddp_timeout and leave nothing running; started again in the same way, the run resumes."""
     one, two = tmp_path / "one", tmp_path / "two"
     work(one, 8)
     logs = [Path(f"{two}-{k}.log") for k in range(2)]
@@ -135,7 +120,7 @@ def test_two_hosts_are_one_run_and_a_cut_cable_ends_it(hosts, tmp_path):
     def until(done, ends=None):
         """Nobody may end before, unless with the exit code ``ends``."""
         while not done():
-            fine = all(p.poll() in (None, ends) for p in processes)
+            fine = all(p.exitcode in (None, ends) for p in processes)
             assert fine, [log.read_text()[-3000:] for log in logs]
             time.sleep(0.02)
 
@@ -145,7 +130,8 @@ def test_two_hosts_are_one_run_and_a_cut_cable_ends_it(hosts, tmp_path):
     cut = time.monotonic()
     for host, process, log in zip(hosts, processes, logs, strict=True):
         # far above what a busy machine takes: a process that waits for ever fails here
-        assert process.wait(timeout=TIMEOUT + 300) != 0
+        process.join(timeout=TIMEOUT + 300)
+        assert process.exitcode not in (None, 0)
         print(f"ended {time.monotonic() - cut:.1f} s after the cut")
         assert (
             f"Timed out waiting {TIMEOUT}000ms" in log.read_text() or "onnection" in log.read_text()
@@ -155,9 +141,8 @@ def test_two_hosts_are_one_run_and_a_cut_cable_ends_it(hosts, tmp_path):
 
     ip("-n", hosts[1], "link", "set", "kd1", "up")
     processes = start(hosts, two)
-    until(
-        lambda: all(p.poll() == 0 for p in processes), ends=0
-    )  # an agent waits five minutes for one that failed
+    # an agent waits five minutes for one that failed
+    until(lambda: all(p.exitcode == 0 for p in processes), ends=0)
     assert 0 < logs[0].read_text().count("'loss'") <= 24 - 8
     ends = [load_file(folder / "end" / "model.safetensors") for folder in (one, two)]
     assert difference(*ends) < 1e-5
