@@ -93,7 +93,7 @@ class RKD(_Relations):
         differences: in float32 |a|² + |b|² - 2ab loses digits where features are far from 0. The
         memory grows as B² D + B³. The batch is that of one process and accumulation step. The
         weights are made for 240 epochs: in a short run the term leaves cross-entropy no time. In 90
-        steps on digits it cost 11 points (docs/results.md).
+        steps on digits it cost 12 points (docs/results.md).
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class SP(_Relations):
     Notes:
         A sample whose map is all 0 has a row of zeros and no gradient; in the code it is of the
         order of 1e10. A batch of one is 0. The batch is that of one process and accumulation step.
-        The weight is made for 240 epochs; in 90 steps on digits it cost 2 points (docs/results.md).
+        The weight is made for 240 epochs; in 90 steps on digits it cost 3 points (docs/results.md).
     """
 
     def vectors(self, maps: Maps, batch_size: int) -> Tensor:
@@ -170,7 +170,7 @@ class PKT(_Relations):
         The code has 1e-7 in norms and logarithms. Here the values are exact, and s is at least the
         smallest number of its type. A zero vector has cosine 0 to all and no gradient; in the code
         the gradient is NaN. A batch of one is 0. The batch is that of one process and accumulation
-        step. The weight is made for 240 epochs; in 90 steps on digits it cost 5 points
+        step. The weight is made for 240 epochs; in 90 steps on digits it cost 4 points
         (docs/results.md).
     """
 
