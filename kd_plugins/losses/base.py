@@ -47,7 +47,6 @@ class Loss(NeedsSizes):
         layers: which maps of ``features`` and ``teacher_features`` it reads.
         ema_decay: if set, ``teacher`` is the peers themselves with weights averaged at this decay.
         views: how many augmented views of each picture it wants.
-        stats: detached 0-d diagnostics of the last forward, by name.
         selection: None, or the samples that each peer taught in the last forward: a mask [B] and
             the targets [B, C].
     """
@@ -59,7 +58,7 @@ class Loss(NeedsSizes):
     views: int = 1
     any_precision = False  # per_sample takes logits of 16 bits as they are
     weighs_labels = False  # per_sample applies the class weights itself
-    stats: dict[str, Tensor]
+    logged: dict[str, Tensor]
     selection: Selection | None
     class_weights: Tensor | None
 
@@ -93,7 +92,7 @@ class Loss(NeedsSizes):
             weight = validate.class_weights(weight, num_classes)
             self.num_classes = len(weight)
         self.register_buffer("class_weights", weight, persistent=False)
-        self.stats, self.selection = {}, None
+        self.logged, self.selection = {}, None
 
     # ------------------------------------------------------------------------------------- calling
 
@@ -134,7 +133,7 @@ class Loss(NeedsSizes):
         ``inputs`` may hold more than this loss reads.
         """
         self.require_sizes()
-        self.stats, self.selection = {}, None  # written, never read: torch.compile needs no guard
+        self.logged, self.selection = {}, None  # written, never read: torch.compile needs no guard
         own = {key: value for key, value in inputs.items() if key in self.required_inputs}
         losses = self.per_sample(logits, target, **own)
         return losses if self.class_weights is None else self._weigh(losses, target)
@@ -169,18 +168,27 @@ class Loss(NeedsSizes):
     # --------------------------------------------------------------------------------- diagnostics
 
     def log(self, name: str, values: Tensor | Sequence[Tensor]) -> None:
-        """Leave a diagnostic in ``stats``: the mean of a tensor, or of one tensor per peer."""
+        """Leave a diagnostic for :attr:`stats`: a tensor, or one tensor per peer."""
         if isinstance(values, Tensor):
-            values = values.detach() if values.requires_grad else values
-            values = values if values.is_floating_point() else values.float()
-            self.stats[name] = values.mean() if values.dim() else values
+            self.logged[name] = values.detach()
             return
         for k, value in enumerate(values):
             self.log(f"{name}_{peer_name(k)}", value)
 
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """Diagnostics of the last forward: the mean of each tensor that was logged, 0-d, by name.
+
+        They are computed here, so that a step in which nobody reads them does not pay for them.
+        """
+        return {
+            name: (value if value.is_floating_point() else value.float()).mean()
+            for name, value in self.logged.items()
+        }
+
     def collect(self, part: Loss, pattern: str = "{}") -> None:
         """Take over the diagnostics and the selection of a part that has just run."""
-        self.stats |= {pattern.format(name): value for name, value in part.stats.items()}
+        self.logged |= {pattern.format(name): value for name, value in part.logged.items()}
         if self.selection is None or part.selection is None:
             self.selection = part.selection or self.selection
             return

@@ -191,7 +191,7 @@ class CoTeachingPlus(Mutual):
         self.log("taught", taught)
         self.log("selected", masks)
         self.log("disagree", disagree)
-        self.stats |= self.select.stats
+        self.logged |= self.select.stats
         self.selection = [(mask, target) for mask in masks]
         return taught[0] + taught[1]
 

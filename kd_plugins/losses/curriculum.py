@@ -91,7 +91,8 @@ class MentorNet(Loss):
             self._move(losses.detach())
         with torch.no_grad():
             v = self.weights(losses)
-        self.stats |= {"kept": v.mean(), "percentile": self.moving_percentile.clone()}
+        self.log("kept", v)
+        self.log("percentile", self.moving_percentile)
         return v * losses
 
     @torch.no_grad()

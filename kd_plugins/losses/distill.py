@@ -322,7 +322,7 @@ class LabelRevision(Loss):
 
     def per_sample(self, logits: Tensor, target: Tensor, teacher: Tensor) -> Tensor:
         lesson = self.revise(self.term.soften(teacher), target)
-        self.term.stats = {}
+        self.term.logged = {}
         loss = self.term.learn(logits, target, teacher, lesson)
         self.collect(self.term)
         return loss

@@ -170,7 +170,7 @@ class Prediction:
         self.log_p = log_p
         # No p is 0: to look is cheaper than a mask. An accelerator would make the host wait.
         look = log_p.device.type == "cpu" and not torch.compiler.is_compiling()
-        self._positive = look and bool(log_p.amin() > -math.inf) if positive is None else positive
+        self._positive = look and log_p.amin().item() > -math.inf if positive is None else positive
         self._p: Tensor | None = None
         self._entropy: Tensor | None = None
         self._certainty: Tensor | None = None

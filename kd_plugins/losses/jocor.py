@@ -76,6 +76,6 @@ class JoCoR(Loss):
         self.log("own", own)
         self.log("apart", apart)
         self.log("selected", [mask] * self.num_peers)
-        self.stats |= self.select.stats
+        self.logged |= self.select.stats
         self.selection = [(mask, target)] * self.num_peers
         return mask * losses * (len(mask) / mask.sum().clamp_min(1))  # the mean divides by B

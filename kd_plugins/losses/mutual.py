@@ -108,11 +108,16 @@ class LowEntropy(Selector):
         return static * 2.0 * logistic(self.progress.get(self) - 0.5, self.b2)
 
     def forward(self, pred: Prediction, target: Tensor) -> Tensor:
-        chi = self.threshold(pred.num_classes)
+        return self.choose([pred], target)[0]
+
+    def choose(
+        self, preds: Sequence[Prediction], target: Tensor, index: Tensor | None = None
+    ) -> list[Tensor]:
+        chi = self.threshold(preds[0].num_classes)
         if isinstance(chi, float):
-            chi = pred.entropy.new_full((), chi)
+            chi = preds[0].log_p.new_full((), chi)
         self.stats = {"threshold": chi}
-        return pred.entropy < chi
+        return [pred.entropy < chi for pred in preds]
 
     def extra_repr(self) -> str:
         return f"eta={self.eta}, b2={self.b2}"
@@ -202,7 +207,7 @@ class Mutual(Loss):
         masks = self.select.choose(constants, target, inputs.get("index"))
         weights = [mask.to(target.dtype) for mask in masks]
         self.log("selected", weights)
-        self.stats |= self.select.stats
+        self.logged |= self.select.stats
         weights = [self._weight(selected) for selected in weights]
         labels = [target] * self.num_peers
         if refines := isinstance(self.refine[0], Refined):
@@ -223,7 +228,7 @@ class Mutual(Loss):
             self.log(f"own_{peer_name(k)}", own)
             self.log(f"taught_{peer_name(k)}", lesson)
             self.collect(refine, "{}_" + peer_name(k))
-            losses += [self.own * own + lesson]
+            losses.append(torch.add(lesson, own, alpha=self.own))
         return _sum(losses)
 
     def _weight(self, selected: Tensor) -> Tensor:

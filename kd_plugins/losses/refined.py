@@ -32,8 +32,8 @@ class Refined(Loss):
 
     def label(self, pred: Prediction, constant: Prediction, target: Tensor) -> Tensor:
         """q~ of a prediction, or of the same prediction without gradient if ``detach``."""
-        pred, self.stats = constant if self.detach else pred, {}
-        return self.refine(pred, target.to(pred.log_p.dtype))
+        self.logged = {}
+        return self.refine(constant if self.detach else pred, target.to(pred.log_p.dtype))
 
     def cost(self, pred: Prediction, label: Tensor) -> Tensor:
         """H(q~, p) per sample [B]; with class weights w, -Σ_c w_c q~_c log p_c."""

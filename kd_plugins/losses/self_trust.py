@@ -55,7 +55,7 @@ class _SelfTrust(Refined):
 
     def refine(self, pred: Prediction, target: Tensor) -> Tensor:
         certainty = pred.certainty.detach()  # eps is a constant, also where q~ is not
-        eps = self.trust(certainty, pred.num_classes).to(certainty.dtype) * certainty
+        eps = self.trust(certainty, pred.num_classes) * certainty
         self.log("eps", eps)
         return target.lerp(pred.p, eps.unsqueeze(-1))
 

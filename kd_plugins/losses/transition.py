@@ -200,6 +200,7 @@ class TRevision(Corrected):
         if self.delta is None:
             beta = beta.detach()
         else:
-            self.stats["revision"] = self.delta.detach().abs().amax()
-        self.stats["weight"] = (target * beta).detach().sum(-1).mean()
-        return cross_entropy(log_p, target * beta)
+            self.log("revision", self.delta.detach().abs().amax())
+        weighted = target * beta
+        self.log("weight", weighted.detach().sum(-1))
+        return cross_entropy(log_p, weighted)
