@@ -70,7 +70,8 @@ function pictureOf(encoded, className, note) {
 function neighboursOf(entry) {
   const strip = element("span", "neighbours");
   for (const row of entry.near || []) {
-    const [label, encoded] = small[row];
+    const suspect = byIndex.get(row);  // its picture is on the page already
+    const [label, encoded] = suspect ? [suspect.label, pictures[suspect.rank]] : small[row];
     const picture = pictureOf(encoded, "small", "?");
     picture.title = `neighbour: row ${row}, ${names[label]}`;
     strip.append(picture);

@@ -42,7 +42,8 @@ def html_page(
     20,000 suspects are as quick as 200.
 
     The arguments are those of :func:`contact_sheet`. If the suspects have a column ``neighbours``
-    (for each a list of rows of the data set), a card also shows the first four of them.
+    (for each a list of rows of the data set), a card also shows the first four of them. Each
+    picture is in the page once.
     """
     rows, picture_of = shown_rows(suspects, count), pictures_of(suspects, dataset, image, label)
     labels = None if label is None else labels_of(dataset, label)[0]
@@ -67,7 +68,9 @@ def html_page(
             entry.append(neighbours)
         shown = {k for neighbours in near for k in neighbours}
         refuse_row_numbers(np.array(sorted(shown), np.int64), len(dataset))
-        content["small"] = {k: [int(labels[k]), thumbnail(picture_of(k), NEAR)] for k in shown}
+        others = sorted(shown - {row["index"] for row in rows})  # those have their thumbnail
+        bar = tqdm(others, "neighbours", leave=False, disable=None)
+        content["small"] = {k: [int(labels[k]), thumbnail(picture_of(k), NEAR)] for k in bar}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(_page(title, content), encoding="utf-8")
