@@ -11,11 +11,17 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .cli_options import (
+    BACKBONE,
+    ApplySettings,
+    DataSettings,
+    SuspectSettings,
+    TrainSettings,
+)
 from .losses import Loss, create_loss, list_losses, loss_class
 from .losses.registry import summarise_loss
 
@@ -37,101 +43,8 @@ class, or Parquet files) or a Parquet file.
 TRAIN = "kd-plugins train DATA --models NAME [NAME ...] --loss NAME [options]"
 SUSPECTS = "kd-plugins suspects DATA [--backbone NAME | --dynamics FOLDER | ...] [options]"
 APPLY = "kd-plugins apply DECISIONS.csv DATA --out FOLDER [options]"
-BACKBONE = "tf_efficientnet_lite0"
 DEFAULTS = {"output_dir": "runs/train", "report_to": "none", "save_total_limit": 2}
 DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
-
-
-def _help(text: str, **metadata: Any) -> dict[str, Any]:
-    return {"help": text} | metadata
-
-
-@dataclass
-class DataSettings:
-    """Where the pictures are."""
-
-    data: str = field(default="", metadata=_help("the data, if it is not the first word"))
-    image: str | None = field(
-        default=None, metadata=_help("column of pictures, if there are several")
-    )
-    label: str | None = field(
-        default=None, metadata=_help("column of classes, if there are several")
-    )
-
-
-@dataclass
-class TrainSettings(DataSettings):
-    """What ``kd-plugins train`` takes beside ``MutualTrainingArguments``."""
-
-    models: list[str] = field(
-        default_factory=lambda: ["resnet18"] * 2,
-        metadata=_help("timm names, hf-hub:ID or local-dir:PATH"),
-    )
-    loss: str = field(default="smkd", metadata=_help("a name that kd-plugins list shows"))
-    loss_args: str = field(default="{}", metadata=_help("""its arguments as JSON, '{"eta": 2}'"""))
-    teachers: list[str] = field(
-        default_factory=list,
-        metadata=_help("trained networks: folders of an export, or timm names"),
-    )
-    pretrained: bool = field(default=False, metadata=_help("start from timm's pretrained weights"))
-    augment: bool = field(default=True, metadata=_help("crop and flip the training pictures"))
-    dynamics: bool = field(
-        default=False, metadata=_help("keep the training dynamics in output_dir/dynamics")
-    )
-
-
-@dataclass
-class SuspectSettings(DataSettings):
-    """What ``kd-plugins suspects`` takes."""
-
-    backbone: str | None = field(
-        default=None,
-        metadata=_help(
-            "pretrained timm network, or NAME=FILE, whose frozen features are used; without "
-            f"another source {BACKBONE}"
-        ),
-    )
-    side: int = field(default=96, metadata=_help("pixels of its input"))
-    networks: list[str] = field(
-        default_factory=list, metadata=_help("instead: folders that an export wrote")
-    )
-    dynamics: str | None = field(
-        default=None, metadata=_help("instead: folder that train --dynamics wrote")
-    )
-    probs: str | None = field(
-        default=None, metadata=_help("instead: out-of-sample probabilities [N, C], an .npy file")
-    )
-    zero_shot: str | None = field(
-        default=None,
-        metadata=_help(
-            "instead, or beside --backbone or --probs: CLIP or SigLIP, a hub id or a folder"
-        ),
-    )
-    cache: str | None = field(
-        default=None, metadata=_help("folder of features and folds; by default OUTPUT/cache")
-    )
-    split: str = field(
-        default="train", metadata=_help("the split in which to look; with dynamics the trained one")
-    )
-    output: str = field(
-        default="runs/suspects", metadata=_help("folder to write", aliases=["--output_dir"])
-    )
-    count: int = field(default=5000, metadata=_help("suspects on the page"))
-    batch_size: int = field(default=256, metadata=_help("pictures in a batch"))
-    num_workers: int = field(default=0, metadata=_help("processes that read pictures"))
-
-
-@dataclass
-class ApplySettings(DataSettings):
-    """What ``kd-plugins apply`` takes."""
-
-    decisions: str = field(default="", metadata=_help("the CSV file, if it is not the first word"))
-    out: str = field(default="", metadata=_help("folder to write; it must not exist"))
-    how: str = field(
-        default="correct", metadata=_help("what to do with wrong labels: correct, drop or weight")
-    )
-    weight: float = field(default=0.1, metadata=_help("of wrong rows, with --how weight"))
-    split: str = field(default="train", metadata=_help("where the suspects were found"))
 
 
 def list_command(argv: Sequence[str]) -> None:
