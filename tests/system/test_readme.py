@@ -95,7 +95,8 @@ def test_recipes_take_the_commands_of_their_readme(recipe, options, monkeypatch)
     from kd_plugins import MutualTrainingArguments
     from kd_plugins.train import parse_settings
 
-    for name, value in {"METHOD": "ce", "MODELS": "resnet10_cifar", "SEED": "0", "$": ""}.items():
+    values = {"METHOD": "ce", "MODELS": "resnet10_cifar", "SEED": "0", "RATE": "0.4", "$": ""}
+    for name, value in values.items():
         options = options.replace(name, value)
     argv = [word for word in shlex.split(options) if word != "OPTIONS"]
     monkeypatch.setattr("sys.argv", [recipe, *argv])
