@@ -38,9 +38,10 @@ def near_duplicates(
 
     Args:
         noise: the result of :func:`estimate_label_noise` with features.
-        least: the similarity of a pair. Copies that were shifted by a pixel, mirrored or
-            compressed again mostly have 0.85 or more, and other pictures hardly ever; see "Find
-            wrong labels" in the guide for the figures.
+        least: the similarity of a pair. Copies that were shifted by a pixel, mirrored or scaled
+            mostly have 0.85 or more, and other pictures hardly ever. So have copies that were
+            compressed again, unless they are as small as 32 px. "Find wrong labels" in the guide
+            has the figures.
         class_names: for the columns `label_name` and `other_name`.
 
     Returns:
