@@ -95,7 +95,8 @@ def test_goes_on_after_a_kill(clip, tmp_path, monkeypatch):
         zero_shot_probs(rows(), clip, tmp_path / "a", batch_size=3)
     probs, _ = zero_shot_probs(rows(), clip, tmp_path / "a", batch_size=3)
     assert starts == [0, 3, None, 6, 9]
-    np.testing.assert_array_equal(probs, zero_shot_probs(rows(), clip, tmp_path / "b")[0])
+    whole = zero_shot_probs(rows(), clip, tmp_path / "b")[0]
+    np.testing.assert_allclose(probs, whole, rtol=1e-5)  # batches of other sizes round differently
 
 
 def test_autocast_and_half_weights(clip, tmp_path):
