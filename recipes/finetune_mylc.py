@@ -88,7 +88,7 @@ def main() -> None:
     loss = kd.create_loss(s.method, **({"b1": s.b1} if s.method == "mylc" else {}))
     set_seed(args.seed)
     train, test, classes = load(s, args)
-    model = pretrained(s, classes)
+    model = pretrained(s, classes).to(memory_format=torch.channels_last)
     size = {"input_size": (3, s.size, s.size)} if s.size else {}
     cfg = timm.data.resolve_data_config(size, model=model)
     crops = timm.data.create_transform(**cfg, is_training=True, color_jitter=None)
