@@ -51,6 +51,8 @@ class Classifier(nn.Module):
         self.model = model
 
     def forward(self, pixel_values, labels=None):
+        # the faster layout for convolutions on a CPU; safetensors refuses weights that have it
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return {"logits": self.model(pixel_values)}
 
 
@@ -88,7 +90,7 @@ def main() -> None:
     loss = kd.create_loss(s.method, **({"b1": s.b1} if s.method == "mylc" else {}))
     set_seed(args.seed)
     train, test, classes = load(s, args)
-    model = pretrained(s, classes).to(memory_format=torch.channels_last)
+    model = pretrained(s, classes)
     size = {"input_size": (3, s.size, s.size)} if s.size else {}
     cfg = timm.data.resolve_data_config(size, model=model)
     crops = timm.data.create_transform(**cfg, is_training=True, color_jitter=None)
