@@ -20,3 +20,11 @@ hypothesis.settings.load_profile("kd_plugins")
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def pytest_report_teststatus(report, config):
+    """Say at once which test failed: a run that is cut off has no summary."""
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if report.failed and terminal:
+        terminal.ensure_newline()
+        terminal.write_line(f"FAILED {report.nodeid}: {report.longreprtext[-500:]}")

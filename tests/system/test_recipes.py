@@ -655,7 +655,7 @@ def test_rows_that_the_benchmark_has_not(monkeypatch, capsys, tmp_path):
 
 LAUNCHERS = {
     "accelerate": ["-m", "accelerate.commands.launch", "-q", "--num_processes", "1", "--cpu"],
-    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "2"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node", "1"],
 }
 SHOWN = {  # all of stderr, or how the report of the launcher ends
     "accelerate": r"(The following values were not passed to.*\n(\t.*\n)*.*\n)?LINE\n",
