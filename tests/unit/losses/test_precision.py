@@ -14,7 +14,16 @@ import torch.nn.functional as F
 from helpers.contract import make
 from helpers.tiny import CLASSES, ROWS, Net, difference, state, trainer, view
 
-from kd_plugins import CE, KD, SMKD, MyLC, ProSelfLC, create_loss, list_losses
+from kd_plugins import (
+    CE,
+    KD,
+    SMKD,
+    MutualTrainingArguments,
+    MyLC,
+    ProSelfLC,
+    create_loss,
+    list_losses,
+)
 from kd_plugins.losses import validate
 from kd_plugins.models import PeerModule
 
@@ -286,6 +295,15 @@ def test_an_overflow_in_the_trainer(tmp_path, device):
     settings |= {"scaler": overflowing(device), "resume": str(tmp_path / "checkpoint-6")}
     _, resumed, _ = trained(tmp_path, 0, device, torch.float16, **settings)
     assert difference(resumed, end) <= EXACT[device]
+
+
+@pytest.mark.parametrize(("cpu", "slow"), [("AVX2", True), ("AVX512", False)])
+def test_bf16_on_a_cpu_that_has_no_instructions_for_it_says_so(
+    cpu, slow, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    MutualTrainingArguments(str(tmp_path), use_cpu=True, bf16=True)
+    assert ("20 to 50 times as long" in caplog.text) == slow
 
 
 def test_fp16_on_a_cpu_is_float32_and_says_so(tmp_path, caplog):
