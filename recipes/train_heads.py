@@ -133,6 +133,9 @@ def main() -> None:
     methods = [m for name in s.methods for m in (every_method() if name == "all" else [name])]
     for method in methods:  # a mistyped one is refused before the features are computed
         make_loss(method, 0.1, torch.eye(2))
+    for name in s.noise:
+        if name in kd.data.NOISE[:-1]:
+            raise SystemExit(f"--noise {name}: expected {name}:RATE; no label would be wrong")
     train, test, s.image, s.label = kd.data.load_pictures(s.data, s.image, s.label, where=s.where)
     clean, test = cached(s, "train", train), cached(s, "test", test)
     may_grow = ("methods", "noise", "seeds")

@@ -254,7 +254,7 @@ class Sum(Loss):
             )
         size, reduction = next(iter(sizes), None), reductions.pop()
         super().__init__(num_classes=size, reduction=reduction, weight=weight, **unknown)
-        self.weights = [float(w) for w, _ in terms]
+        self.weights = [float(validate.number("weight of a term", w)) for w, _ in terms]
         self.terms: Any = nn.ModuleList(term for _, term in terms)
         losses = [term for _, term in terms]
         if len({term.num_peers for term in losses}) > 1:

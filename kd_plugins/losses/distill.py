@@ -47,6 +47,8 @@ class KD(Loss):
     tensor(0.)
     """
 
+    revisable = True  # whether LabelRevision changes what the student learns
+
     def __init__(
         self,
         temperature: float = 4.0,
@@ -266,7 +268,8 @@ class LabelRevision(Loss):
 
     Args:
         term: any loss on the teachers' logits that derives from ``KD``: ``AVER``, ``EBKD``,
-            ``AEKD``, ``CAMKD``, ``DKD``, ``DIST``, ``NKD``, ``WTTM``; None is ``KD(temperature)``.
+            ``AEKD``, ``CAMKD``, ``DKD``, ``DIST``, ``WTTM``; None is ``KD(temperature)``. ``NKD``
+            compares the shares of the other classes, which a revision leaves as they are.
         eta: in (0, 1); towards 1, p is revised just enough; towards 0, p' is the label.
         temperature: T, if ``term`` is None; None is 4.
         apply_to: ``"all"``, or ``"wrong"`` for the teachers' wrong answers only.
@@ -296,8 +299,14 @@ class LabelRevision(Loss):
         term = KD(4.0 if temperature is None else temperature) if term is None else term
         if not isinstance(term, KD):
             raise TypeError(
-                f"term={term!r}: expected KD, AVER, EBKD, AEKD, CAMKD, DKD, DIST, NKD or WTTM; "
+                f"term={term!r}: expected KD, AVER, EBKD, AEKD, CAMKD, DKD, DIST or WTTM; "
                 "add other losses to it"
+            )
+        if not term.revisable:
+            raise ValueError(
+                f"term={term!r}: expected another term, such as KD or DKD. This one compares the "
+                "shares of the classes that are not the label's, and a revision leaves them as "
+                "they are: it would change nothing"
             )
         own = {"reduction": term.reduction, "weight": term.class_weights}
         super().__init__(**{"num_classes": term.num_classes} | own | base)

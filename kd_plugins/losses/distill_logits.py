@@ -115,9 +115,11 @@ class NKD(KD):
         authors' code.
 
     Notes:
-        Inside :class:`LabelRevision` p_ky is the teacher's own, since revised every teacher would
-        trust the label.
+        :class:`LabelRevision` refuses this term. It would leave h_kc as they are, and with a
+        revised p_ky every teacher would trust the label.
     """
+
+    revisable = False
 
     def __init__(
         self,

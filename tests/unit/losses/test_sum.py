@@ -81,3 +81,9 @@ def test_one_network_and_several_do_not_add(build):
 def test_weights_are_numbers(build):
     with pytest.raises(TypeError):
         build()
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_are_finite(weight):
+    with pytest.raises(ValueError, match="weight of a term"):
+        CE() + weight * MyLC()
