@@ -138,11 +138,12 @@ def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, An
     size = min(train.readable(0)[1].size)
     train.transform = kd.picture_transform(models[0], size, s.augment, as_bytes=True)
     evaluation.transform = kd.picture_transform(models[0], size, as_bytes=True)
+    how = f"the split {held}" if held else "a tenth of the split train, held out"
+    train.name, evaluation.name = f"{s.data}, the split train", f"{s.data}, {how}"  # for the cards
     if held is None:  # of the same view, so that a row keeps its number
         kept, out = kd.hold_out(train.labels, args.seed)
         train, evaluation = kd.SubsetView(train, kept), kd.SubsetView(evaluation, out)
     if args.process_index == 0:
-        how = f"the split {held}" if held else "a tenth of the split train, held out"
         print(f"{len(train)} pictures to train on; validation: {len(evaluation)}, {how}")
     return models, train, evaluation
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class ImageView(torch.utils.data.Dataset):
         fraction("max_broken", max_broken, "a share of the rows (1% is 0.01)")
         self.transform, self.seed, self.max_broken = transform, seed, max_broken
         self.views = one_of("views", views, (1, 2), "an item has pixel_values and a second_view")
-        self.name = dataset.info.dataset_name if isinstance(dataset, Dataset) else None  # for cards
+        self.name = _name(dataset) if isinstance(dataset, Dataset) else None  # for cards
         self.labels = label_column(dataset, label, class_names)
         feature = dataset.features[label] if isinstance(dataset, Dataset) else None
         if class_names is None and isinstance(feature, ClassLabel):
@@ -191,6 +192,15 @@ class ImageView(torch.utils.data.Dataset):
                 f"{self.max_broken:.2%}: {', '.join(self.broken()[:5])}{' ...' * (count > 5)}. "
                 f"The last one: {error!r}. Training would see copies of other rows instead."
             ) from error
+
+
+def _name(dataset: Dataset) -> str | None:
+    """The hub id or the folder's name, as far as it is known, and the split."""
+    files = [file["filename"] for file in dataset.cache_files]
+    folder = Path(*files[:1]).parts[-5:-4]  # CACHE/OWNER___NAME/CONFIG/VERSION/HASH/FILE
+    hub = [part.replace("___", "/", 1) for part in folder if "___" in part]
+    name = hub[0] if hub else dataset.info.dataset_name
+    return f"{name}, the split {dataset.split}" if name and dataset.split else name
 
 
 @contextmanager

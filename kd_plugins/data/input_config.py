@@ -79,7 +79,7 @@ def _levels(transform: Transform, size: tuple[int, int]) -> tuple[tuple[int, ...
     if flats[0].dtype == torch.uint8:
         _require((low == 0).all() and (high == 255).all())
         return shape, {}
-    mean, std = (tuple(round(x, 6) for x in v.tolist()) for v in (-low / span, 1 / span))
+    mean, std = (tuple(round(x, 6) + 0.0 for x in v.tolist()) for v in (-low / span, 1 / span))
     return shape, {"mean": mean, "std": std}
 
 

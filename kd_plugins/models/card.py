@@ -52,6 +52,7 @@ def model_card(
         f"**Training**: {_training(trainer.args, trainer.state)}",
         f"**Input**: {'tokens.' if of_text else _input(input_config)}",
         f"**Figures** (all networks of the run; {name} is this one)",
+        _evaluated(trainer),
         _figures(trainer.state.log_history),
         "**Use**",
         _use(library, of_text, repo, title),
@@ -94,8 +95,24 @@ def _input(config: dict[str, Any] | None) -> str:
     if config is None or "mean" not in config:
         return "not known; the config holds what the network came with."
     size = " x ".join(str(n) for n in config["input_size"])
-    mean, std = (", ".join(f"{v:.4g}" for v in config[key]) for key in ("mean", "std"))
+    mean, std = (", ".join(f"{v + 0.0:.4g}" for v in config[key]) for key in ("mean", "std"))
     return f"{size}, mean ({mean}), std ({std}) of pixels in [0, 1]."
+
+
+def _evaluated(trainer: Any) -> str:
+    """On which data the last evaluation was, and what the names of the figures mean."""
+    evals = {k: v for k, v in trainer.evaluated.items() if k.startswith("eval")}
+    if not evals and trainer.eval_dataset is not None:  # before a resume
+        given = trainer.eval_dataset
+        evals = given if isinstance(given, dict) else {"eval": given}
+    shown = "; ".join(
+        _describe(data) if len(evals) == 1 else f"{_plain(name)}: {_describe(data)}"
+        for name, data in evals.items()
+    )
+    on = f"The last evaluation was on {shown}." if shown else ""
+    if len(trainer.model.peers) == 1:
+        return on
+    return f"{on} Figures without _a, _b ... or _ensemble are means of the networks.".strip()
 
 
 def _figures(log_history: list[dict[str, Any]]) -> str:

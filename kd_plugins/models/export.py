@@ -17,6 +17,10 @@ from safetensors.torch import save_model
 from .factory import logits_of
 from .inputs import fixed_size
 
+# of a pretrained_cfg: where weights came from, and under which terms
+ORIGIN = ("tag", "license", "origin_url", "paper_name", "paper_ids", "description", "notes")
+ORIGIN += ("url", "file", "source", "hf_hub_id", "hf_hub_filename", "state_dict")
+
 
 def library_of(model: Any) -> str:
     """What loads an exported network: ``"timm"`` (and transformers), ``"transformers"``, or for
@@ -48,6 +52,9 @@ def export(
             ``mean``, ``std``, ``crop_pct``, ``interpolation``, as ``ImageView.input_config()``
             returns them. It becomes what ``timm.data.resolve_data_config`` and
             ``AutoImageProcessor`` find; without it they find what the network came with.
+
+    The weights are new: what timm noted of the origin, license and papers of those that the network
+    began with is left out.
 
     Raises:
         ValueError: a timm network that does not come back from the folder with the same logits.
@@ -110,7 +117,8 @@ def _is_json(value: Any) -> bool:
 
 def _pretrained_cfg(model: Any, known: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """``known`` as it describes the network now, with how its pictures are prepared."""
-    cfg = {k: v for k, v in known.items() if k != "label_offset"} | {"custom_load": False}
+    cfg = _without_origin(known) | {"custom_load": False}
+    cfg.pop("label_offset", None)
     channels, *size = known["input_size"]
     channels = getattr(model, "in_chans", channels)
     if channels not in (1, 3):
@@ -123,6 +131,10 @@ def _pretrained_cfg(model: Any, known: dict[str, Any], data: dict[str, Any]) -> 
     if "crop_pct" in data:
         cfg.pop("test_crop_pct", None)
     return cfg | {"input_size": (channels, *size)} | data
+
+
+def _without_origin(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in cfg.items() if name not in ORIGIN}
 
 
 def _compare(model: Any, folder: Path, input_size: Sequence[int]) -> None:
@@ -158,7 +170,7 @@ def _export_transformers(
             model.config.id2label = dict(enumerate(names))
             model.config.label2id = {name: i for i, name in enumerate(names)}
         if getattr(config, "pretrained_cfg", None):  # timm's network in transformers
-            model.config.pretrained_cfg = {**config.pretrained_cfg, **data}
+            model.config.pretrained_cfg = _without_origin(config.pretrained_cfg) | data
         else:
             _save_image_processor(folder, data)
         model.save_pretrained(folder)

@@ -96,7 +96,7 @@ class InputAdapter(nn.Module):
 
 
 def _rounded(values: Tensor) -> tuple[float, ...]:
-    return tuple(round(value, 6) for value in values.tolist())
+    return tuple(round(value, 6) + 0.0 for value in values.tolist())  # no -0.0
 
 
 def normalization(model: nn.Module) -> Normalization | None:

@@ -15,6 +15,7 @@ class RankingTrainer(Trainer):
     """A Trainer of a hosted module. It evaluates on ranked class ids and predicts logits."""
 
     _predicts = False
+    evaluated: dict[str, Any]  # by prefix of its figures, the data of the last evaluation
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """As the Trainer's, with logits [B, C] of one network or [B, K, C] of peers.
@@ -32,6 +33,19 @@ class RankingTrainer(Trainer):
         elif logits.shape[1] == 1:
             logits = logits[:, 0]
         return loss, (logits, clean) if own and clean is not None else logits, labels
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """As the Trainer's. The model card names the data."""
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(data, dict):  # the Trainer then calls this for each of them
+            data = self.eval_dataset[data] if isinstance(data, str) else data  # type: ignore[index]
+            self.evaluated[metric_key_prefix] = data
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
         """As the Trainer's; ``predictions`` are logits [N, C] of a network, [N, K, C] of peers."""

@@ -115,7 +115,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         self.optim_per_peer = optim_per_peer
         self._sums: dict[str, Tensor] = {}  # of the diagnostics since the last log
         self._steps = 0
-        self._first_batches = {}
+        self._first_batches, self.evaluated = {}, {}
         if searched := _is_function(models) or _is_function(loss):
             refuse_shared(models, loss)
         hf.setdefault("compute_metrics", self._metrics)

@@ -8,6 +8,7 @@ import pickle
 import random
 import warnings
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -536,3 +537,19 @@ def test_an_error_of_the_transform_names_the_row():
     with pytest.raises(ValueError, match="larger than the picture") as caught:
         next(iter(loader))
     assert caught.value.__notes__ == ["ImageView: row 2, a picture of 12 x 12 pixels"]
+
+
+def test_its_name_is_the_source_and_the_split(tmp_path, monkeypatch):
+    """Model cards then say which data it was."""
+    folder = tmp_path / "birds"
+    for name in ("crow", "finch"):
+        (folder / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(folder / "train" / name / "0.png")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = datasets.load_dataset(str(folder), split="train")
+    assert ImageView(rows, to_tensor).name == "birds, the split train"
+    cached = [{"filename": str(tmp_path / "me___birds/default/0.0.0/a1/birds-train.arrow")}]
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.Dataset, "cache_files", cached)
+        assert ImageView(rows, to_tensor).name == "me/birds, the split train"
+    assert ImageView([{"image": rows[0]["image"], "label": 0}], to_tensor).name is None

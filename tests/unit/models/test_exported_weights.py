@@ -58,6 +58,26 @@ def test_export_timm(kind, tmp_path):
     torch.testing.assert_close(second, model((raw - mean) / std), rtol=1e-3, atol=1e-3)
 
 
+def test_exported_weights_claim_no_origin(tmp_path):
+    """They are new: tag, license and papers were those of weights that the user never saw."""
+    model = timm.create_model("resnet10t", num_classes=CLASSES)
+    assert {"tag", "license", "origin_url"} <= {k for k, v in model.pretrained_cfg.items() if v}
+    model.pretrained_cfg |= {"license": "cc-by-nc-4.0", "notes": ("a",), "paper_ids": "arXiv:1"}
+    export(model, tmp_path / "a", NAMES)
+    alone = timm.create_model(f"local-dir:{tmp_path / 'a'}", pretrained=True)
+    export(alone, tmp_path / "b", NAMES)
+    wrapped = AutoModelForImageClassification.from_pretrained(tmp_path / "a")
+    wrapped.config.pretrained_cfg |= {"license": "mit"}
+    export(wrapped, tmp_path / "c", NAMES)
+    for folder in "abc":
+        written = json.loads((tmp_path / folder / "config.json").read_text())["pretrained_cfg"]
+        origin = ("tag", "license", "origin_url", "paper_ids", "notes", "hf_hub_id", "url")
+        assert not [name for name in origin if written.get(name)]
+        assert written["crop_pct"] == model.pretrained_cfg["crop_pct"]
+        assert tuple(written["mean"]) == tuple(model.pretrained_cfg["mean"])
+    assert model.pretrained_cfg["license"] == "cc-by-nc-4.0"  # the network is left as it was
+
+
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_export_transformers(kind, tmp_path):
     if kind == "vit":

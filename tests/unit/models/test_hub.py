@@ -18,6 +18,7 @@ from transformers import AutoModelForImageClassification
 
 from kd_plugins import CE, SMKD, MyLC
 from kd_plugins.models import library_of, make_model
+from kd_plugins.models.card import model_card
 
 TOKEN = "hf_thesecretoftherun"
 HOSTILE = 'a: "b"\n---\n# <script>alert(1)</script> | `x` [y](http://z) ![w](http://z)'
@@ -240,6 +241,28 @@ def test_card_says_what_loads_it(tmp_path):
         assert "license" not in card.data.to_dict()
     assert load_file(tmp_path / "peer_c" / "model.safetensors").keys() == told.state_dict().keys()
     assert 'load_model(network, "model.safetensors")' in card.text
+
+
+def test_card_says_what_it_was_evaluated_on(tmp_path):
+    """And what a figure without a suffix is, where there are several networks."""
+    sets = {"easy": view(8), "hard": view(12)}
+    for data, name in zip(sets.values(), sets, strict=True):
+        data.name = f"me/{name}"
+    networks = [timm_net(), timm_net()]
+    run = trainer(tmp_path, networks, SMKD(MyLC(window=9)), train=view(16), evaluate=sets)
+    card = lambda: run.export()[0].joinpath("README.md").read_text(encoding="utf-8")  # noqa: E731
+    both = "was on eval_easy: me/easy, 8 rows; eval_hard: me/hard, 12 rows. Figures without _a, _b"
+    run.evaluate()
+    assert both in card() and "are means of the networks" in card()
+    run.evaluate(sets["hard"])
+    run.evaluate(sets["easy"], metric_key_prefix="test")  # no figure of the card
+    run.evaluated = {k: v for k, v in run.evaluated.items() if k == "eval"}
+    assert "was on me/hard, 12 rows." in card()
+    alone = trainer(tmp_path / "one", timm_net(), CE(), train=view(16), evaluate=sets["hard"])
+    text = alone.export()[0].joinpath("README.md").read_text(encoding="utf-8")
+    assert "The last evaluation was on me/hard, 12 rows.\n" in text
+    zeros = {"input_size": (3, 8, 8), "mean": (-0.0,) * 3, "std": (1.0,) * 3}
+    assert "mean (0, 0, 0), std (1, 1, 1)" in model_card(alone, 0, input_config=zeros)
 
 
 def test_unknown_field_of_a_card_is_refused(tmp_path, hub):
