@@ -18,8 +18,10 @@ from .factory import logits_of
 from .inputs import fixed_size
 
 # of a pretrained_cfg: where weights came from, and under which terms
-ORIGIN = ("tag", "license", "origin_url", "paper_name", "paper_ids", "description", "notes")
-ORIGIN += ("url", "file", "source", "hf_hub_id", "hf_hub_filename", "state_dict")
+ORIGIN = [
+    *("tag", "license", "origin_url", "paper_name", "paper_ids", "description", "notes"),
+    *("url", "file", "source", "hf_hub_id", "hf_hub_filename", "state_dict"),
+]
 
 
 def library_of(model: Any) -> str:
