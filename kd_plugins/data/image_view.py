@@ -52,8 +52,8 @@ class ImageView(torch.utils.data.Dataset):
         views: 1, or 2 for a loss that wants two (`loss.views`), such as DivideMix.
 
     Raises:
-        TypeError: `dataset` is a `DatasetDict` or a stream, or has a transform of its own; or (when
-            reading) the column holds no pictures.
+        TypeError: `dataset` is a `DatasetDict` or a stream, or has a transform of its own;
+            `transform` is no function; or (when reading) the column holds no pictures.
         ValueError: a label outside the classes, or two columns with different classes.
         RuntimeError (when reading): more broken pictures than `max_broken`.
     """
@@ -72,6 +72,11 @@ class ImageView(torch.utils.data.Dataset):
         views: int = 1,
     ):
         _refuse_other_kinds(dataset)
+        if not callable(transform):
+            raise TypeError(
+                f"transform={transform!r}: expected a function from a PIL picture to a tensor, such "
+                "as torchvision.transforms.ToTensor()"
+            )
         fraction("max_broken", max_broken, "a share of the rows (1% is 0.01)")
         self.transform, self.seed, self.max_broken = transform, seed, max_broken
         self.views = one_of("views", views, (1, 2), "an item has pixel_values and a second_view")

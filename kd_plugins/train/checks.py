@@ -9,14 +9,19 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import numpy as np
+from PIL import Image
 from torch import nn
+from torch.utils.data import IterableDataset
 
+from ..data import same_classes
 from ..losses.base import Loss, peer_name
 from ..models.factory import class_count
 from ..models.features import has_features
 
 if TYPE_CHECKING:  # timm's tasks do without transformers
     from transformers import TrainingArguments
+
+ROWS = "expected a mapping with pixel_values (a tensor) and labels (a class index)"
 
 
 # ------------------------------------------------------------------------------------- arguments
@@ -260,6 +265,42 @@ def mark_used(loss: Loss, control: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------- data
+
+
+def refuse_rows(views: Mapping[str, Any], args: TrainingArguments) -> None:
+    """Refuse data whose rows the Trainer's collator cannot put into a batch: it reads the first.
+
+    Args:
+        views: data sets by name. Streams are not read.
+        args: whether the Trainer drops columns that no network reads.
+    """
+    for name, view in views.items():
+        if isinstance(view, IterableDataset) or not hasattr(view, "__getitem__") or not len(view):
+            continue
+        row = view[0]
+        if not isinstance(row, Mapping) and not hasattr(row, "__dict__"):
+            raise TypeError(
+                f"row 0 of the {name} data is a {type(row).__name__}: {ROWS}. Wrap pictures and "
+                "classes: ImageView(dataset, transform), or pass a data_collator"
+            )
+        values = {} if args.remove_unused_columns else dict(getattr(row, "items", dict)())
+        if pictures := [key for key, value in values.items() if isinstance(value, Image.Image)]:
+            how = "wrap the data: ImageView(dataset, transform)"
+            if "pixel_values" in pictures:
+                how = "the transform must return a tensor: end it with ToTensor() or PILToTensor()"
+            raise TypeError(
+                f"{pictures[0]!r} in row 0 of the {name} data is a picture of PIL "
+                f"({type(values[pictures[0]]).__name__}): {ROWS}; {how}"
+            )
+
+
+def refuse_data(views: Mapping[str, Any], peers: Sequence[nn.Module], loss: Loss) -> None:
+    """Refuse labels, classes and views of pictures that fit neither the networks nor the loss."""
+    train = views.get("train")
+    refuse_views(loss, train)
+    for name, view in views.items():
+        refuse_labels(view, peers, name)
+        same_classes(view, train, f"the {name} data")
 
 
 def refuse_labels(view: Any, peers: Sequence[nn.Module], name: str) -> None:

@@ -16,7 +16,7 @@ from transformers import trainer as trainer_module
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from ..data import as_view, same_classes
+from ..data import as_view
 from ..losses.base import Loss
 from ..models.factory import make_model, make_teacher
 from ..models.hosted import PeerModule
@@ -25,12 +25,12 @@ from .arguments import MutualTrainingArguments
 from .callbacks import ScheduleCallback, short
 from .checks import (
     refuse_arguments,
+    refuse_data,
     refuse_hf_arguments,
-    refuse_labels,
     refuse_nan,
     refuse_pairing,
+    refuse_rows,
     refuse_shared,
-    refuse_views,
 )
 from .collapse import CollapseCallback
 from .evaluation import RankingTrainer
@@ -107,6 +107,8 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
             {k: as_view(v) for k, v in evals.items()} if isinstance(evals, dict) else as_view(evals)
         )
         self._views = _named({"train": train_dataset}, evals)
+        if hf.get("data_collator") is None:
+            refuse_rows(self._views, args)
         self._num_classes = num_classes_of(next(iter(self._views.values()), None))
         # Networks made from names are then the same in every run, and differ from each other.
         set_seed(args.seed)
@@ -136,10 +138,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         peers = [make_model(model, self._num_classes) for model in models]
         data = self._views.get("train")
         refuse_pairing(peers, self._teachers, loss, getattr(data, "teacher_logits", None))
-        refuse_views(loss, data)
-        for name, view in self._views.items():
-            refuse_labels(view, peers, name)
-            same_classes(view, data, f"the {name} data")
+        refuse_data(self._views, peers, loss)
         if self.optim_per_peer is not None and len(self.optim_per_peer) != len(peers):
             raise ValueError(
                 f"optim_per_peer has {len(self.optim_per_peer)} entries for {len(peers)} networks; "

@@ -526,6 +526,11 @@ def test_what_is_no_data_set_is_refused():
         ImageView([{"image": b"", "label": 0}, {"image": b""}], to_tensor)
 
 
+def test_what_is_no_transform_is_refused():
+    with pytest.raises(TypeError, match="transform=None: expected a function from a PIL picture"):
+        ImageView(pictures(3), None)
+
+
 def test_an_error_of_the_transform_names_the_row():
     def crop(picture):
         if picture.width < 16:

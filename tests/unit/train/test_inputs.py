@@ -20,8 +20,12 @@ from helpers.tiny import (
     view,
     vit,
 )
+from PIL import Image
+from torch.utils.data import TensorDataset
+from torchvision.datasets import FakeData
 
 from kd_plugins import CE, TruncatedGCE
+from kd_plugins.data import ImageView
 
 
 def hf_dataset(n=16, features=None, **more):
@@ -66,6 +70,35 @@ def test_extra_columns_are_left_alone(tmp_path):
     run = trainer(tmp_path, [Net(1), vit()], train=train, num_train_epochs=1)
     run.train()
     assert run.state.global_step == 2
+
+
+def test_rows_that_no_batch_can_hold_are_refused(tmp_path):
+    """Before anything is made, with the words that lead to a view."""
+    picture = Image.new("RGB", (SIZE, SIZE))
+    pairs = TensorDataset(torch.zeros(8, 3, SIZE, SIZE), torch.zeros(8, dtype=torch.long))
+    raw = Dataset.from_dict({"image": [picture] * 4, "label": [0, 1, 2, 0]})
+    forgotten = ImageView(raw, lambda picture: picture)
+    cases = {
+        r"row 0 of the train data is a tuple: expected a mapping with pixel_values": pairs,
+        r"row 0 of the train data is a tuple.*ImageView\(dataset, transform\)": FakeData(4),
+        r"'image' in row 0 of the train data is a picture of PIL \(Png.*ImageView\(dataset": raw,
+        r"'pixel_values' in row 0.*the transform must return a tensor.*ToTensor": forgotten,
+    }
+    for words, data in cases.items():
+        with pytest.raises(TypeError, match=words):
+            trainer(tmp_path, ["resnet10_cifar"] * 2, train=data)
+    with pytest.raises(TypeError, match="row 0 of the hard data is a tuple"):
+        trainer(tmp_path, evaluate={"hard": pairs})
+
+
+def test_rows_for_a_collator_of_the_user_are_left_to_it(tmp_path):
+    pairs = TensorDataset(torch.zeros(8, 3, SIZE, SIZE), torch.zeros(8, dtype=torch.long))
+
+    def collate(rows):
+        return {"pixel_values": torch.stack([x for x, _ in rows]), "labels": rows[0][1].repeat(8)}
+
+    hf = {"data_collator": collate}
+    trainer(tmp_path, Net(), CE(), train=pairs, num_train_epochs=1, hf=hf).train()
 
 
 def test_rows_without_labels_say_so(tmp_path):
