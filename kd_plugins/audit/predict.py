@@ -18,7 +18,7 @@ from ..data.image_view import ImageView
 from ..data.labels import class_positions
 from ..losses.refined import CE
 from ..losses.state import eval_mode
-from ..models.factory import class_count, make_teacher
+from ..models.factory import class_count, make_teacher, network_list
 from ..models.hosted import PeerModule
 
 
@@ -60,7 +60,7 @@ def predict_probs(
             f"view: expected an ImageView or a FeatureView, got {type(view).__name__}; select rows "
             "in the data set below it, because row i of the result is row i of the view"
         )
-    models = [models] if isinstance(models, nn.Module | str | Path) else list(models)
+    models = network_list(models)
     if not models:
         raise ValueError("models: expected at least one network, got none")
     device = _device(models)

@@ -74,8 +74,8 @@ class ImageView(torch.utils.data.Dataset):
         _refuse_other_kinds(dataset)
         if not callable(transform):
             raise TypeError(
-                f"transform={transform!r}: expected a function from a PIL picture to a tensor, such "
-                "as torchvision.transforms.ToTensor()"
+                f"transform={transform!r}: expected a function from a PIL picture to a tensor, "
+                "such as torchvision.transforms.ToTensor()"
             )
         fraction("max_broken", max_broken, "a share of the rows (1% is 0.01)")
         self.transform, self.seed, self.max_broken = transform, seed, max_broken

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..models.factory import logits_of
+from ..models.factory import logits_of, network_list
 from .image_view import ImageView
 from .network_outputs import network_outputs
 
@@ -60,7 +60,7 @@ class TeacherCache(torch.utils.data.Dataset):
 
 def cache_teachers(
     view: ImageView,
-    teachers: Sequence[nn.Module],
+    teachers: nn.Module | Sequence[nn.Module],
     folder: str | os.PathLike,
     *,
     student: nn.Module | None = None,
@@ -100,7 +100,7 @@ def cache_teachers(
     """
     files = network_outputs(
         view,
-        list(teachers),
+        network_list(teachers),
         folder,
         "teacher",
         lambda teacher, pixels: logits_of(teacher(pixels)),

@@ -66,6 +66,15 @@ def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn
     return _create(name, name, pretrained=True)
 
 
+def network_list(networks: Any) -> list[Any]:
+    """One network, or its name, as a list of one; several as they are.
+
+    ``nn.Sequential`` is one network, ``nn.ModuleList`` several.
+    """
+    one = isinstance(networks, str | Path | nn.Module) and not isinstance(networks, nn.ModuleList)
+    return [networks] if one else list(networks)
+
+
 def _refuse_unknown(name: str, expected: str) -> None:
     """timm's own error for an unknown name comes from within timm and suggests none."""
     if ":" not in name and not timm.is_model(name):

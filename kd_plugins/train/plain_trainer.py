@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
 from ..losses.base import Loss
-from ..models.factory import class_count, input_names, logits_of, make_teacher
+from ..models.factory import class_count, input_names, logits_of, make_teacher, network_list
 from ..models.hosted import PeerModule
 from ..models.input_config import normalization_of
 from .callbacks import ScheduleCallback
@@ -35,7 +35,7 @@ OF_THE_LOSS = ("index", "teacher", "clean_labels")  # of a row, and for no netwo
 
 
 def as_compute_loss_func(
-    loss: Loss, teachers: Sequence[str | Path | nn.Module] = ()
+    loss: Loss, teachers: str | Path | nn.Module | Sequence[str | Path | nn.Module] = ()
 ) -> Callable[..., Tensor]:
     """``compute_loss_func`` for a plain HF ``Trainer``.
 
@@ -66,10 +66,12 @@ def as_compute_loss_func(
 class _ComputeLoss:
     """What ``as_compute_loss_func`` returns. ``ProgressCallback`` gives it network and batch."""
 
-    def __init__(self, loss: Loss, teachers: Sequence[str | Path | nn.Module]) -> None:
+    def __init__(self, loss: Loss, teachers: Any) -> None:
         refuse_plain(loss)
         self.loss = loss
-        self.teachers: list[Any] = list(teachers)  # modules, from the begin of a training on
+        self.teachers: list[Any] = network_list(
+            teachers
+        )  # modules, from the begin of a training on
         self.batch: dict[str, Any] = {}  # what the network was given in the last forward
         self._hosted: PeerModule | None = None
         self._autocast: torch.dtype | None = None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..losses import validate
 from ..losses.base import Loss
-from ..models.factory import class_count, logits_of, make_model, make_teacher
+from ..models.factory import class_count, logits_of, make_model, make_teacher, network_list
 from ..models.hosted import PeerModule, weights_dtype
 from .checks import refuse_pairing
 from .dynamics_writer import DynamicsWriter, batch_figures
@@ -74,7 +74,7 @@ class StatefulClassificationTask(ClassificationTask):
         model: nn.Module | Sequence[str | nn.Module],
         criterion: Loss,
         *,
-        teachers: Sequence[str | Path | nn.Module] = (),
+        teachers: str | Path | nn.Module | Sequence[str | Path | nn.Module] = (),
         total_updates: int | None = None,
         num_samples: int | None = None,
         dynamics: str | Path | None = None,
@@ -84,10 +84,10 @@ class StatefulClassificationTask(ClassificationTask):
     ) -> None:
         if total_updates is not None:
             validate.count("total_updates", total_updates, "it counts the optimizer steps")
-        models: list[Any] = [model] if isinstance(model, nn.Module) else list(model)
+        models: list[Any] = network_list(model)
         num_classes = class_count(models[0])
         peers = [_like(models[0], m, num_classes) if isinstance(m, str) else m for m in models]
-        networks = [make_teacher(teacher, num_classes) for teacher in teachers]
+        networks = [make_teacher(teacher, num_classes) for teacher in network_list(teachers)]
         refuse_pairing(peers, networks, criterion)
         if "index" in criterion.required_inputs:
             raise ValueError(

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from ..data import as_view
 from ..losses.base import Loss
-from ..models.factory import make_model, make_teacher
+from ..models.factory import make_model, make_teacher, network_list
 from ..models.hosted import PeerModule
 from ..models.input_config import batch_range, normalization_of
 from .arguments import MutualTrainingArguments
@@ -65,9 +65,10 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         loss: a loss for as many networks (``loss.num_peers``). What its constructor left open
             (``loss.bind``) is taken from data and networks. Or a function of the trial, too.
         args: ``MutualTrainingArguments``.
-        teachers: trained networks, for a loss that reads ``teacher`` or ``teacher_features``:
-            modules, or names, folders and files as :func:`kd_plugins.models.make_teacher` takes
-            them. Not with training data that bring their logits (``cache_teachers``).
+        teachers: trained networks, one or several, for a loss that reads ``teacher`` or
+            ``teacher_features``: modules, or names, folders and files as
+            :func:`kd_plugins.models.make_teacher` takes them. Not with training data that bring
+            their logits (``cache_teachers``).
         train_dataset, eval_dataset: rows with ``pixel_values`` and ``labels`` (and ``index``,
             ``clean_labels``), such as :class:`~kd_plugins.data.ImageView`. ``eval_dataset`` may be
             a dictionary of them.
@@ -93,7 +94,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         loss: Loss | Callable[[Any], Loss],
         args: TrainingArguments | None = None,
         *,
-        teachers: Sequence[str | Path | nn.Module] = (),
+        teachers: str | Path | nn.Module | Sequence[str | Path | nn.Module] = (),
         train_dataset: Any = None,
         eval_dataset: Any = None,
         optim_per_peer: Sequence[dict[str, Any]] | None = None,
@@ -113,7 +114,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         # Networks made from names are then the same in every run, and differ from each other.
         set_seed(args.seed)
         self._models, self._loss = models, loss
-        self._teachers = [make_teacher(teacher, self._num_classes) for teacher in teachers]
+        self._teachers = [make_teacher(t, self._num_classes) for t in network_list(teachers)]
         self.optim_per_peer = optim_per_peer
         self._sums: dict[str, Tensor] = {}  # of the diagnostics since the last log
         self._steps = 0
@@ -134,8 +135,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         """The networks and their loss in one module; of a search, those of a trial."""
         sources: tuple[Any, Any] = self._models, self._loss
         models, loss = (f(trial) if _is_function(f) else f for f in sources)
-        models = [models] if isinstance(models, str | nn.Module) else models
-        peers = [make_model(model, self._num_classes) for model in models]
+        peers = [make_model(model, self._num_classes) for model in network_list(models)]
         data = self._views.get("train")
         refuse_pairing(peers, self._teachers, loss, getattr(data, "teacher_logits", None))
         refuse_data(self._views, peers, loss)

@@ -25,14 +25,26 @@ from helpers.tiny import (
     view,
     vit,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
-from kd_plugins import CE, MKD, SMKD, LabelSmoothing, Loss, Mutual, MyLC, ProSelfLC, SelectNone
+from kd_plugins import (
+    CE,
+    KD,
+    MKD,
+    SMKD,
+    LabelSmoothing,
+    Loss,
+    Mutual,
+    MyLC,
+    ProSelfLC,
+    SelectNone,
+)
 from kd_plugins.data import ImageView
 from kd_plugins.losses import validate
-from kd_plugins.train import MutualTrainingArguments, last_checkpoint
+from kd_plugins.models.factory import network_list
+from kd_plugins.train import MutualTrainingArguments, as_compute_loss_func, last_checkpoint
 
 
 class FromTeacher(Loss):
@@ -182,11 +194,21 @@ def test_teachers_in_a_run(tmp_path):
     assert logged(run, "loss")[0][0] == pytest.approx(first.item(), rel=1e-5)
 
 
+def test_one_teacher_needs_no_list(tmp_path):
+    """A name is not read letter by letter, and the layers of a network are not its teachers."""
+    stacked = nn.Sequential(Net(1), nn.Identity())
+    weights = timm.create_model("resnet10_cifar", num_classes=CLASSES).state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    for one in (Net(1), f"resnet10_cifar={tmp_path / 'weights.safetensors'}", stacked):
+        assert len(trainer(tmp_path, Net(2), CE() + KD(), hf={"teachers": one}).model.teachers) == 1
+        assert len(network_list(one)) == len(as_compute_loss_func(CE() + KD(), one).teachers) == 1
+    assert len(network_list(nn.ModuleList([Net(1), Net(2)]))) == 2
+    assert len(trainer(tmp_path, stacked, CE()).peers) == 1
+
+
 def test_names_need_the_number_of_classes_and_are_seeded(tmp_path):
     with pytest.raises(ValueError, match=r"'resnet10_cifar'.*number of classes is not known"):
-        trainer(
-            tmp_path, ["resnet10_cifar"], CE(), train=torch.utils.data.TensorDataset(torch.zeros(4))
-        )
+        trainer(tmp_path, ["resnet10_cifar"], CE(), train=[view()[0]])
     a, b, c = [
         trainer(tmp_path, ["resnet10_cifar"] * 2, Mutual(CE(), SelectNone()), seed=s).model
         for s in (3, 3, 4)
