@@ -167,6 +167,7 @@ def suspects_command(argv: Sequence[str]) -> None:
     view = data.plain_view(rows, networks[0] if networks else None, **columns)
     names, loading = view.class_names, {"batch_size": s.batch_size, "num_workers": s.num_workers}
     paths: list[Any] = []
+    with_files = partial(audit.with_files, dataset=rows, image=image, folder=s.data)
     if s.dynamics:
         suspects = audit.find_suspects(dynamics=s.dynamics, class_names=names)
     elif networks:
@@ -179,9 +180,10 @@ def suspects_command(argv: Sequence[str]) -> None:
         print(audit.noise_summary(noise, names))
         if noise.near is not None:
             pairs = audit.near_duplicates(noise, class_names=names)
-            paths += audit.write_oddities(noise, pairs, names, s.output)
+            outliers = audit.farthest(noise, names)
+            paths += audit.write_oddities(with_files(pairs), with_files(outliers), s.output)
             print(f"{len(pairs)} pairs of nearly the same picture have different labels.")
-    paths += audit.write_suspects(suspects, rows, s.output, count=s.count, **columns)
+    paths += audit.write_suspects(with_files(suspects), rows, s.output, count=s.count, **columns)
     print(f"{len(suspects)} of {len(rows)} labels are suspected:", *paths, sep="\n")
 
 
@@ -215,8 +217,9 @@ def apply_command(argv: Sequence[str]) -> None:
     if not s.decisions or not s.out:
         raise SystemExit(f"expected {APPLY}")
     splits = data.load_data(_named_data(s))
-    _, _, label = data.load_rows(splits, s.split, s.image, s.label)
-    how = {"split": s.split, "how": s.how, "weight": s.weight, "label": label}
+    _, image, label = data.load_rows(splits, s.split, s.image, s.label)
+    how: dict[str, Any] = {"split": s.split, "how": s.how, "weight": s.weight}
+    how |= {"image": image, "label": label}
     done = audit.write_corrected(splits, s.decisions, s.out, **how, source=s.data)
     print(
         f"{done['changed']} labels are wrong; {done['before']} rows, now {done['after']}: {s.out}"

@@ -13,11 +13,12 @@ from .exchange import (
     to_datalab,
     to_label_studio,
 )
+from .file_names import with_files
 from .frozen import frozen_features, noise_of_pictures
 from .gallery import contact_sheet, html_page, write_suspects
 from .influence import influence_scores, select_lowest
 from .neighbours import near_duplicates
-from .noise_tables import noise_summary, write_noise, write_oddities
+from .noise_tables import farthest, noise_summary, write_noise, write_oddities
 from .out_of_sample import out_of_sample
 from .predict import predict_probs
 from .ranking import LabelNoise, estimate_label_noise
@@ -32,6 +33,7 @@ __all__ = [
     "drop_suspects",
     "estimate_label_noise",
     "estimate_transition",
+    "farthest",
     "find_suspects",
     "from_argilla",
     "from_datalab",
@@ -52,6 +54,7 @@ __all__ = [
     "to_argilla",
     "to_datalab",
     "to_label_studio",
+    "with_files",
     "write_corrected",
     "write_noise",
     "write_oddities",

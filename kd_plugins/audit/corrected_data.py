@@ -16,7 +16,14 @@ from datasets import Dataset
 
 from ..data.labels import column_array
 from ..data.parquet_files import write_parquet
-from .corrections import NO_CLASS, apply_decisions, changes_of, data_signature, read_decisions
+from .corrections import (
+    NO_CLASS,
+    apply_decisions,
+    changes_of,
+    data_signature,
+    read_decisions,
+)
+from .file_names import file_names
 
 
 def write_corrected(
@@ -29,10 +36,11 @@ def write_corrected(
     weight: float = 0.1,
     label: str = "label",
     source: str = "",
+    image: str = "image",
 ) -> dict[str, int]:
     """Apply decisions to one split, and write all splits as Parquet, complete or not at all.
 
-    Beside the data are ``changes.csv`` (row, label before and after, decision),
+    Beside the data are ``changes.csv`` (row, file, label before and after, decision),
     ``provenance.json`` (which decisions, which data, how) and a copy of the decisions.
 
     Args:
@@ -41,7 +49,9 @@ def write_corrected(
         folder: the folder to create.
         split: the split in which the suspects were found.
         how, weight, label: see :func:`apply_decisions`.
-        source: where the data come from, for ``provenance.json``.
+        source: where the data come from, for ``provenance.json``; files below it are given
+            relative to it.
+        image: the column of pictures, whose files are named.
 
     Returns:
         The number of rows ``before`` and ``after``, and of those ``changed``, by name.
@@ -64,8 +74,11 @@ def write_corrected(
     part = folder.with_name(f"{folder.name}.{uuid4().hex}.part")
     try:
         write_parquet({**splits, **others, split: applied}, part)
-        changed = _write_changes(rows, table, part / "changes.csv", how, label)
-        figures = {"before": len(rows), "after": len(applied), "changed": changed}
+        lines, files = _lines(rows, table, how, label), None
+        if image in rows.column_names:
+            files = file_names(rows, [line[0] for line in lines], image, source or None)
+        _write_changes(lines, files, part / "changes.csv")
+        figures = {"before": len(rows), "after": len(applied), "changed": len(lines)}
         told: dict[str, Any] = {"data": source, "split": split, "label": label, "how": how}
         told |= {"weight": weight} if how == "weight" else {}
         told |= {"data_before": _signature(rows, label), "data_after": _signature(applied, label)}
@@ -87,24 +100,33 @@ def _write_provenance(folder: Path, decisions: str | Path, told: dict[str, Any])
     (folder / "provenance.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
 
-def _write_changes(rows: Dataset, decisions: Dataset, path: Path, how: str, label: str) -> int:
-    """Write a line for each row that was changed; return their number."""
+def _lines(rows: Dataset, decisions: Dataset, how: str, label: str) -> list[list[Any]]:
+    """Row, label and name before and after, decision and what was done, of each change."""
     names = getattr(rows.features[label], "names", None)
     decided = dict(zip(decisions["index"][:], decisions["decision"][:], strict=True))
     changes = changes_of(decisions, rows, label)
+    lines: list[list[Any]] = []
+    for row, given, new in zip(*(values.tolist() for values in changes), strict=True):
+        done = {"correct": "corrected", "drop": "dropped", "weight": "weighted"}[how]
+        to = ["", ""]
+        if new != NO_CLASS:
+            to = [new, names[new] if names else ""]
+        elif how == "correct":
+            done = "dropped"
+        before = [row, given, names[given] if names else ""]
+        lines.append([*before, *to, decided[row], done])
+    return lines
+
+
+def _write_changes(lines: list[list[Any]], files: Any, path: Path) -> None:
+    """Write a line for each row that was changed, with the file of its picture if there is one."""
+    head = ["row", "from", "from_name", "to", "to_name", "decision", "done"]
+    if files is not None:
+        head.insert(1, "file")
+        for line, file in zip(lines, files.to_pylist(), strict=True):
+            line.insert(1, file)
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", "from", "from_name", "to", "to_name", "decision", "done"])
-        for row, given, new in zip(*(values.tolist() for values in changes), strict=True):
-            done = {"correct": "corrected", "drop": "dropped", "weight": "weighted"}[how]
-            to = ["", ""]
-            if new != NO_CLASS:
-                to = [new, names[new] if names else ""]
-            elif how == "correct":
-                done = "dropped"
-            before = [row, given, names[given] if names else ""]
-            writer.writerow([*before, *to, decided[row], done])
-    return len(changes.rows)
+        csv.writer(file).writerows([head, *lines])
 
 
 def _signature(rows: Dataset, label: str) -> str:

@@ -10,6 +10,7 @@ from datasets import Dataset
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 
+from .file_names import with_files
 from .gallery_page import html_page
 from .gallery_rows import fit, pictures_of, shown_rows
 
@@ -73,11 +74,13 @@ def write_suspects(
 ) -> list[Path]:
     """Write suspects as a table (Parquet and CSV), an HTML page and a contact sheet.
 
-    The arguments are those of :func:`html_page`. Without matplotlib there is no contact sheet, and
-    a warning says so. Returns the paths.
+    The arguments are those of :func:`html_page`. The table has a column `file` if the pictures have
+    one; see :func:`with_files`. Without matplotlib there is no contact sheet, and a warning says
+    so. Returns the paths.
     """
     folder = Path(folder)
     columns: dict[str, Any] = {"image": image, "label": label}
+    suspects = with_files(suspects, dataset, image)
     paths = [html_page(suspects, dataset, folder / "suspects.html", count=count, **columns)]
     paths += [folder / "suspects.parquet", folder / "suspects.csv"]
     suspects.to_parquet(paths[1])

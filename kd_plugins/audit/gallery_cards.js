@@ -1,6 +1,6 @@
 "use strict";
 const byId = (id) => document.getElementById(id);
-const { key, data, names, rows, pictures, small } = JSON.parse(byId("data").textContent);
+const { key, data, names, rows, files, pictures, small } = JSON.parse(byId("data").textContent);
 const NONE = -1;  // chosen as the other class: the picture belongs to no class
 const PAIRS = 300;  // listed in the filter
 const SPARE = 3;  // rows of cards drawn above and below the window
@@ -11,10 +11,10 @@ const collator = new Intl.Collator();
 const decisions = new Map();  // row in the data set -> decision
 const done = [];  // for undo: lists of [row, decision before]
 const entries = rows.map(([index, label, proposed, score, pLabel, pProposed, near], rank) => {
-  const [given, better] = [names[label], names[proposed]];
-  const searched = `${given}\n${better}\n${index}`.toLowerCase();
+  const [given, better, file] = [names[label], names[proposed], files[rank] || ""];
+  const searched = `${given}\n${better}\n${index}\n${file}`.toLowerCase();
   return {
-    rank, index, label, proposed, score, pLabel, pProposed, near, given, better, searched,
+    rank, index, label, proposed, score, pLabel, pProposed, near, given, better, file, searched,
   };
 });
 const byIndex = new Map(entries.map((entry) => [entry.index, entry]));
@@ -79,18 +79,28 @@ function neighboursOf(entry) {
   return strip;
 }
 
+// Of a path that is too long, the end is shown.
+function fileOf(file) {
+  const created = element("span", "file");
+  created.append(element("bdi", "", file));
+  return created;
+}
+
 function cardOf(entry) {
   const [item, button] = [element("li", ""), element("button", "card")];
   const [meta, text] = [element("span", "meta"), element("span", "names")];
   meta.append(element("span", "score", entry.score.toFixed(3)));
   meta.append(element("span", "row", `row ${entry.index}`));
-  const { given, better, pLabel, pProposed } = entry;
+  const { given, better, file, pLabel, pProposed } = entry;
   button.type = "button";
-  button.title = `${given}: ${pLabel?.toFixed(3)}\n${better}: ${pProposed?.toFixed(3) ?? "?"}`;
+  button.title = `${given}: ${pLabel?.toFixed(3)}\n${better}: ${pProposed?.toFixed(3) ?? "?"}`
+    + (file && `\n${file}`);
   text.append(nameOf("given", given), nameOf("proposed", better));
   button.append(pictureOf(pictures[entry.rank], "picture", "no picture"), text);
   if (small) button.append(neighboursOf(entry));
-  button.append(meta, element("span", "mark"));
+  button.append(meta);
+  if (files.some(Boolean)) button.append(fileOf(file));
+  button.append(element("span", "mark"));
   item.append(button);
   item.setAttribute("aria-setsize", shown.length);
   button.addEventListener("focus", () => { current = shown.indexOf(entry); });
@@ -108,7 +118,7 @@ function showDecision(entry, item) {
   const mark = kind === "other" ? classOf(decision) : kind;
   button.className = `card ${kind}`;
   Object.assign(button.lastChild, { textContent: mark, hidden: !kind });
-  button.setAttribute("aria-label", `row ${entry.index}: given ${entry.given}, proposed `
+  button.setAttribute("aria-label", `row ${entry.index} ${entry.file}: given ${entry.given}, proposed `
     + `${entry.better}, score ${entry.score.toFixed(3)}, ${mark || "undecided"}`);
 }
 

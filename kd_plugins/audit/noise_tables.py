@@ -71,23 +71,33 @@ def write_noise(noise: LabelNoise, names: Sequence[str], folder: str | Path) -> 
     return paths
 
 
-def write_oddities(
-    noise: LabelNoise, pairs: Dataset, names: Sequence[str], folder: str | Path
-) -> list[Path]:
-    """Write `duplicates.csv`, the result of `near_duplicates`, and `outliers.csv`.
+def farthest(noise: LabelNoise, names: Sequence[str], count: int = FARTHEST) -> Dataset:
+    """The pictures that are farthest from all classes, the farthest first.
 
-    The latter has the hundred pictures that are farthest from all classes, the farthest first.
-    There always are such pictures, also where each belongs to a class. Returns the paths.
+    There always are such pictures, also where each belongs to a class. The columns are `index` (the
+    row in the data), `label`, `label_name` and `outlier`.
+    """
+    outlier = np.zeros(0) if noise.outlier is None else noise.outlier
+    rows = np.argsort(-outlier, kind="stable")[:count]
+    rows = rows[np.isfinite(outlier[rows])]
+    labels = noise.labels[rows]
+    columns = {"index": rows, "label": labels, "label_name": [names[k] for k in labels]}
+    return Dataset.from_dict(columns | {"outlier": outlier[rows].round(5)})
+
+
+def write_oddities(pairs: Dataset, outliers: Dataset, folder: str | Path) -> list[Path]:
+    """Write `duplicates.csv` and `outliers.csv`, with a header even if there are none.
+
+    Args:
+        pairs: the result of :func:`near_duplicates`.
+        outliers: the result of :func:`farthest`.
+        folder: where to write; created if needed.
+
+    Returns:
+        The paths.
     """
     paths = [Path(folder, "duplicates.csv"), Path(folder, "outliers.csv")]
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    pairs.to_pandas().to_csv(paths[0], index=False)  # with a header even if there are none
-    outlier = np.zeros(0) if noise.outlier is None else noise.outlier
-    with open(paths[1], "w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["index", "label", "label_name", "outlier"])
-        for row in np.argsort(-outlier, kind="stable")[:FARTHEST]:
-            if np.isfinite(outlier[row]):
-                label = int(noise.labels[row])
-                table.writerow([row, label, names[label], round(float(outlier[row]), 5)])
+    for table, path in zip((pairs, outliers), paths, strict=True):
+        table.to_pandas().to_csv(path, index=False)  # type: ignore[union-attr]
     return paths

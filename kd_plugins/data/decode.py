@@ -10,6 +10,8 @@ from io import BytesIO
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset
 from PIL import Image
 
@@ -50,9 +52,23 @@ class PictureColumn:
 
     def row_name(self, row: int) -> str:
         """The path of a row's picture, or `row 12` if it has none."""
-        (value,) = self.read([row])
-        value = value.get("path") if isinstance(value, dict) else value
-        return str(value) if isinstance(value, str | os.PathLike) else f"row {row}"
+        return self.paths([row])[0].as_py() or f"row {row}"
+
+    def paths(self, rows: np.ndarray | Sequence[int]) -> pa.Array:
+        """The paths of the pictures of some rows, null if there is none. No picture is read."""
+        if not isinstance(self._rows, Dataset):
+            values = [self._rows[row][self.name] for row in rows]
+            return pa.array(map(_path_of, values), pa.string())
+        column, indices = self._rows.data.column(self.name), self._rows._indices
+        wanted = pa.array(rows, pa.int64())
+        if indices is not None:
+            wanted = indices.column(0).take(wanted)
+        if pa.types.is_struct(column.type) and column.type.get_field_index("path") >= 0:
+            column = pc.struct_field(column, "path")
+        elif not pa.types.is_string(column.type):
+            return pa.nulls(len(rows), pa.string())
+        found = column.take(wanted)
+        return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
 
     def picture(self, row: int, value: Any) -> Image.Image:
         """`decode_picture(value)`; the error for a value of the wrong kind names column and row."""
@@ -60,6 +76,11 @@ class PictureColumn:
             return decode_picture(value)
         except NotAPicture as error:
             raise NotAPicture(f"column {self.name!r} holds {error} (row {row}).") from None
+
+
+def _path_of(value: Any) -> str | None:
+    value = value.get("path") if isinstance(value, dict) else value
+    return os.fspath(value) if isinstance(value, str | os.PathLike) else None
 
 
 def decode_picture(value: Any) -> Image.Image:

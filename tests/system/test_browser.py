@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -386,6 +387,8 @@ def test_of_many_rows_only_those_on_the_screen_are_drawn(browser, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
     data, suspects = many(3000)
+    files = [f"{'a folder/' * (k % 9)}{k}.jpg" for k in suspects["index"]]
+    suspects = suspects.add_column("file", files)
     page = html_page(suspects, data, tmp_path / "page.html", count=3000)
     last = f"row {suspects[2999]['index']}"
     for width in (1200, 390):
@@ -410,4 +413,9 @@ def test_of_many_rows_only_those_on_the_screen_are_drawn(browser, tmp_path):
         order = {row: k for k, row in enumerate(suspects["index"][:])}
         until(lambda o=order: 1000 < o[browser.execute_script(SHOWN)[0][0]] < 2000)
         assert browser.execute_script(drawn) < 120
+    browser.execute_script("document.querySelector('#box').open = true")
+    wanted = next(name for name in files if "/" in name)
+    browser.find_element("css selector", "#text").send_keys(f"/{Path(wanted).name.upper()}")
+    shown = [e.text for e in browser.find_elements("css selector", "#cards .file")]
+    assert shown == [wanted]  # a search for the file, whose whole name is in the card
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

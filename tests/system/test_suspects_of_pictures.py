@@ -59,6 +59,11 @@ def suspects_of(table):
     return datasets.Dataset.from_parquet(str(table), keep_in_memory=True)
 
 
+def rows_of(path):
+    with open(path, encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def test_wrong_folders_are_found(pictures, backbone, tmp_path, capsys):
     argv = ["suspects", str(pictures), "--backbone", backbone, "--side", "32"]
     cli.main([*argv, "--output", str(tmp_path)])
@@ -73,12 +78,17 @@ def test_wrong_folders_are_found(pictures, backbone, tmp_path, capsys):
     for row in found:
         assert all(rows[k]["label"] == row["proposed"] for k in row["neighbours"])
     assert "neighbours" in (tmp_path / "suspects.csv").read_text().splitlines()[0]
+    files = [str(path.relative_to(pictures)) for path in sorted(pictures.glob("*/*"))]
+    for name in ("suspects.csv", "outliers.csv", "duplicates.csv"):
+        table = rows_of(tmp_path / name)
+        assert all(row["file"] == files[int(row["index"])] for row in table)
+        assert name == "duplicates.csv" or len(table) > 10
+    assert '"files":["cat/x' in (tmp_path / "suspects.html").read_text()
     assert re.search(r"\d+ pairs of nearly the same picture have different labels", out)
     count = int(re.search(r"About (\d+) of 120 labels are wrong", out)[1])
     assert 10 <= count <= 22
     assert re.search(r"\d+\.\d% of dog are labelled cat", out)
-    with open(tmp_path / "classes.csv", encoding="utf-8") as file:
-        table = list(csv.DictReader(file))
+    table = rows_of(tmp_path / "classes.csv")
     assert [row["class"] for row in table] == NAMES
     assert sum(float(row["wrong"]) for row in table) == pytest.approx(count, abs=0.7)
     assert [row["mostly"] for row in table] == ["dog", "owl", "cat"]

@@ -123,7 +123,7 @@ def test_written_data_are_whole_and_tell_what_was_changed(data, decisions, tmp_p
     """Pictures come along, other splits too; the folder loads by its name alone."""
     out = tmp_path / "new" / "better"
     splits = datasets.DatasetDict({"train": data, "test": data.select([7, 1])})
-    figures = write_corrected(splits, decisions, out, source="pictures")
+    figures = write_corrected(splits, decisions, out, source=str(tmp_path))
     assert figures == {"before": 8, "after": 7, "changed": 3}
     for k in range(8):
         (tmp_path / f"{k}.png").unlink()  # the written data hold them
@@ -135,14 +135,14 @@ def test_written_data_are_whole_and_tell_what_was_changed(data, decisions, tmp_p
     assert train.features["label"].names == NAMES
 
     told = json.loads((out / "provenance.json").read_text())
-    assert told["data"] == "pictures" and told["how"] == "correct" and told["split"] == "train"
+    assert told["data"] == str(tmp_path) and told["how"] == "correct" and told["split"] == "train"
     assert told["decisions"] == "decisions.csv" and told["data_before"] == SIGNATURE
     assert told["data_after"] == data_signature(7, np.array(train["label"]))
     assert (out / "decisions.csv").read_bytes() == decisions.read_bytes()
     with open(out / "changes.csv", newline="") as file:
         assert [list(row.values()) for row in csv.DictReader(file)] == [
-            ["0", "0", "cat", "1", "dog", "wrong", "corrected"],
-            ["2", "2", "owl", "1", "dog", "other", "corrected"],
-            ["4", "1", "dog", "", "", "other", "dropped"],
+            ["0", "0.png", "0", "cat", "1", "dog", "wrong", "corrected"],
+            ["2", "2.png", "2", "owl", "1", "dog", "other", "corrected"],
+            ["4", "4.png", "1", "dog", "", "", "other", "dropped"],
         ]
     assert encoded(train[0]["image"]) != encoded(train[1]["image"])

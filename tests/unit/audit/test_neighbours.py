@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 from kd_plugins import estimate_label_noise, find_suspects
-from kd_plugins.audit import near_duplicates, write_oddities
+from kd_plugins.audit import farthest, near_duplicates, write_oddities
 from kd_plugins.audit.neighbours import find_neighbours
 
 
@@ -115,7 +115,7 @@ def test_columns_of_suspects_and_tables(tmp_path):
     assert np.isnan(noise.outlier[9]) and (noise.near[9] == -1).all() and 9 not in noise.near
     pairs = near_duplicates(noise, least=1.0, class_names=list("abcd"))
     assert len(pairs) == 0 and "similarity" in pairs.column_names
-    paths = write_oddities(noise, pairs, list("abcd"), tmp_path)
+    paths = write_oddities(pairs, farthest(noise, list("abcd")), tmp_path)
     table = datasets.Dataset.from_csv(str(paths[1]), cache_dir=tmp_path / "cache")
     assert len(table) == 100 and 9 not in table["index"][:]
     assert table["index"][0] == int(np.nanargmax(noise.outlier))
