@@ -75,6 +75,7 @@ def train_command(argv: Sequence[str]) -> None:
 
     kinds = (TrainSettings, kd.MutualTrainingArguments)
     s, args = kd.parse_settings(*kinds, defaults=DEFAULTS, args=_data_first(argv), usage=TRAIN)
+    s.models = s.models or ["resnet18"] * loss_class(s.loss).num_peers
     loss = make_loss(s.loss, s.loss_args, len(s.models))
     models, train, evaluation = _networks_and_views(s, args)
     trainer = kd.MutualDistillationTrainer(

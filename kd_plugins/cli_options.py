@@ -30,8 +30,11 @@ class TrainSettings(DataSettings):
     """What ``kd-plugins train`` takes beside ``MutualTrainingArguments``."""
 
     models: list[str] = field(
-        default_factory=lambda: ["resnet18"] * 2,
-        metadata=_help("timm names, hf-hub:ID or local-dir:PATH"),
+        default_factory=list,
+        metadata=_help(
+            "timm names, hf-hub:ID or local-dir:PATH; by default resnet18, two of them where the "
+            "loss is for peers"
+        ),
     )
     loss: str = field(default="smkd", metadata=_help("a name that kd-plugins list shows"))
     loss_args: str = field(default="{}", metadata=_help("""its arguments as JSON, '{"eta": 2}'"""))

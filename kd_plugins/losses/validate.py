@@ -167,7 +167,7 @@ def _one_network(name: str, value: Any) -> list[Tensor]:
         return [value]
     hint = ""
     if isinstance(value, list | tuple):
-        hint = f"; Mutual({name}(), SelectNone()) trains several networks side by side"
+        hint = "; Mutual(loss, SelectNone()) trains several networks side by side"
     raise TypeError(f"{name} expects a tensor of logits [B, C], got {shape_of(value)}{hint}")
 
 

@@ -164,8 +164,8 @@ def _refuse_peers(peers: Sequence[nn.Module], teachers: Sequence[nn.Module], los
         )
     if loss.num_peers == 1 and count > 1:
         raise ValueError(
-            f"{name} is a loss for one network and there are {count}: Mutual({name}(), "
-            "SelectNone()) trains them side by side, SMKD(...) lets them teach each other"
+            f"{name} is a loss for one network and there are {count}: pass one network, or a loss "
+            "for peers such as SMKD. In Python, Mutual(loss, SelectNone()) trains them side by side"
         )
     if loss.num_peers != count:
         raise ValueError(

@@ -183,6 +183,16 @@ def test_train_from_flags_as_a_process(pictures, tmp_path, monkeypatch, capsys):
     assert "holds a run with" in refused(capsys, *argv, "--loss_args", '{"q": 0.6}')
 
 
+def test_as_many_networks_as_the_loss_is_for(pictures, tmp_path, monkeypatch):
+    """A loss for one network would otherwise be refused because of a default."""
+    made = []
+    monkeypatch.setattr(cli, "_networks_and_views", lambda s, args: made.append(s.models) or 1 / 0)
+    for loss in ("gce", "smkd", "co_teaching"):
+        with pytest.raises(ZeroDivisionError):
+            cli.main(["train", str(pictures), "--loss", loss, "--output_dir", str(tmp_path / "x")])
+    assert made == [["resnet18"], ["resnet18"] * 2, ["resnet18"] * 2]
+
+
 def test_suspects_and_report(run, pictures, tmp_path, capsys):
     peers = [str(run / f"peer_{k}") for k in "ab"]
     sources = {
@@ -231,7 +241,7 @@ def test_apply_and_train_on_the_result(pictures, tmp_path, capsys):
 def test_refusals(pictures, tmp_path, capsys):
     """What cannot work is said in one line, before anything is written."""
     out = ["--output_dir", tmp_path / "out", "--use_cpu"]
-    train = ["train", pictures, *out]
+    train, networks = ["train", pictures, *out], ["test_resnet"] * 2
     cases = {
         "did you mean train": ["trian", pictures],
         "did you mean smkd": ["list", "smdk"],
@@ -242,6 +252,7 @@ def test_refusals(pictures, tmp_path, capsys):
         "expected JSON such as": [*train, "--loss_args", "eta=2"],
         "GCE has no argument": [*train, "--loss", "gce", "--loss_args", '{"quality": 1}'],
         "teaches peers": [*train, "--models", "test_resnet"],
+        "there are 2: pass one network, or": [*train, "--models", *networks, "--loss", "gce"],
         "doesn't contain any data files": ["train", tmp_path, *out],
         "or none of them": ["suspects", pictures, "--dynamics", "a", "--probs", "b"],
         "expected a file": ["suspects", pictures, "--probs", tmp_path / "no.npy"],

@@ -164,7 +164,7 @@ def test_logits_of_one_network():
         (
             (Z, Z),
             TypeError,
-            two + "Mutual(Own(), SelectNone()) trains several networks side by side",
+            two + "Mutual(loss, SelectNone()) trains several networks side by side",
         ),
         (None, TypeError, "Own expects a tensor of logits [B, C], got NoneType"),
         (Z[0], ValueError, "Own expects logits [B, C] with C >= 2, got [4]"),

@@ -90,8 +90,8 @@ BAD = {
     ),
     "two networks for a loss of one": (
         ValueError,
-        r"CE is a loss for one network and there are 2: Mutual\(CE\(\), SelectNone\(\)\)",
-        lambda: {"loss": CE()},
+        r"Sum is a loss for one network and there are 2.*Mutual\(loss, SelectNone\(\)\)",
+        lambda: {"loss": CE() + CE()},
     ),
     "num_peers": (
         ValueError,
