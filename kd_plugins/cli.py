@@ -103,7 +103,7 @@ def make_loss(name: str, text: str, peers: int) -> Loss:
         given = json.loads(text)
     except ValueError as error:
         raise SystemExit(
-            f"--loss_args {text}: expected JSON such as {{'eta': 2}}: {error}"
+            f"""--loss_args {text}: expected JSON such as '{{"eta": 2}}': {error}"""
         ) from None
     if not isinstance(given, dict):
         raise SystemExit(f"--loss_args {text}: expected names and values in braces")

@@ -21,8 +21,13 @@ def class_indices(values: Any, what: str = "labels") -> np.ndarray:
     """
     values = np.asarray(values)
     if values.dtype.kind not in "iub" and values.size:
+        hint = ""
+        if isinstance(values.flat[0], str) and what.startswith("column "):
+            column = what.removeprefix("column ")
+            hint = f"; dataset.class_encode_column({column}) makes indices of names"
         raise ValueError(
             f"{what}: expected class indices, got {values.dtype} (first value {values.flat[0]!r})"
+            + hint
         )
     return values.astype(np.int64, copy=False)
 

@@ -161,10 +161,10 @@ def find_column(data: datasets.Dataset, kind: str, name: str | None = None) -> s
     if found in fitting:
         return found
     others = [f"{k} ({v.dtype})" for k, v in data.features.items() if k not in fitting]
+    how = "cast_column(NAME, Image())" if kind == "image" else "class_encode_column(NAME)"
     raise ValueError(
         f"{kind} {name}: expected the name of one {feature.__name__} column, here "
-        f"{' or '.join(fitting) or 'none'}; {', '.join(others)} can be made one: "
-        f"dataset.cast_column(NAME, {feature.__name__}(...))"
+        f"{' or '.join(fitting) or 'none'}; {', '.join(others)} can be made one: dataset.{how}"
     )
 
 

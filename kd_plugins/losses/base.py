@@ -247,11 +247,11 @@ class Sum(Loss):
     ) -> None:
         reductions = {reduction} if reduction else {term.reduction for _, term in terms}
         sizes = {num_classes, *(term.num_classes for _, term in terms)} - {None}
-        if len(reductions) > 1 or len(sizes) > 1:
-            raise ValueError(
-                f"the terms of a sum must agree on reduction (here {reductions}) and on "
-                f"num_classes (here {sizes})"
-            )
+        found: Any
+        for name, found in (("reduction", reductions), ("num_classes", sizes)):
+            if len(found) > 1:
+                shown = " and ".join(map(repr, sorted(found)))
+                raise ValueError(f"the terms of a sum must agree on {name}, here {shown}")
         size, reduction = next(iter(sizes), None), reductions.pop()
         super().__init__(num_classes=size, reduction=reduction, weight=weight, **unknown)
         self.weights = [float(validate.number("weight of a term", w)) for w, _ in terms]

@@ -129,7 +129,7 @@ def unknown_argument(cls: type, name: str, known: Iterable[str]) -> TypeError:
     """
     own = [p.name for p in inspect.signature(cls).parameters.values() if p.kind != p.VAR_KEYWORD]
     names = list(dict.fromkeys([*own, *known]))
-    meant = difflib.get_close_matches(name, names, n=1) or (own if len(own) == 1 else [])
+    meant = difflib.get_close_matches(name, names, n=1)
     hint = f"; did you mean {meant[0]}?" if meant else f"; it has {', '.join(names)}"
     if name == "ignore_index":
         hint = f"; {LEAVE_OUT}"
@@ -237,7 +237,11 @@ def _refuse_mass(name: str, rows: Tensor, num_classes: int) -> None:
 def inputs(name: str, given: dict[str, Any], required: frozenset[str], logits: Tensor) -> None:
     """Refuse a call that lacks what a loss requires, or brings what it would ignore."""
     if missing := required - {key for key, value in given.items() if value is not None}:
-        raise TypeError(f"{name} reads {sorted(required)}: missing {sorted(missing)}")
+        call = ", ".join(f"{key}=..." for key in sorted(missing))
+        raise TypeError(
+            f"{name} reads {sorted(required)}: missing {sorted(missing)}; call "
+            f"loss(logits, target, {call})"
+        )
     if unknown := set(given) - required:
         reads = sorted(required) or "logits and target only"
         raise TypeError(f"{name} reads {reads}: it would ignore {sorted(unknown)}")

@@ -145,6 +145,8 @@ def refuse_pairing(
 
 def _refuse_loss(loss: Loss) -> None:
     name = type(loss).__name__
+    if isinstance(loss, str):
+        raise TypeError(f"loss={loss!r}: expected a kd_plugins loss, create_loss({loss!r})")
     if not isinstance(loss, Loss):
         raise TypeError(
             f"loss must be a kd_plugins loss, got {name}; create_loss('ce') is plain cross-entropy"

@@ -249,7 +249,7 @@ def test_refusals(pictures, tmp_path, capsys):
         "--modls x: there is no such option; did you mean --models": [*train, "--modls", "x"],
         "test_resnt: expected": [*train, "--models", "test_resnt"],
         "unknown loss 'smdk'": [*train, "--loss", "smdk"],
-        "expected JSON such as": [*train, "--loss_args", "eta=2"],
+        """expected JSON such as '{"eta": 2}'""": [*train, "--loss_args", "{eta:2}"],
         "GCE has no argument": [*train, "--loss", "gce", "--loss_args", '{"quality": 1}'],
         "teaches peers": [*train, "--models", "test_resnet"],
         "there are 2: pass one network, or": [*train, "--models", *networks, "--loss", "gce"],

@@ -102,3 +102,10 @@ def test_the_trainer_compares_evaluation_and_training_data(tmp_path):
         with pytest.raises(ValueError, match="another order: class 0 is 'dog'"):
             trainer(tmp_path, [Net(1), Net(2)], train=train, evaluate=evals)
     trainer(tmp_path, train=train, evaluate={"a": train, "b": ImageView(data(None), to_tensor)})
+
+
+def test_names_for_labels_are_told_how_to_become_indices():
+    rows = Dataset.from_dict({"image": [[0]] * 2, "label": ["cat", "dog"]})
+    hint = r"\(first value 'cat'\); dataset.class_encode_column\('label'\) makes indices of names"
+    with pytest.raises(ValueError, match=hint):
+        ImageView(rows, to_tensor)

@@ -141,7 +141,7 @@ def test_class_weights():
     [
         (SMKD, "etaa", "did you mean eta?"),
         (GCE, "reductoin", "did you mean reduction?"),
-        (GCE, "p", "did you mean q?"),  # its only argument
+        (GCE, "label_smoothing", "it has q, num_classes, reduction, weight"),  # nothing is near
         (
             SMKD,
             "xyz",
@@ -250,8 +250,17 @@ def test_other_inputs():
     needs = "Own reads ['index', 'teacher']: "
     shape = "Own: teacher must be logits [T, B, C] or [B, C] for [3, 4], got "
     for given, error, message in [
-        ({"teacher": teacher, "index": None}, TypeError, needs + "missing ['index']"),
-        ({}, TypeError, needs + "missing ['index', 'teacher']"),
+        (
+            {"teacher": teacher, "index": None},
+            TypeError,
+            needs + "missing ['index']; call loss(logits, target, index=...)",
+        ),
+        (
+            {},
+            TypeError,
+            needs
+            + "missing ['index', 'teacher']; call loss(logits, target, index=..., teacher=...)",
+        ),
         (
             {"teacher": teacher, "index": index, "idx": 0},
             TypeError,

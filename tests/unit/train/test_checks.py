@@ -123,6 +123,11 @@ BAD = {
         "must be a kd_plugins loss, got CrossEntropyLoss",
         lambda: {"loss": nn.CrossEntropyLoss()},
     ),
+    "the name of a loss": (
+        TypeError,
+        r"loss='smkd': expected a kd_plugins loss, create_loss\('smkd'\)",
+        lambda: {"loss": "smkd"},
+    ),
     "label smoothing": (
         ValueError,
         r"label_smoothing_factor=0\.1.*LabelSmoothing",
