@@ -42,7 +42,8 @@ _LAZY = {
 
 _FLOORS = ("audit", "data", "models", "train")
 
-__all__ = list(_losses)  # without the lazy names: a star import must not load transformers
+# A star import loads transformers and the others: whoever asks for everything gets it.
+__all__ = [*_losses, *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
@@ -56,4 +57,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_LAZY, *_FLOORS])
+    return sorted([*__all__, *_FLOORS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,12 @@ from ..data import same_classes
 from ..losses.base import Loss, peer_name
 from ..models.factory import class_count
 from ..models.features import has_features
+from .sizes import num_classes_of
 
 if TYPE_CHECKING:  # timm's tasks do without transformers
     from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
 
 ROWS = "expected a mapping with pixel_values (a tensor) and labels (a class index)"
 
@@ -297,9 +301,19 @@ def refuse_rows(views: Mapping[str, Any], args: TrainingArguments) -> None:
 
 
 def refuse_data(views: Mapping[str, Any], peers: Sequence[nn.Module], loss: Loss) -> None:
-    """Refuse labels, classes and views of pictures that fit neither the networks nor the loss."""
+    """Refuse labels, classes and views of pictures that fit neither the networks nor the loss.
+
+    Warn of networks with more outputs than the training data have classes.
+    """
     train = views.get("train")
     refuse_views(loss, train)
+    classes, outputs = num_classes_of(train), [class_count(peer) or 0 for peer in peers]
+    if classes and (spare := [peer_name(k) for k, n in enumerate(outputs) if n > classes]):
+        logger.warning(
+            f"network {', '.join(spare)}: {max(outputs)} outputs, and the training data have "
+            f"{classes} classes. The other outputs learn only to stay small, and losses that count "
+            f"classes count them too: num_classes={classes} makes a network without them"
+        )
     for name, view in views.items():
         refuse_labels(view, peers, name)
         same_classes(view, train, f"the {name} data")

@@ -44,3 +44,11 @@ assert logits.grad.abs().sum() > 0 and len(list_losses()) > 40
 def test_losses_with_torch_alone():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_star_import_brings_every_public_name():
+    """Losses alone would leave out the Trainer and its arguments."""
+    names = {}
+    exec("from kd_plugins import *", names)
+    wanted = {"CE", "SMKD", "MutualDistillationTrainer", "MutualTrainingArguments", "ImageView"}
+    assert wanted <= names.keys() and {"cache_teachers", "find_suspects"} <= names.keys()

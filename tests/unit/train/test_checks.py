@@ -235,6 +235,13 @@ def test_good_input_is_not_refused(tmp_path):
     )  # says nothing of its classes
 
 
+def test_spare_outputs_are_warned_of_once(tmp_path, caplog):
+    trainer(tmp_path)
+    assert "outputs" not in caplog.text
+    trainer(tmp_path, [Net(1, 5), Net(2, 5)], evaluate={"a": view(8), "b": view(8)})
+    assert caplog.text.count("network a, b: 5 outputs, and the training data have 3 classes") == 1
+
+
 def test_processes_that_do_not_see_each_other(tmp_path, monkeypatch):
     args = arguments(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
