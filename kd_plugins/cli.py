@@ -85,7 +85,8 @@ def train_command(argv: Sequence[str]) -> None:
         eval_dataset=evaluation,
         callbacks=[kd.DynamicsCallback()] if s.dynamics else [],
     )
-    kd.claim_folder(args, **vars(s))  # not before all of it could be made
+    settings = {key: value for key, value in vars(s).items() if key != "max_broken"}
+    kd.claim_folder(args, **settings)  # not before all of it could be made
     trainer.train(resume_from_checkpoint=True)
     figures = trainer.evaluate()
     trainer.save_state()
@@ -128,7 +129,7 @@ def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, An
     splits = kd.load_data(_named_data(s))
     rows, image, label = kd.load_rows(splits, "train", s.image, s.label)
     held = next((split for split in ("validation", "test") if split in splits), None)
-    columns: dict[str, Any] = {"image": image, "label": label}
+    columns: dict[str, Any] = {"image": image, "label": label, "max_broken": s.max_broken}
     views = loss_class(s.loss).views
     train: Any = kd.ImageView(rows, _unchanged, seed=args.seed, views=views, **columns)
     columns["class_names"] = train.class_names
@@ -151,7 +152,7 @@ def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, An
 
 def suspects_command(argv: Sequence[str]) -> None:
     """``kd-plugins suspects``: find and show the labels that are probably wrong."""
-    from . import audit, data, models
+    from . import audit, data
     from .train import parse_settings
 
     (s,) = parse_settings(SuspectSettings, defaults={}, args=_data_first(argv), usage=SUSPECTS)
@@ -164,28 +165,51 @@ def suspects_command(argv: Sequence[str]) -> None:
         )
     rows, image, label = data.load_rows(_named_data(s), s.split, s.image, s.label)
     columns: dict[str, Any] = {"image": image, "label": label}
+    with_files = partial(audit.with_files, dataset=rows, image=image, folder=s.data)
+    suspects, left_out, paths = _suspects(s, rows, with_files, **columns)
+    paths += audit.write_suspects(with_files(suspects), rows, s.output, count=s.count, **columns)
+    known = len(rows) - len(left_out)
+    print(f"{len(suspects)} of {known:,} labels are suspected:", *paths, sep="\n")
+
+
+def _suspects(
+    s: SuspectSettings, rows: Any, with_files: Any, **columns: Any
+) -> tuple[Any, Any, list[Any]]:
+    """The suspects, the rows that are left out, and the files about the noise."""
+    from . import audit, data, models
+
     networks = [models.make_teacher(folder, None) for folder in s.networks]
+    columns["max_broken"] = s.max_broken
     view = data.plain_view(rows, networks[0] if networks else None, **columns)
     names, loading = view.class_names, {"batch_size": s.batch_size, "num_workers": s.num_workers}
-    paths: list[Any] = []
-    with_files = partial(audit.with_files, dataset=rows, image=image, folder=s.data)
     if s.dynamics:
-        suspects = audit.find_suspects(dynamics=s.dynamics, class_names=names)
-    elif networks:
+        return audit.find_suspects(dynamics=s.dynamics, class_names=names), [], []
+    if networks:
         probs = audit.predict_probs(networks, view, **loading)
-        suspects = audit.find_suspects(view.labels, probs, class_names=names)
-    else:
-        noise = _noise(s, rows, side=s.side, **columns, **loading)
-        suspects = audit.find_suspects(noise=noise, class_names=names)
-        paths += audit.write_noise(noise, names, s.output)
-        print(audit.noise_summary(noise, names))
-        if noise.near is not None:
-            pairs = audit.near_duplicates(noise, class_names=names)
-            outliers = audit.farthest(noise, names)
-            paths += audit.write_oddities(with_files(pairs), with_files(outliers), s.output)
-            print(f"{len(pairs)} pairs of nearly the same picture have different labels.")
-    paths += audit.write_suspects(with_files(suspects), rows, s.output, count=s.count, **columns)
-    print(f"{len(suspects)} of {len(rows)} labels are suspected:", *paths, sep="\n")
+        left_out = _say_left_out(probs[:, 0], view)
+        return audit.find_suspects(view.labels, probs, class_names=names), left_out, []
+    noise = _noise(s, rows, side=s.side, **columns, **loading)
+    left_out = _say_left_out(noise.p_wrong, view)
+    print(audit.noise_summary(noise, names))
+    paths = audit.write_noise(noise, names, s.output)
+    if noise.near is not None:
+        pairs = audit.near_duplicates(noise, class_names=names)
+        outliers = audit.farthest(noise, names)
+        paths += audit.write_oddities(with_files(pairs), with_files(outliers), s.output)
+        print(f"{len(pairs)} pairs of nearly the same picture have different labels.")
+    return audit.find_suspects(noise=noise, class_names=names), left_out, paths
+
+
+def _say_left_out(probs: Any, view: Any, shown: int = 5) -> list[int]:
+    """The rows whose probabilities [N] are NaN, the first of which are named."""
+    import numpy as np
+
+    rows = np.flatnonzero(np.isnan(probs)).tolist()
+    if rows:
+        print(f"{len(rows):,} of {len(view):,} pictures are left out, they cannot be read:")
+        print(*(f"  {view.pictures.row_name(row)}" for row in rows[:shown]), sep="\n")
+        print("  ...\n" * (len(rows) > shown), end="")
+    return rows
 
 
 def _noise(s: SuspectSettings, rows: Any, **options: Any) -> Any:

@@ -8,6 +8,12 @@ from typing import Any
 BACKBONE = "tf_efficientnet_lite0"  # of suspects, where no other source is named
 
 
+MAX_BROKEN = (
+    "largest share of pictures that cannot be read, such as 0.05; by default 0.01, of fewer than "
+    "500 pictures five (or a tenth)"
+)
+
+
 def _help(text: str, **metadata: Any) -> dict[str, Any]:
     return {"help": text} | metadata
 
@@ -44,6 +50,7 @@ class TrainSettings(DataSettings):
     )
     pretrained: bool = field(default=False, metadata=_help("start from timm's pretrained weights"))
     augment: bool = field(default=True, metadata=_help("crop and flip the training pictures"))
+    max_broken: float | None = field(default=None, metadata=_help(MAX_BROKEN))
     dynamics: bool = field(
         default=False, metadata=_help("keep the training dynamics in output_dir/dynamics")
     )
@@ -86,6 +93,7 @@ class SuspectSettings(DataSettings):
         default="runs/suspects", metadata=_help("folder to write", aliases=["--output_dir"])
     )
     count: int = field(default=5000, metadata=_help("suspects on the page"))
+    max_broken: float | None = field(default=None, metadata=_help(MAX_BROKEN))
     batch_size: int = field(default=256, metadata=_help("pictures in a batch"))
     num_workers: int = field(default=0, metadata=_help("processes that read pictures"))
 

@@ -41,7 +41,7 @@ def frozen_features(
         side: of the input in pixels. Smaller pictures are enlarged. Time grows with its square.
         batch_size: pictures in a forward pass.
         num_workers: processes that read pictures.
-        columns: `image`, `label` and `clean` of `ImageView`.
+        columns: `image`, `label`, `clean` and `max_broken` of `ImageView`.
 
     Raises:
         ValueError: there is no such network, or its weights cannot be loaded or do not fit.

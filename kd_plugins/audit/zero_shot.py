@@ -58,7 +58,7 @@ def zero_shot_probs(
         batch_size: pictures in a forward pass.
         num_workers: processes that read pictures.
         dtype: the dtype of autocast for pictures, such as `torch.bfloat16`; none by default.
-        columns: `image`, `label` and `clean` of `ImageView`.
+        columns: `image`, `label`, `clean` and `max_broken` of `ImageView`.
 
     Returns:
         The probabilities, a memory map of a file in `folder`, and the embeddings [N, D] as a view.

@@ -20,6 +20,10 @@ class NotAPicture(TypeError):
     """A value of the wrong type, or an array of unknown range: the column holds no pictures."""
 
 
+class BrokenPictures(RuntimeError):
+    """More pictures cannot be read than are allowed; the message is one line."""
+
+
 class PictureColumn:
     """The image column of a data set as it is stored: `{bytes, path}`, paths, arrays ...
 

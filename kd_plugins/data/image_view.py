@@ -12,11 +12,12 @@ from datasets import ClassLabel, Dataset
 from PIL import Image
 
 from ..losses.validate import fraction, one_of
-from .decode import NotAPicture, PictureColumn, decode_picture
+from .decode import BrokenPictures, NotAPicture, PictureColumn, decode_picture
 from .input_config import input_config
 from .labels import check_labels, label_column
 from .randomness import generators_kept, seed_generators
 
+MAX_BROKEN, HANDFUL = 0.01, 5  # a share of the rows, and as many of few rows
 CHUNK = 8  # pictures in memory at once, since some are large
 
 
@@ -46,7 +47,8 @@ class ImageView(torch.utils.data.Dataset):
             `decode_picture`.
         label: column of class indices to train on (with label noise: "noisy_label").
         clean: column of true labels, if there is one; -1 there means none of the classes.
-        max_broken: the largest share of broken rows, in [0, 1].
+        max_broken: the largest share of broken rows, in [0, 1]. By default 1%; of fewer than 500
+            rows five, but no more than a tenth.
         class_names: the order of the classes; labels with names are matched to it. By default the
             names of `label`, or numbers.
         views: 1, or 2 for a loss that wants two (`loss.views`), such as DivideMix.
@@ -55,7 +57,7 @@ class ImageView(torch.utils.data.Dataset):
         TypeError: `dataset` is a `DatasetDict` or a stream, or has a transform of its own;
             `transform` is no function; or (when reading) the column holds no pictures.
         ValueError: a label outside the classes, or two columns with different classes.
-        RuntimeError (when reading): more broken pictures than `max_broken`.
+        BrokenPictures (a RuntimeError, when reading): more broken pictures than `max_broken`.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class ImageView(torch.utils.data.Dataset):
         image: str = "image",
         label: str = "label",
         clean: str | None = None,
-        max_broken: float = 0.01,
+        max_broken: float | None = None,
         class_names: Sequence[str] | None = None,
         views: int = 1,
     ):
@@ -77,6 +79,8 @@ class ImageView(torch.utils.data.Dataset):
                 f"transform={transform!r}: expected a function from a PIL picture to a tensor, "
                 "such as torchvision.transforms.ToTensor()"
             )
+        if max_broken is None:
+            max_broken = max(MAX_BROKEN, min(HANDFUL / len(dataset), 0.1))
         fraction("max_broken", max_broken, "a share of the rows (1% is 0.01)")
         self.transform, self.seed, self.max_broken = transform, seed, max_broken
         self.views = one_of("views", views, (1, 2), "an item has pixel_values and a second_view")
@@ -161,7 +165,7 @@ class ImageView(torch.utils.data.Dataset):
                 raise
             except Exception as error:  # PIL's plugins raise nearly anything on broken files
                 self._mark_broken(row, error)
-        raise RuntimeError(
+        raise BrokenPictures(
             f"None of the {len(self)} pictures can be read, as {', '.join(self.broken()[:5])}."
         )
 
@@ -191,11 +195,12 @@ class ImageView(torch.utils.data.Dataset):
     def _mark_broken(self, row: int, error: Exception) -> None:
         self._broken[row] = 1
         count = int(self._broken.sum())
-        if count > self.max_broken * len(self):
-            raise RuntimeError(
+        if count > self.max_broken * len(self) + 1e-6:  # 5 / N * N may be less than 5
+            raise BrokenPictures(
                 f"{count} of {len(self)} pictures cannot be read, more than max_broken="
                 f"{self.max_broken:.2%}: {', '.join(self.broken()[:5])}{' ...' * (count > 5)}. "
-                f"The last one: {error!r}. Training would see copies of other rows instead."
+                f"The last one: {error!r}. Copies of other rows would be seen instead. Replace or "
+                f"delete these files, or allow a larger share with max_broken, such as 0.1"
             ) from error
 
 

@@ -19,9 +19,10 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..audit.plots import draw
+from ..data.decode import BrokenPictures
 
 PACKAGE = str(Path(__file__).parents[1])
-EXPECTED = (ValueError, TypeError, FileNotFoundError, FloatingPointError)
+EXPECTED = (ValueError, TypeError, FileNotFoundError, FloatingPointError, BrokenPictures)
 
 
 COMMON = {  # the training arguments that --help shows; --help_all shows the other hundred too
@@ -224,6 +225,8 @@ def _line_of(error: BaseException) -> str | None:
     """The message for the user; None if the error is a bug or not an error."""
     if isinstance(error, SystemExit):
         text = error.code if isinstance(error.code, str) else None
+    elif isinstance(error, BrokenPictures):  # a worker of a DataLoader adds its traceback
+        text = str(error).splitlines()[-1].rpartition(f"{type(error).__name__}: ")[2]
     else:
         frames = traceback.extract_tb(error.__traceback__)
         text = str(error) if frames and frames[-1].filename.startswith(PACKAGE) else None

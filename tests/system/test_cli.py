@@ -265,6 +265,19 @@ def test_refusals(pictures, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_training_with_pictures_that_cannot_be_read(pictures, tmp_path, capsys):
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    for k in range(3):
+        (folder / "cat" / f"{k}.png").write_bytes(b"not a picture")
+    argv = ["train", folder, "--output_dir", tmp_path / "out", "--use_cpu"]
+    argv += ["--models", "test_resnet", "--loss", "ce", "--max_steps", "8"]
+    argv += ["--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "1"]
+    line = refused(capsys, *argv, "--max_broken", "0.03")
+    assert re.match(r"2 of 60 pictures cannot be read, more than max_broken=3.00%: .*\.png", line)
+    cli.main([str(word) for word in argv])  # five may be, and the folder is that of the same run
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

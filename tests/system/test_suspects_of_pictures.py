@@ -2,6 +2,7 @@
 
 import csv
 import re
+import shutil
 
 import datasets
 import numpy as np
@@ -143,3 +144,27 @@ def test_csv_and_probabilities_of_ones_own(pictures, tmp_path, capsys):
     assert found["label_name"][0] in NAMES
     assert "15 of 120 labels are suspected" in capsys.readouterr().out
     (pictures / "table.csv").unlink()
+
+
+def test_pictures_that_cannot_be_read(pictures, backbone, tmp_path, capsys):
+    """A few are named and left out of all totals. Many are refused in one line, also by workers."""
+    folder = tmp_path / "pictures"
+    shutil.copytree(pictures, folder)
+    for name in ("cat/a1.png", "owl/a3.png"):
+        (folder / name).write_bytes(b"not a picture")
+    argv = ["suspects", str(folder), "--backbone", backbone, "--side", "32"]
+    argv += ["--output", str(tmp_path / "out")]
+    cli.main(argv)
+    out = capsys.readouterr().out
+    assert "2 of 120 pictures are left out, they cannot be read:\n" in out
+    assert f"  {folder / 'cat/a1.png'}\n  {folder / 'owl/a3.png'}\n" in out
+    assert re.search(r"About \d+ of 118 labels are wrong", out)
+    assert re.search(r"\d+ of 118 labels are suspected", out)
+    argv[-1] = str(tmp_path / "refused")
+    for more in (["--num_workers", "2"], ["--num_workers", "0"]):
+        with pytest.raises(SystemExit) as error:
+            cli.main([*argv, "--max_broken", "0.01", *more])
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.value.code == 2
+        assert line.startswith("2 of 120 pictures cannot be read, more than max_broken=1.00%: ")
+        assert line.endswith("or allow a larger share with max_broken, such as 0.1")

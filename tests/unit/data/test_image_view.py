@@ -382,6 +382,17 @@ def test_too_many_broken_pictures():
         everything[1]
 
 
+@pytest.mark.parametrize(("size", "most"), [(9, 0), (10, 1), (39, 3), (183, 5), (600, 6)])
+def test_a_handful_of_few_pictures_may_be_broken(size, most):
+    """By default 1%; five if this is less, but no more than a tenth."""
+    rows = [{"image": b"", "label": 0}] * (most + 1) + [{"image": np.zeros((4, 4)), "label": 0}]
+    view = ImageView(rows + rows[-1:] * (size - len(rows)), to_tensor)
+    for row in range(1, most + 1):
+        assert view[row]["index"] == row if most < row else view[row]["index"] > row
+    with pytest.raises(RuntimeError, match=f"{most + 1} of {size} .*a larger share"):
+        view[0]
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
