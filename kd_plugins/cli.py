@@ -136,7 +136,9 @@ def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, An
     evaluation: Any = kd.ImageView(splits[held] if held else rows, _unchanged, **columns)
     set_seed(args.seed)
     make: Any = partial(timm.create_model, pretrained=True) if s.pretrained else make_model
-    models = [make(name, num_classes=train.num_classes) for name in s.models]
+    makers = [make_model if "=" in name else make for name in s.models]  # NAME=FILE has weights
+    named = zip(makers, s.models, strict=True)
+    models = [maker(name, num_classes=train.num_classes) for maker, name in named]
     size = min(train.readable(0)[1].size)
     train.transform = kd.picture_transform(models[0], size, s.augment, as_bytes=True)
     evaluation.transform = kd.picture_transform(models[0], size, as_bytes=True)
@@ -146,6 +148,7 @@ def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, An
         kept, out = kd.hold_out(train.labels, args.seed)
         train, evaluation = kd.SubsetView(train, kept), kd.SubsetView(evaluation, out)
     if args.process_index == 0:
+        print(f"columns: {image} (pictures), {label} ({train.num_classes} classes)")
         print(f"{len(train)} pictures to train on; validation: {len(evaluation)}, {how}")
     return models, train, evaluation
 

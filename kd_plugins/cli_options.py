@@ -38,8 +38,8 @@ class TrainSettings(DataSettings):
     models: list[str] = field(
         default_factory=list,
         metadata=_help(
-            "timm names, hf-hub:ID or local-dir:PATH; by default resnet18, two of them where the "
-            "loss is for peers"
+            "timm names, NAME=FILE of weights, hf-hub:ID or local-dir:PATH; by default resnet18, "
+            "two of them where the loss is for peers"
         ),
     )
     loss: str = field(default="smkd", metadata=_help("a name that kd-plugins list shows"))

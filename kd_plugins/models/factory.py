@@ -17,9 +17,10 @@ from . import cifar_resnet  # noqa: F401  timm then knows resnet18_cifar
 def make_model(model: str | nn.Module, num_classes: int | None, **arguments: Any) -> nn.Module:
     """A network from a timm name, a folder or a hub id, or the module itself.
 
-    A bare timm name is initialised at random. ``local-dir:PATH`` and ``hf-hub:ID`` bring their
-    weights, with a new head if theirs has another number of classes. For other pretrained weights
-    pass the module: ``timm.create_model(..., pretrained=True)``.
+    A bare timm name is initialised at random. ``local-dir:PATH``, ``hf-hub:ID`` and
+    ``NAME=FILE`` (a timm name and a file of weights) bring their weights, with a new head if theirs
+    has another number of classes. For other pretrained weights pass the module:
+    ``timm.create_model(..., pretrained=True)``.
 
     Args:
         model: the name or the module.
@@ -34,6 +35,9 @@ def make_model(model: str | nn.Module, num_classes: int | None, **arguments: Any
             f"the model is given by name ({model!r}), but the number of classes is not known: the "
             "training data has no ClassLabel; pass a module with its head instead"
         )
+    name, weights = _name_and_file(model)
+    if weights:
+        return _from_file(name, weights, num_classes, arguments)
     _refuse_unknown(model, "a timm name")
     return _create(model, model, pretrained=":" in model, num_classes=num_classes, **arguments)
 
@@ -49,11 +53,8 @@ def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn
     """
     if isinstance(teacher, nn.Module):
         return teacher
-    name, _, weights = str(teacher).partition("=")
+    name, weights = _name_and_file(str(teacher))
     if weights:
-        if not Path(weights).is_file():
-            raise FileNotFoundError(f"teacher {str(teacher)!r}: there is no file {weights}")
-        _refuse_unknown(name, "a timm name before the =")
         return _create(name, weights, num_classes=num_classes, checkpoint_path=weights)
     if Path(name, "config.json").is_file():
         name = f"local-dir:{name}"
@@ -64,6 +65,36 @@ def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn
         )
     _refuse_unknown(name, "a timm name, NAME=FILE or a folder that export() wrote")
     return _create(name, name, pretrained=True)
+
+
+def _name_and_file(text: str) -> tuple[str, str]:
+    """NAME=FILE in its parts; anything else with no file."""
+    name, _, weights = text.partition("=")
+    if not weights or ":" in name or Path(text).exists():  # a folder runs/eta=2
+        return text, ""
+    if not Path(weights).is_file():
+        raise FileNotFoundError(f"{text!r}: there is no file {weights}")
+    _refuse_unknown(name, "a timm name before the =")
+    return name, weights
+
+
+def _from_file(name: str, weights: str, num_classes: int, arguments: dict[str, Any]) -> nn.Module:
+    """A network with the weights of a file; its head is new if it has other classes."""
+    heads = timm.get_pretrained_cfg_value(name, "classifier")
+    head = heads if isinstance(heads, str) else next(iter(heads or ()), "")
+    try:
+        rows = timm.models.load_state_dict(weights).get(f"{head}.weight", ())
+    except Exception:  # _create says why
+        rows = ()
+    given = {"num_classes": len(rows)} if len(rows) else {}
+    try:
+        network: Any = _create(name, weights, checkpoint_path=weights, **given, **arguments)
+    except RuntimeError as error:  # of load_state_dict
+        why = str(error).splitlines()[-1].strip()
+        raise ValueError(f"the weights of {weights} do not fit {name}: {why}") from error
+    if network.num_classes != num_classes:
+        network.reset_classifier(num_classes)
+    return network
 
 
 def network_list(networks: Any) -> list[Any]:

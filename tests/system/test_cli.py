@@ -15,6 +15,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from kd_plugins import cli, list_losses
 from kd_plugins.audit.tables import methods
@@ -191,6 +192,19 @@ def test_as_many_networks_as_the_loss_is_for(pictures, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             cli.main(["train", str(pictures), "--loss", loss, "--output_dir", str(tmp_path / "x")])
     assert made == [["resnet18"], ["resnet18"] * 2, ["resnet18"] * 2]
+
+
+def test_train_from_a_file_of_weights(pictures, tmp_path, capsys):
+    """Without a network connection; a learning rate of 0 leaves them as they are."""
+    weights = timm.create_model("test_resnet", num_classes=5).state_dict()
+    save_file(weights, tmp_path / "w.safetensors")
+    words = ["--models", f"test_resnet={tmp_path / 'w.safetensors'}", "--pretrained", "--max_steps"]
+    words += ["1", "--learning_rate", "0", "--loss", "ce", "--use_cpu", "--disable_tqdm", "true"]
+    cli.main(["train", str(pictures), *words, "--output_dir", str(tmp_path / "run")])
+    assert "columns: image (pictures), label (3 classes)\n" in capsys.readouterr().out
+    trained = load_file(tmp_path / "run" / "peer_a" / "model.safetensors")
+    assert torch.equal(trained["conv1.0.weight"], weights["conv1.0.weight"])
+    assert len(trained["fc.weight"]) == 3
 
 
 def test_suspects_and_report(run, pictures, tmp_path, capsys):

@@ -11,6 +11,7 @@ import torch
 from helpers.networks import pixels, spoil, timm_vit
 from helpers.processes import PYTHONPATH
 from helpers.tiny import CLASSES, Net, difference, state, vit
+from safetensors.torch import save_file
 from torch import nn
 
 from kd_plugins.models import class_count, export, logits_of, make_model, make_teacher
@@ -146,6 +147,26 @@ def test_teachers_that_are_not_there(tmp_path):
         make_teacher("resnet18=nowhere.pth", CLASSES)
     with pytest.raises(ValueError, match=r"config\.json.*'resnet18="):
         make_teacher(tmp_path, CLASSES)
+
+
+def test_a_network_starts_from_a_file(tmp_path):
+    """With its head where that fits, else with a new one; never quietly at random."""
+    model = spoil(timm.create_model("test_resnet", num_classes=7))
+    file = tmp_path / "eta=2" / "weights.safetensors"  # no part of a name
+    file.parent.mkdir()
+    save_file(model.state_dict(), file)
+    x = pixels(size=32)
+    same, other = (make_model(f"test_resnet={file}", n).eval() for n in (7, CLASSES))
+    assert torch.equal(same(x), model(x))
+    assert other(x).shape == (6, CLASSES) and other.num_classes == CLASSES
+    assert torch.equal(other.forward_features(x), model.forward_features(x))
+    again = timm.create_model(f"local-dir:{export(other, tmp_path / 'eta=3')}", pretrained=True)
+    assert torch.equal(again.eval()(x), other(x))
+    assert torch.equal(make_teacher(tmp_path / "eta=3", None).eval()(x), other(x))
+    with pytest.raises(ValueError, match=r"weights.safetensors do not fit test_vit"):
+        make_model(f"test_vit={file}", CLASSES)
+    with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.pth"):
+        make_model("test_resnet=nowhere.pth", CLASSES)
 
 
 def test_pickles_of_teachers_hold_tensors_only(tmp_path):
