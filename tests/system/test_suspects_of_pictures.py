@@ -84,7 +84,7 @@ def test_wrong_folders_are_found(pictures, backbone, tmp_path, capsys):
         table = rows_of(tmp_path / name)
         assert all(row["file"] == files[int(row["index"])] for row in table)
         assert name == "duplicates.csv" or len(table) > 10
-    assert '"files":["cat/x' in (tmp_path / "suspects.html").read_text()
+    assert re.search(r'"files":\["(cat|dog|owl)/', (tmp_path / "suspects.html").read_text())
     assert re.search(r"\d+ pairs of nearly the same picture have different labels", out)
     count = int(re.search(r"About (\d+) of 120 labels are wrong", out)[1])
     assert 10 <= count <= 22

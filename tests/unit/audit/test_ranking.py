@@ -1,9 +1,13 @@
 """The model of the noise: by hand, on data drawn from it, and what it gives to the suspects."""
 
+import csv
+import re
+
 import numpy as np
 import pytest
 
 from kd_plugins import estimate_label_noise, find_suspects
+from kd_plugins.audit import noise_summary, write_noise
 from kd_plugins.audit.ranking import PRIORS, _best_prior, _NoiseModel
 from kd_plugins.data import asymmetric, corrupt, pair_flip, symmetric
 
@@ -52,6 +56,29 @@ def test_noise_that_it_assumes_is_found(transition):
     for low in (0.0, 0.25, 0.5, 0.75):
         part = (noise.p_wrong >= low) & (noise.p_wrong < low + 0.25)
         assert noise.p_wrong[part].mean() == pytest.approx(wrong[part].mean(), abs=0.2)
+
+
+@pytest.mark.parametrize(
+    ("transition", "named"),
+    [
+        (symmetric(6, 0.2), set()),
+        (np.eye(6), set()),
+        (asymmetric(6, 0.4, {0: 3, 4: 1}), {(0, 3), (4, 1)}),
+        (pair_flip(3, 0.3), {(0, 1), (1, 2), (2, 0)}),
+    ],
+    ids=["symmetric", "none", "asymmetric", "pair"],
+)
+def test_only_confusions_that_stand_out_are_named(transition, named, tmp_path):
+    """Flat noise has no worst pair: neither the summary nor the table names one."""
+    q, _, labels = drawn(transition, size=1500, sharpness=9.0)
+    noise, names = estimate_label_noise(labels, q, draws=2), list("abcdef")[: len(transition)]
+    words = noise_summary(noise, names)
+    pairs = {(names[i], names[j]) for i, j in named}
+    assert set(re.findall(r"of (\w) are labelled (\w)", words)) == pairs
+    assert ("No two classes are confused more often than others." in words) == (not named)
+    with open(write_noise(noise, names, tmp_path)[0], encoding="utf-8") as file:
+        mostly = {(row["mostly"], row["class"]) for row in csv.DictReader(file) if row["mostly"]}
+    assert mostly == pairs
 
 
 def test_pair_noise_is_ranked_better_than_by_confidence():
