@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,16 +88,27 @@ def load_data(name: str) -> datasets.DatasetDict:
     """
     path = Path(name)
     kind = {".jsonl": "json"}.get(path.suffix, path.suffix.removeprefix("."))
+    if kind in ("csv", "json", "parquet") and not path.exists():  # no hub id: it takes no requests
+        raise ValueError(f"data {name!r}: there is no such file{_nearest(path)}")
     try:
         if path.is_file():
             splits = datasets.load_dataset(kind, data_files=name)
             return _with_pictures(splits, path.parent) if kind == "csv" else splits
         return datasets.load_dataset(name)
     except (OSError, ValueError) as error:  # also no network, no such data set
+        here = "" if path.exists() else f". Nothing here has this name{_nearest(path)}"
         raise ValueError(
             f"data {name!r}: expected a hub id, a folder (one folder per class, or Parquet), or a "
-            f"Parquet or CSV file; datasets says: {error}"
+            f"Parquet or CSV file{here}; datasets says: {error}"
         ) from error
+
+
+def _nearest(path: Path) -> str:
+    """What stands there under a similar name, for an error."""
+    folder = path.absolute().parent
+    names = [other.name for other in folder.iterdir()] if folder.is_dir() else []
+    close = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {path.with_name(close[0])}?" if close else ""
 
 
 def _with_pictures(splits: datasets.DatasetDict, folder: Path) -> datasets.DatasetDict:
@@ -161,10 +173,11 @@ def find_column(data: datasets.Dataset, kind: str, name: str | None = None) -> s
     if found in fitting:
         return found
     others = [f"{k} ({v.dtype})" for k, v in data.features.items() if k not in fitting]
-    how = "cast_column(NAME, Image())" if kind == "image" else "class_encode_column(NAME)"
+    of_names = ", and of names dataset.class_encode_column(NAME)" if kind == "label" else ""
     raise ValueError(
         f"{kind} {name}: expected the name of one {feature.__name__} column, here "
-        f"{' or '.join(fitting) or 'none'}; {', '.join(others)} can be made one: dataset.{how}"
+        f"{' or '.join(fitting) or 'none'}; {', '.join(others)} can be made one: "
+        f"dataset.cast_column(NAME, {feature.__name__}(...)){of_names}"
     )
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 import kd_plugins.models  # noqa: F401  makes resnet10_cifar known to timm
 from kd_plugins.data import (
     find_column,
+    load_data,
     load_pictures,
     noise_by_name,
     picture_transform,
@@ -153,6 +154,27 @@ def test_classes_of_the_splits_are_compared(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name: data)
     with pytest.raises(ValueError, match=r"the test data has .* another order: class 0 is 'dog'"):
         load_pictures("any", classes=2)
+
+
+def test_a_mistyped_folder_is_named(tmp_path, monkeypatch):
+    """It may be a hub id, so the hub is asked; only what must be a file is refused at once."""
+    asked = []
+
+    def unreachable(name):
+        asked.append(name)
+        raise ConnectionError(f"Couldn't reach {name!r} on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "birds.csv").touch()
+    with pytest.raises(ValueError, match=r"Nothing here.*did you mean pictures\?.*on the Hub"):
+        load_data("picturess")
+    with pytest.raises(ValueError, match=r"Nothing here has this name; datasets says"):
+        load_data("mnist")
+    with pytest.raises(ValueError, match=r"'bird.csv': there is no such file; did you mean birds"):
+        load_data("bird.csv")
+    assert asked == ["picturess", "mnist"]
 
 
 def test_views_for_a_network(tmp_path):
