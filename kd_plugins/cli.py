@@ -10,6 +10,7 @@ import inspect
 import json
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -128,6 +129,7 @@ def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, An
 
     splits = kd.load_data(_named_data(s))
     rows, image, label = kd.load_rows(splits, "train", s.image, s.label)
+    _warn_of_weights(rows)
     held = next((split for split in ("validation", "test") if split in splits), None)
     columns: dict[str, Any] = {"image": image, "label": label, "max_broken": s.max_broken}
     views = loss_class(s.loss).views
@@ -151,6 +153,17 @@ def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, An
         print(f"columns: {image} (pictures), {label} ({train.num_classes} classes)")
         print(f"{len(train)} pictures to train on; validation: {len(evaluation)}, {how}")
     return models, train, evaluation
+
+
+def _warn_of_weights(rows: Any) -> None:
+    if {"weight", "given_label"} <= set(rows.column_names):
+        warnings.warn(
+            "the data have a column weight, of kd-plugins apply --how weight, and train does not "
+            "use it: wrong labels count in full. Apply the decisions with --how correct or drop, "
+            'or train in Python with a WeightedRandomSampler, see "Apply your decisions" in the '
+            "documentation",
+            stacklevel=2,
+        )
 
 
 def suspects_command(argv: Sequence[str]) -> None:

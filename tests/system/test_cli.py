@@ -249,6 +249,10 @@ def test_apply_and_train_on_the_result(pictures, tmp_path, capsys):
     cli.main(["apply", str(decisions), str(pictures), *weighted])
     rows = datasets.load_dataset(str(tmp_path / "weighted"))["train"]
     assert np.flatnonzero(np.array(rows["weight"]) < 1).tolist() == [0, 25]
+    argv = ["train", str(tmp_path / "weighted"), "--models", "test_resnet", "--loss", "ce"]
+    argv += ["--max_steps", "1", "--use_cpu", "--output_dir", str(tmp_path / "run-2")]
+    with pytest.warns(UserWarning, match="column weight, .* train does not use it: wrong labels"):
+        cli.main([*argv, "--disable_tqdm", "true"])
     assert "expected kd-plugins apply DECISIONS.csv DATA" in refused(capsys, "apply", "x.csv")
 
 
