@@ -50,6 +50,8 @@ def frozen_features(
     try:
         network = make_teacher(backbone, None)
     except OSError as error:
+        if "=" in backbone:
+            raise ValueError(f"backbone {error}") from error
         raise ValueError(
             f"the weights of {backbone} cannot be loaded: {error}. Without a network, name a file "
             f"of weights: {backbone}=FILE.safetensors"
@@ -100,12 +102,19 @@ def noise_of_pictures(
         options: of :func:`frozen_features`.
 
     Raises:
-        ValueError: no source, or both a backbone and `probs`.
+        ValueError: no source, or both a backbone and `probs`; or `probs` of another shape.
     """
     given = [source is not None for source in (backbone, probs)]
     if all(given) or not (any(given) or zero_shot):
         raise ValueError("expected a backbone or probs, or zero_shot, alone or with one of them")
-    labels = label_column(rows, options.get("label", "label"))
+    labels = label_column(rows, label := options.get("label", "label"))
+    if probs is not None:
+        classes = getattr(rows.features[label], "num_classes", probs.shape[-1])
+        if probs.shape != (len(rows), classes):
+            raise ValueError(
+                f"probs: expected {[len(rows), classes]}, a row for each picture and a "
+                f"column for each class, got {probs.dtype} {list(probs.shape)}"
+            )
     features = None
     if backbone is not None:
         view = frozen_features(rows, backbone, Path(folder, "features"), side=side, **options)

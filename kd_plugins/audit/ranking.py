@@ -300,7 +300,12 @@ def check_probs(labels: np.ndarray, probs: np.ndarray) -> None:
             f"probs: expected floats [N, C] for labels {list(labels.shape)}, got {probs.dtype} "
             f"{list(probs.shape)}"
         )
-    check_labels(labels, probs.shape[1])
+    try:
+        check_labels(labels, probs.shape[1])
+    except ValueError as error:
+        raise ValueError(
+            f"probs {list(probs.shape)} are of {probs.shape[1]} classes. {error}"
+        ) from None
 
 
 def _refuse(labels: np.ndarray, probs: np.ndarray, features: np.ndarray | None) -> None:

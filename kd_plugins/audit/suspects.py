@@ -80,6 +80,7 @@ def find_suspects(
         raise ValueError(
             "expected labels and probs, or dynamics alone, or noise alone: a score has one source"
         )
+    _refuse_names(class_names, probs if noise is None else noise.transition)
     if noise is not None:
         columns = _from_noise(noise)
     else:
@@ -102,6 +103,16 @@ def find_suspects(
         table = table.append_column("neighbours", speaking_neighbours(noise, order))
     content = b"".join(table[name].to_numpy().tobytes() for name in ("index", "proposed", "score"))
     return Dataset(table, fingerprint=blake2b(content, digest_size=8).hexdigest())
+
+
+def _refuse_names(names: Sequence[str] | None, probs: Any) -> None:
+    """Refuse probabilities [N, C] of other classes than those with names."""
+    width = np.shape(probs)[-1:]
+    if names is not None and width not in ((), (len(names),)):
+        raise ValueError(
+            f"class_names: got {len(names)}, and the probabilities have {width[0]} columns: "
+            "expected one for each class"
+        )
 
 
 def _from_probs(labels: Any, probs: Any) -> dict[str, np.ndarray]:

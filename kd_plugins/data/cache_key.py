@@ -29,21 +29,24 @@ def data_key(view: ImageView) -> str:
     return f"{len(view)} rows, {digest.hexdigest()}"
 
 
-def transform_key(view: ImageView) -> str:
+def transform_key(view: ImageView, kind: str) -> str:
     """Hash of the transform's output for up to 16 rows.
+
+    ``kind`` is what the cache is for, "teacher" or "feature".
 
     Raises:
         ValueError: the transform is random, so that its pixels differ from epoch to epoch.
     """
     digest = blake2b(digest_size=16)
+    kept = {"teacher": "logits", "feature": "features"}[kind]
+    or_else = {"teacher": ", or pass the teachers to the Trainer", "feature": ""}[kind]
     for row in sorted({round(k * (len(view) - 1) / 15) for k in range(16)}):
         pixels = repeated(_transformed(view, row), view.seed, row)
         if pixels is None:
             raise ValueError(
                 f"the transform draws at random (row {row} of the data): {transform_text(view)}. "
-                "It makes other pixels in each epoch, and the cached logits would belong to "
-                "another crop. Use a transform without randomness, or pass the teachers to the "
-                "Trainer"
+                f"It makes other pixels in each epoch, and the cached {kept} would belong to "
+                f"another crop. Use a transform without randomness{or_else}"
             )
         digest.update(_bytes(pixels))
     return digest.hexdigest()

@@ -80,7 +80,7 @@ def network_outputs(
     _refuse_arguments(view, networks, kind, dtype)
     folder = Path(os.path.abspath(folder))
     rank, world = rank_and_world()
-    transform = transform_key(view)  # first, since it is cheap beside reading all pictures
+    transform = transform_key(view, kind)  # first, since it is cheap beside reading all pictures
     with eval_mode(*networks):
         given = None if first is None else normalization_of([view], [first, *networks])
         frozen = [Frozen(network, first, given, dtype, forward) for network in networks]

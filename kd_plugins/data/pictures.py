@@ -172,6 +172,11 @@ def find_column(data: datasets.Dataset, kind: str, name: str | None = None) -> s
     found = name or (fitting[0] if len(fitting) == 1 else kind)
     if found in fitting:
         return found
+    if kind == "label" and all(isinstance(v, datasets.Image) for v in data.features.values()):
+        raise ValueError(
+            "the data have no classes, only pictures: expected a folder per class, at least two, "
+            "or a table with a column of classes"
+        )
     others = [f"{k} ({v.dtype})" for k, v in data.features.items() if k not in fitting]
     of_names = ", and of names dataset.class_encode_column(NAME)" if kind == "label" else ""
     raise ValueError(

@@ -60,7 +60,7 @@ def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn
         name = f"local-dir:{name}"
     elif Path(name).exists():
         raise ValueError(
-            f"teacher {name!r}: expected a folder with config.json, as export() writes; for a file "
+            f"{name!r}: expected a folder with config.json, as export() writes; for a file "
             f"of weights name its architecture: 'resnet18={name}'"
         )
     _refuse_unknown(name, "a timm name, NAME=FILE or a folder that export() wrote")

@@ -168,3 +168,23 @@ def test_pictures_that_cannot_be_read(pictures, backbone, tmp_path, capsys):
         assert error.value.code == 2
         assert line.startswith("2 of 120 pictures cannot be read, more than max_broken=1.00%: ")
         assert line.endswith("or allow a larger share with max_broken, such as 0.1")
+
+
+def test_refusals(pictures, tmp_path, capsys):
+    """Each in one line, before anything is computed."""
+    np.save(tmp_path / "wide.npy", np.full((120, 4), 0.25, np.float32))
+    (tmp_path / "one").mkdir()
+    shutil.copytree(pictures / "cat", tmp_path / "one" / "cat")
+    flat, wide = tmp_path / "one" / "cat", tmp_path / "wide.npy"
+    nope = f"test_resnet={tmp_path / 'nope.safetensors'}"
+    cases = {
+        r"^probs: expected \[120, 3\], .* got float32 \[120, 4\]": [pictures, "--probs", wide],
+        r"^backbone '.*': there is no file .*nope.safetensors$": [pictures, "--backbone", nope],
+        "no classes, only pictures: expected a folder per class, at least two": [flat],
+        "a folder per class, at least two": [tmp_path / "one"],
+    }
+    for words, argv in cases.items():
+        with pytest.raises(SystemExit) as error:
+            cli.main(["suspects", *map(str, argv), "--output", str(tmp_path / "out")])
+        assert error.value.code == 2
+        assert re.search(words, capsys.readouterr().err.strip().splitlines()[-1]), words

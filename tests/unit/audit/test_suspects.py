@@ -86,13 +86,15 @@ def test_unknown_rows_are_left_out_and_other_numbers_refused():
         find_suspects(LABELS, PROBS * 10)
     with pytest.raises(ValueError, match=r"row 2 .* lowest is -0.5"):
         find_suspects(LABELS, np.where(np.arange(4)[:, None] == 2, [[-0.5, 1, 0.5]], PROBS))
-    with pytest.raises(ValueError, match=r"Label 3 at position 1: labels go from 0 to 2"):
+    with pytest.raises(ValueError, match=r"probs \[4, 3\] are of 3 .* Label 3 at position 1"):
         find_suspects([0, 3, 0, 0], PROBS)
     with pytest.raises(
         ValueError, match=r"expected floats \[N, C\] for labels \[3\], got float32 \[4, 3\]"
     ):
         find_suspects(LABELS[:3], PROBS)
-    with pytest.raises(ValueError, match="Label 2 at position 2: labels go from 0 to 1"):
+    with pytest.raises(
+        ValueError, match="class_names: got 2, and the probabilities have 3 columns"
+    ):
         find_suspects(LABELS, PROBS, class_names=["cat", "dog"])
     for given in (
         {},

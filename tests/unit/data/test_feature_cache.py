@@ -105,6 +105,14 @@ def test_a_broken_picture_is_the_next_readable_row(tmp_path):
         pictures = ImageView(data, to_tensor, clean="clean", max_broken=0.5)
 
 
+def test_a_random_transform_is_refused_in_the_words_of_features(tmp_path):
+    rows = [{"image": np.zeros((8, 8, 3), np.uint8), "label": 0}] * 3
+    view = ImageView(rows, lambda picture: to_tensor(picture) + torch.rand(()))
+    with pytest.raises(ValueError, match=r"cached features would .* without randomness$") as error:
+        cache_features(view, nn.Flatten(), tmp_path)
+    assert "logits" not in str(error.value) and "teacher" not in str(error.value)
+
+
 def test_the_whole_way_from_features_to_suspects(tmp_path):
     """Heads on features reach what the same heads reach behind the backbone."""
     network = nn.Sequential(nn.AvgPool2d(2), nn.Flatten())  # any module from pixels to [B, D]
