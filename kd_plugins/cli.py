@@ -169,6 +169,7 @@ def _warn_of_weights(rows: Any) -> None:
 def suspects_command(argv: Sequence[str]) -> None:
     """``kd-plugins suspects``: find and show the labels that are probably wrong."""
     from . import audit, data
+    from .audit.gallery_rows import doubted
     from .train import parse_settings
 
     (s,) = parse_settings(SuspectSettings, defaults={}, args=_data_first(argv), usage=SUSPECTS)
@@ -184,8 +185,9 @@ def suspects_command(argv: Sequence[str]) -> None:
     with_files = partial(audit.with_files, dataset=rows, image=image, folder=s.data)
     suspects, left_out, paths = _suspects(s, rows, with_files, **columns)
     paths += audit.write_suspects(with_files(suspects), rows, s.output, count=s.count, **columns)
-    known = len(rows) - len(left_out)
-    print(f"{len(suspects)} of {known:,} labels are suspected:", *paths, sep="\n")
+    number, known = len(doubted(suspects)), len(rows) - len(left_out)
+    why = "another class is more probable"
+    print(f"{number:,} of {known:,} labels are suspected, {why}:", *paths, sep="\n")
 
 
 def _suspects(
@@ -198,31 +200,35 @@ def _suspects(
     columns["max_broken"] = s.max_broken
     view = data.plain_view(rows, networks[0] if networks else None, **columns)
     names, loading = view.class_names, {"batch_size": s.batch_size, "num_workers": s.num_workers}
+    find = partial(audit.find_suspects, class_names=names, all_rows=s.all_rows)
     if s.dynamics:
-        return audit.find_suspects(dynamics=s.dynamics, class_names=names), [], []
+        return find(dynamics=s.dynamics), [], []
     if networks:
         probs = audit.predict_probs(networks, view, **loading)
-        left_out = _say_left_out(probs[:, 0], view)
-        return audit.find_suspects(view.labels, probs, class_names=names), left_out, []
+        left_out = _say_left_out(probs[:, 0], view, "they cannot be read")
+        return find(view.labels, probs), left_out, []
     noise = _noise(s, rows, side=s.side, **columns, **loading)
-    left_out = _say_left_out(noise.p_wrong, view)
+    why = "they cannot be read" if s.probs is None else "their probabilities are NaN"
+    left_out = _say_left_out(noise.p_wrong, view, why)
     print(audit.noise_summary(noise, names))
+    if not s.all_rows:
+        print("This counts small doubts about all labels too; --all_rows ranks all of them.")
     paths = audit.write_noise(noise, names, s.output)
     if noise.near is not None:
         pairs = audit.near_duplicates(noise, class_names=names)
         outliers = audit.farthest(noise, names)
         paths += audit.write_oddities(with_files(pairs), with_files(outliers), s.output)
         print(f"{len(pairs)} pairs of nearly the same picture have different labels.")
-    return audit.find_suspects(noise=noise, class_names=names), left_out, paths
+    return find(noise=noise), left_out, paths
 
 
-def _say_left_out(probs: Any, view: Any, shown: int = 5) -> list[int]:
+def _say_left_out(probs: Any, view: Any, why: str, shown: int = 5) -> list[int]:
     """The rows whose probabilities [N] are NaN, the first of which are named."""
     import numpy as np
 
     rows = np.flatnonzero(np.isnan(probs)).tolist()
     if rows:
-        print(f"{len(rows):,} of {len(view):,} pictures are left out, they cannot be read:")
+        print(f"{len(rows):,} of {len(view):,} pictures are left out, {why}:")
         print(*(f"  {view.pictures.row_name(row)}" for row in rows[:shown]), sep="\n")
         print("  ...\n" * (len(rows) > shown), end="")
     return rows

@@ -93,6 +93,10 @@ class SuspectSettings(DataSettings):
         default="runs/suspects", metadata=_help("folder to write", aliases=["--output_dir"])
     )
     count: int = field(default=5000, metadata=_help("suspects on the page"))
+    all_rows: bool = field(
+        default=False,
+        metadata=_help("rank all labels in the tables, also where no other class is more probable"),
+    )
     max_broken: float | None = field(default=None, metadata=_help(MAX_BROKEN))
     batch_size: int = field(default=256, metadata=_help("pictures in a batch"))
     num_workers: int = field(default=0, metadata=_help("processes that read pictures"))

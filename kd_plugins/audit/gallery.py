@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .file_names import with_files
 from .gallery_page import html_page
-from .gallery_rows import fit, pictures_of, shown_rows
+from .gallery_rows import doubted, fit, pictures_of, shown_rows
 
 SIDE, PAD, LINE, TOP = 176, 14, 23, 58  # of the contact sheet, in pixels
 HEIGHT = SIDE + 2 * LINE + 2 * PAD  # of a suspect on it
@@ -51,7 +51,8 @@ def contact_sheet(
     lines = -(-len(rows) // columns)
     size = (columns * (SIDE + PAD) + PAD, TOP + lines * HEIGHT)
     sheet = Image.new("RGB", size, "white")
-    title = f"{len(rows)} of {len(suspects)} labels that are probably wrong, highest score first"
+    number = len(doubted(suspects))
+    title = f"{len(rows)} of {number} labels that are probably wrong, highest score first"
     title = _shorten(title, fonts["head"], sheet.width - 2 * PAD)
     ImageDraw.Draw(sheet).text((PAD, 16), title, font=fonts["head"], fill=INK)
     for k, row in enumerate(tqdm(rows, "thumbnails", leave=False, disable=None)):

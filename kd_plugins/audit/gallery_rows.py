@@ -21,13 +21,17 @@ from .corrections import refuse_other_rows, refuse_row_numbers
 def shown_rows(suspects: Dataset, count: int) -> list[dict[str, Any]]:
     """The first suspects as rows, with the names of their classes under `given` and `better`."""
     validate.count("count", count, "nothing would be shown")
-    doubted = column_array(suspects, "label") != column_array(suspects, "proposed")
-    shown = suspects.select(np.flatnonzero(doubted)[:count])
+    shown = suspects.select(doubted(suspects)[:count])
     rows: Any = shown.with_format(None).to_list()
     for row in rows:
         for key, name in (("label", "given"), ("proposed", "better")):
             row[name] = " ".join(str(row.get(f"{key}_name", row[key])).split())
     return rows
+
+
+def doubted(suspects: Dataset) -> np.ndarray:
+    """Where another class is proposed than the label; `all_rows` has the other rows too."""
+    return np.flatnonzero(column_array(suspects, "label") != column_array(suspects, "proposed"))
 
 
 def pictures_of(

@@ -142,7 +142,13 @@ def test_csv_and_probabilities_of_ones_own(pictures, tmp_path, capsys):
     found = suspects_of(tmp_path / "out" / "suspects.parquet")
     assert sorted(found["index"]) == np.flatnonzero(wrong).tolist()
     assert found["label_name"][0] in NAMES
-    assert "15 of 120 labels are suspected" in capsys.readouterr().out
+    few = "15 of 120 labels are suspected, another class is more probable:"
+    out = capsys.readouterr().out
+    assert few in out and "counts small doubts about all labels too" in out
+    cli.main([*argv, "--output", str(tmp_path / "all"), "--all_rows"])
+    ranked = suspects_of(tmp_path / "all" / "suspects.parquet")
+    assert len(ranked) == 120 and ranked["index"][:15] == found["index"][:]
+    assert few in capsys.readouterr().out  # the page shows these 15
     (pictures / "table.csv").unlink()
 
 

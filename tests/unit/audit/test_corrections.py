@@ -3,6 +3,7 @@ files."""
 
 import csv
 import json
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -63,6 +64,28 @@ def test_each_decision_by_hand(data, decisions):
     with pytest.raises(ValueError, match="row 4 belongs to no class by its decision"):
         correct_labels(data, table)
     assert correct_labels(data, table.select(range(4)))["corrected_label"][:5] == [1, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("columns", [6, 5, 4], ids=["all", "no data", "no new_label"])
+def test_the_decisions_of_the_page_on_wrong_labels(tmp_path, columns):
+    """They are as a user would write them; the last two columns may be missing."""
+    page = Path(__file__).parents[3] / "docs" / "wrong-labels.md"
+    block = page.read_text(encoding="utf-8").split("```text\nindex,")[1].split("\n```")[0]
+    head, *lines = block.splitlines()
+    lines = [",".join(x.split(",")[:columns]) for x in lines if columns > 4 or "other" not in x]
+    path = write(tmp_path / "own.csv", lines, "index," + ",".join(head.split(",")[: columns - 1]))
+    labels = np.zeros(300, np.int64)
+    labels[[248, 98, 17, 203]] = 5, 1, 3, 3
+    features = datasets.Features({"label": datasets.ClassLabel(num_classes=6)})
+    data = datasets.Dataset.from_dict({"label": labels}, features=features)
+    applied = apply_decisions(data, read_decisions(path))
+    if columns == 4:
+        assert len(applied) == 300
+        labels[248] = 2
+    else:
+        assert 203 not in applied["original_row"][:] and len(applied) == 299
+        labels[[248, 17]] = 2, 4
+    assert applied["label"][:] == labels[applied["original_row"][:]].tolist()
 
 
 # datasets 5.0 does not close the file of from_csv
