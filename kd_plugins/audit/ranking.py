@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from ..losses import validate
 from .neighbours import find_neighbours, outlier_ranks, scratch
 
 ROWS = 4096  # per temporary copy
+CAUTION = 0.15  # by which labels may agree more often than the probabilities say
 PRIORS = (2.0, 5.0, 20.0, 100.0, 500.0, 1e6)  # weights of the prior of T, in samples of a class
 
 
@@ -124,7 +126,8 @@ def estimate_label_noise(
     Notes:
         The prior of T is symmetric noise. Its weight is the one of six with which T, fitted to
         half of the labels, explains the other half best. Probabilities of networks that saw these
-        labels hide the noise: T then approaches the identity.
+        labels hide the noise: T then approaches the identity. So do those of heads that were
+        trained for too few steps, whose doubt explains every wrong label; a warning says so.
     """
     labels, probs = class_indices(labels), np.asarray(probs)
     _refuse(labels, probs, features)
@@ -139,6 +142,7 @@ def estimate_label_noise(
         near = find_neighbours(features, order, count, bank, seed)
         outlier = outlier_ranks(features, labels, order, probs.shape[1])
         q = _pool(q, order, near)
+    _warn_of_caution(q, labels[order])
     model, shares = _fitted(q, labels[order], draws, seed)
     p_wrong, p_proposed = np.full((2, len(labels)), np.nan)
     proposed = labels.copy()
@@ -237,6 +241,18 @@ def _fitted(
     if draws:
         resampled.fit(steps=20, tolerance=1e-3)
     return model, resampled.wrong
+
+
+def _warn_of_caution(q: np.ndarray, labels: np.ndarray) -> None:
+    some = slice(None, None, -(-len(q) // (5 * ROWS)) or 1)
+    agree, claimed = (q[some].argmax(1) == labels[some]).mean(), q[some].max(1).mean()
+    if len(q) >= 200 and agree > claimed + CAUTION:
+        warnings.warn(
+            f"the probabilities are too cautious: they expect to agree with {claimed:.0%} of the "
+            f"labels and agree with {agree:.0%}, so far too few labels will be called wrong. Train "
+            "the heads for longer: out_of_sample(..., learning_rate=0.01)",
+            stacklevel=3,
+        )
 
 
 def _best_prior(q: np.ndarray, labels: np.ndarray) -> float:

@@ -161,3 +161,15 @@ def test_refusals(change, words):
     given = {"labels": [0, 1, 1, 0], "probs": np.full((4, 2), 0.5)} | change
     with pytest.raises(ValueError, match=words):
         estimate_label_noise(**given)
+
+
+def test_cautious_probabilities_are_noticed():
+    """Heads of few steps know the class and hardly say so: the model takes all labels for right."""
+    q, true, labels = drawn(symmetric(4, 0.2), sharpness=6.0)
+    assert estimate_label_noise(labels, q, draws=0).count()[0] > 400
+    cautious = q**0.1 / (q**0.1).sum(1, keepdims=True)
+    with pytest.warns(
+        UserWarning, match=r"too cautious.*with \d\d% of the labels and agree with 7"
+    ):
+        found = estimate_label_noise(labels, cautious, draws=0)
+    assert found.count()[0] < 200 < (labels != true).sum()
