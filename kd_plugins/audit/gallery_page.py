@@ -17,7 +17,6 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from .corrections import data_signature, refuse_row_numbers
-from .file_names import with_files
 from .gallery_rows import labels_of, pictures_of, shown_rows, thumbnail
 
 SIDE, NEAR = 96, 40  # of thumbnails, and of neighbours, in pixels
@@ -44,11 +43,11 @@ def html_page(
 
     The arguments are those of :func:`contact_sheet`. If the suspects have a column ``neighbours``
     (for each a list of rows of the data set), a card also shows the first four of them. Each
-    picture is in the page once. A card names the file of its picture, if there is one; see
-    :func:`with_files`.
+    picture is in the page once. A card names the file of its picture if the suspects have
+    the column `file`; see :func:`with_files`.
     """
     picture_of = pictures_of(suspects, dataset, image, label)
-    rows = shown_rows(with_files(suspects, dataset, image), count)
+    rows = shown_rows(suspects, count)
     labels = None if label is None else labels_of(dataset, label)[0]
     scores = ("score", "p_label", "p_proposed")
     table = [
