@@ -68,6 +68,6 @@ def test_pictures_without_a_file_have_no_column(tmp_path):
 def test_the_page_names_the_file_of_each_card(tmp_path):
     rows = data(FILES)
     probs = np.eye(2, dtype=np.float32)[[1, 1, 1, 0]]  # the second label is not doubted
-    suspects = find_suspects(rows["label"], probs)
-    text = html_page(with_files(suspects, rows), rows, tmp_path / "page.html").read_text(encoding="utf-8")
+    suspects = with_files(find_suspects(rows["label"], probs), rows)
+    text = html_page(suspects, rows, tmp_path / "page.html").read_text(encoding="utf-8")
     assert '"files":["cat/a.png","\\u72ac/d.png","e.png"]' in text
