@@ -4,12 +4,11 @@
 >>> labels = np.array([0] * 50 + [1] * 40 + [0] * 10)  # the last ten are wrong
 >>> noise = estimate_label_noise(labels, probs)
 >>> noise.p_wrong[[0, 50, 90]].round(2), int(noise.proposed[90]), round(noise.count()[0])
-(array([0.  , 0.  , 0.95]), 1, 10)
+(array([0., 0., 1.]), 1, 10)
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +22,8 @@ from ..losses import validate
 from .neighbours import find_neighbours, outlier_ranks, scratch
 
 ROWS = 4096  # per temporary copy
-CAUTION = 0.15  # by which labels may agree more often than the probabilities say
+POWERS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)  # of the probabilities; 1 leaves them as they are
+SAMPLE = 20_000  # rows at most, from which the power is chosen
 PRIORS = (2.0, 5.0, 20.0, 100.0, 500.0, 1e6)  # weights of the prior of T, in samples of a class
 
 
@@ -126,8 +126,9 @@ def estimate_label_noise(
     Notes:
         The prior of T is symmetric noise. Its weight is the one of six with which T, fitted to
         half of the labels, explains the other half best. Probabilities of networks that saw these
-        labels hide the noise: T then approaches the identity. So do those of heads that were
-        trained for too few steps, whose doubt explains every wrong label; a warning says so.
+        labels hide the noise: T then approaches the identity. So would the
+        doubt of heads that were trained for few steps: q is first raised to the power of seven,
+        from 1 to 9, with which T best explains labels that it was not fitted to.
     """
     labels, probs = class_indices(labels), np.asarray(probs)
     _refuse(labels, probs, features)
@@ -142,7 +143,7 @@ def estimate_label_noise(
         near = find_neighbours(features, order, count, bank, seed)
         outlier = outlier_ranks(features, labels, order, probs.shape[1])
         q = _pool(q, order, near)
-    _warn_of_caution(q, labels[order])
+    _sharpen(q, labels[order])
     model, shares = _fitted(q, labels[order], draws, seed)
     p_wrong, p_proposed = np.full((2, len(labels)), np.nan)
     proposed = labels.copy()
@@ -229,7 +230,7 @@ def _fitted(
     q: np.ndarray, labels: np.ndarray, draws: int, seed: int
 ) -> tuple[_NoiseModel, np.ndarray]:
     """The model fitted to all samples, and the shares of wrong labels in resamplings [draws, C]."""
-    prior = _best_prior(q, labels)
+    prior = PRIORS[int(_explained(q, labels).argmax())]
     model = _NoiseModel(q, labels, lambda part: np.ones((_length(part), 1)), [prior])
     model.fit()
 
@@ -243,20 +244,21 @@ def _fitted(
     return model, resampled.wrong
 
 
-def _warn_of_caution(q: np.ndarray, labels: np.ndarray) -> None:
-    some = slice(None, None, -(-len(q) // (5 * ROWS)) or 1)
-    agree, claimed = (q[some].argmax(1) == labels[some]).mean(), q[some].max(1).mean()
-    if len(q) >= 200 and agree > claimed + CAUTION:
-        warnings.warn(
-            f"the probabilities are too cautious: they expect to agree with {claimed:.0%} of the "
-            f"labels and agree with {agree:.0%}, so far too few labels will be called wrong. Train "
-            "the heads for longer: out_of_sample(..., learning_rate=0.01)",
-            stacklevel=3,
-        )
+def _sharpen(q: np.ndarray, labels: np.ndarray) -> None:
+    """Raise q to the power that explains the labels best, in place."""
+    some = slice(None, None, -(-len(q) // SAMPLE) or 1)
+    found = [_explained(_raised(q[some], power), labels[some]).max() for power in POWERS]
+    power = POWERS[int(np.argmax(found))]
+    for start in range(0, len(q) if power > 1 else 0, ROWS):
+        q[start : start + ROWS] = _raised(q[start : start + ROWS], power)
 
 
-def _best_prior(q: np.ndarray, labels: np.ndarray) -> float:
-    """The weight with which T, fitted to half of the labels, explains the other half best."""
+def _raised(q: np.ndarray, power: float) -> np.ndarray:
+    return _normalised(np.maximum(q, 1e-12) ** power)
+
+
+def _explained(q: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """How well T, fitted to half of the labels, explains the other half, with each prior."""
 
     def half(first: int) -> Callable[[slice], np.ndarray]:
         return lambda part: (np.arange(part.start, part.stop) % 2 == first)[:, None] * 1.0
@@ -266,7 +268,7 @@ def _best_prior(q: np.ndarray, labels: np.ndarray) -> float:
         model = _NoiseModel(q, labels, half(first), PRIORS)
         model.fit(steps=50, tolerance=1e-3)
         total += model.log_likelihood(half(1 - first))
-    return PRIORS[int(total.argmax())]
+    return total
 
 
 def _symmetric(classes: int, rate: np.ndarray) -> np.ndarray:

@@ -60,7 +60,6 @@ def test_rows_of_the_benchmark_that_want_a_gpu(monkeypatch):
     assert len(values) > 30 and all(value.isfinite() for value in values)
 
 
-@pytest.mark.filterwarnings("ignore:the probabilities are too cautious")  # heads of few steps
 def test_rows_by_the_thousand(monkeypatch, capsys):
     argv = ["--rows", 1000, "--classes", 4, "--width", 64, "--epochs", 60]
     start(monkeypatch, "experiments/millions_of_rows.py", *argv)

@@ -8,7 +8,7 @@ import pytest
 
 from kd_plugins import estimate_label_noise, find_suspects
 from kd_plugins.audit import noise_summary, write_noise
-from kd_plugins.audit.ranking import PRIORS, _best_prior, _NoiseModel
+from kd_plugins.audit.ranking import PRIORS, _explained, _NoiseModel
 from kd_plugins.data import asymmetric, corrupt, pair_flip, symmetric
 
 
@@ -98,7 +98,7 @@ def test_prior_is_strong_only_where_the_noise_is_symmetric():
     for transition, strong in ((symmetric(4, 0.3), True), (pair_flip(4, 0.3), False)):
         q, _, labels = drawn(transition)
         order = np.argsort(labels, kind="stable")
-        prior = _best_prior(q[order].astype(float), labels[order])
+        prior = PRIORS[_explained(q[order].astype(float), labels[order]).argmax()]
         assert (prior > 50) == strong and prior in PRIORS
 
 
@@ -163,13 +163,18 @@ def test_refusals(change, words):
         estimate_label_noise(**given)
 
 
-def test_cautious_probabilities_are_noticed():
-    """Heads of few steps know the class and hardly say so: the model takes all labels for right."""
+def test_cautious_probabilities_are_sharpened():
+    """Heads of few steps know the class and hardly say so: their doubt would explain all labels."""
     q, true, labels = drawn(symmetric(4, 0.2), sharpness=6.0)
-    assert estimate_label_noise(labels, q, draws=0).count()[0] > 400
+    wrong = labels != true
     cautious = q**0.1 / (q**0.1).sum(1, keepdims=True)
-    with pytest.warns(
-        UserWarning, match=r"too cautious.*with \d\d% of the labels and agree with 7"
-    ):
-        found = estimate_label_noise(labels, cautious, draws=0)
-    assert found.count()[0] < 200 < (labels != true).sum()
+    assert (cautious.argmax(1) == labels).mean() > cautious.max(1).mean() + 0.15
+    before = cautious.copy()
+    for probs in (q, cautious):
+        noise = estimate_label_noise(labels, probs, draws=0)
+        assert noise.count()[0] == pytest.approx(wrong.sum(), rel=0.15)
+        suspects = find_suspects(noise=noise)
+        assert len(suspects) > 0.7 * wrong.sum() and wrong[suspects["index"]].mean() > 0.8
+    assert (cautious == before).all()
+    right = estimate_label_noise(true, cautious, draws=0)
+    assert right.count()[0] < 0.03 * len(true)
