@@ -126,9 +126,9 @@ def estimate_label_noise(
     Notes:
         The prior of T is symmetric noise. Its weight is the one of six with which T, fitted to
         half of the labels, explains the other half best. Probabilities of networks that saw these
-        labels hide the noise: T then approaches the identity. So would the
-        doubt of heads that were trained for few steps: q is first raised to the power of seven,
-        from 1 to 9, with which T best explains labels that it was not fitted to.
+        labels hide the noise: T then approaches the identity. The doubt of
+        heads that were trained for few steps would do the same. So q is first raised to the power,
+        one of seven from 1 to 9, with which T best explains labels that it was not fitted to.
     """
     labels, probs = class_indices(labels), np.asarray(probs)
     _refuse(labels, probs, features)
@@ -254,7 +254,7 @@ def _sharpen(q: np.ndarray, labels: np.ndarray) -> None:
 
 
 def _raised(q: np.ndarray, power: float) -> np.ndarray:
-    return _normalised(np.maximum(q, 1e-12) ** power)
+    return _normalised((q / q.max(1, keepdims=True)) ** power)  # of many classes all may be tiny
 
 
 def _explained(q: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -129,7 +129,8 @@ def unknown_argument(cls: type, name: str, known: Iterable[str]) -> TypeError:
     """
     own = [p.name for p in inspect.signature(cls).parameters.values() if p.kind != p.VAR_KEYWORD]
     names = list(dict.fromkeys([*own, *known]))
-    meant = difflib.get_close_matches(name, names, n=1)
+    only = own if len(own) == 1 and len(name) <= len(own[0]) + 1 else []  # p for q
+    meant = difflib.get_close_matches(name, names, n=1) or only
     hint = f"; did you mean {meant[0]}?" if meant else f"; it has {', '.join(names)}"
     if name == "ignore_index":
         hint = f"; {LEAVE_OUT}"

@@ -64,8 +64,8 @@ class MutualTrainingArguments(TrainingArguments):
             )
         if self.use_cpu and self.bf16 and torch.backends.cpu.get_cpu_capability() == "AVX2":
             logger.warning(
-                "bf16=True: this CPU has no AVX-512, without which bfloat16 takes 20 to 50 times "
-                "as long as float32; leave bf16 out"
+                "bf16=True: this CPU has no AVX-512, without which bfloat16 takes many times as "
+                "long as float32; leave bf16 out"
             )
         rising = sorted(self.milestones) == list(self.milestones)
         inside = all(0 < m < 1 for m in self.milestones)

@@ -8,7 +8,7 @@ import pytest
 
 from kd_plugins import estimate_label_noise, find_suspects
 from kd_plugins.audit import noise_summary, write_noise
-from kd_plugins.audit.ranking import PRIORS, _explained, _NoiseModel
+from kd_plugins.audit.ranking import PRIORS, _explained, _NoiseModel, _raised
 from kd_plugins.data import asymmetric, corrupt, pair_flip, symmetric
 
 
@@ -161,6 +161,13 @@ def test_refusals(change, words):
     given = {"labels": [0, 1, 1, 0], "probs": np.full((4, 2), 0.5)} | change
     with pytest.raises(ValueError, match=words):
         estimate_label_noise(**given)
+
+
+def test_powers_do_not_underflow():
+    """Even probabilities of 50,000 classes to the power of 9 are 0 in float32."""
+    q = np.full((2, 50_000), 1 / 50_000, np.float32)
+    np.testing.assert_allclose(_raised(q, 9.0).sum(1), 1.0, rtol=1e-3)
+    np.testing.assert_allclose(_raised(np.array([[0.2, 0.8]]), 2.0), [[1 / 17, 16 / 17]])
 
 
 def test_cautious_probabilities_are_sharpened():

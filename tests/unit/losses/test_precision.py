@@ -303,7 +303,7 @@ def test_bf16_on_a_cpu_that_has_no_instructions_for_it_says_so(
 ):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
     MutualTrainingArguments(str(tmp_path), use_cpu=True, bf16=True)
-    assert ("20 to 50 times as long" in caplog.text) == slow
+    assert ("bfloat16 takes many times as long" in caplog.text) == slow
 
 
 def test_fp16_on_a_cpu_is_float32_and_says_so(tmp_path, caplog):

@@ -141,6 +141,7 @@ def test_class_weights():
     [
         (SMKD, "etaa", "did you mean eta?"),
         (GCE, "reductoin", "did you mean reduction?"),
+        (GCE, "p", "did you mean q?"),  # its only argument
         (GCE, "label_smoothing", "it has q, num_classes, reduction, weight"),  # nothing is near
         (
             SMKD,
