@@ -22,12 +22,18 @@ TESTS = Path(__file__).parents[1]
 PYTHONPATH = os.pathsep.join([str(TESTS.parent), str(TESTS)])
 
 
+def kinds_of(kind):
+    """A class and all that inherit from it."""
+    return [kind, *(k for below in kind.__subclasses__() for k in kinds_of(below))]
+
+
 def child(work, *args, log=os.devnull, env=()):
     """A process that calls ``work(*args)``. What it prints goes into the file ``log``."""
 
     def run():
         os.environ.update(env)
-        tqdm.set_lock(threading.RLock())  # forks share one, and a killed one would keep it for good
+        for kind in kinds_of(tqdm):  # forks share their locks, and a killed one keeps what it holds
+            kind.set_lock(threading.RLock())
         AcceleratorState._reset_state(reset_partial_state=True)  # it says how many processes run
         with open(log, "w", buffering=1, encoding="utf-8") as out:
             os.dup2(out.fileno(), 1)

@@ -41,6 +41,7 @@ from helpers.tiny import (
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.task import resume_task_checkpoint
+from tqdm.auto import tqdm
 
 from kd_plugins import DynamicsCallback, MyLC, ProSelfLC, find_suspects, html_page, predict_probs
 from kd_plugins.audit.dynamics import read_dynamics, summarise
@@ -77,6 +78,21 @@ def step_of(folder):
 
 def visits(folder):
     return sorted(tuple(row.items()) for row in read_dynamics(folder / "dynamics").to_list())
+
+
+def test_a_killed_process_keeps_no_lock_of_the_next():
+    """tqdm's is one for all forks, once a bar was made before them."""
+
+    def killed():
+        with tqdm.get_lock():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    list(tqdm([], disable=False))
+    for work, code in [(killed, -signal.SIGKILL), (lambda: list(tqdm([], disable=False)), 0)]:
+        process = child(work)
+        process.join(60)
+        assert process.exitcode == code
+        process.kill()
 
 
 @pytest.mark.parametrize("train", [mutual, stock])
