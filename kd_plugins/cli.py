@@ -141,7 +141,7 @@ def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, An
     makers = [make_model if "=" in name else make for name in s.models]  # NAME=FILE has weights
     named = zip(makers, s.models, strict=True)
     models = [maker(name, num_classes=train.num_classes) for maker, name in named]
-    size = min(train.readable(0)[1].size)
+    size = kd.own_side(train.readable(0)[1])
     train.transform = kd.picture_transform(models[0], size, s.augment, as_bytes=True)
     evaluation.transform = kd.picture_transform(models[0], size, as_bytes=True)
     how = f"the split {held}" if held else "a tenth of the split train, held out"

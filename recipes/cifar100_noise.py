@@ -37,7 +37,7 @@ class Settings:
     where: str | None = HfArg(default=None, help="train only on rows where this column is true")
     augment: bool = HfArg(default=True, help="crop and flip")
     flip: bool = HfArg(default=True, help="False: crop only, for digits and letters")
-    size: int = HfArg(default=0, help="side of the pictures in px; 0: as they are")
+    size: int = HfArg(default=0, help="side in px; 0: as they are, above 64 what the model expects")
     method: str = HfArg(default="smkd", help="any of kd_plugins.list_losses(), or cdr")
     refine: str = HfArg(default="mylc", help="label modification inside smkd")
     loss_args: list[str] = HfArg(default_factory=list, help="of the method: eta=2 b2=-6")
@@ -105,7 +105,7 @@ def load(s: Settings, args) -> tuple:
     if s.holdout > 0:  # the same rows for every seed; their labels are the given ones
         train, test = train.train_test_split(s.holdout, seed=0).values()
 
-    size = s.size or min(train[0][s.image].size)
+    size = s.size or kd.data.own_side(train[0][s.image])
     example = kd.models.make_model(s.models[0], classes)
     columns = {"image": s.image, "label": "given_label", "clean": s.label}
     views = 1 if s.method == "cdr" else kd.loss_class(s.method).views

@@ -29,7 +29,7 @@ from transformers import set_seed
 from transformers.hf_argparser import HfArg
 
 import kd_plugins as kd
-from kd_plugins.data import plain_view, training_view
+from kd_plugins.data import own_side, plain_view, training_view
 
 DEFAULTS = {"output_dir": "runs/distill_teachers", "report_to": "none", "save_total_limit": 2}
 DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
@@ -152,7 +152,7 @@ def main() -> dict:
     student = kd.models.make_model(s.student, classes).to(memory_format=torch.channels_last)
     kd.train.claim_folder(args, **vars(s))
 
-    size = min(test[0][s.image].size)
+    size = own_side(test[0][s.image])
     columns = {"image": s.image, "label": s.label}
     train_view = training_view(train, student, size, s.augment, seed=args.seed, **columns)
     test_view = plain_view(test, student, size, **columns)

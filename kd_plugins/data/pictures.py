@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import timm
+from PIL import Image
 from torch import nn
 from torchvision import transforms as T
 
@@ -17,6 +18,7 @@ from .labels import column_array, same_classes
 from .noise import asymmetric, circular, pair_flip, symmetric
 
 NOISE = ("symmetric", "pair_flip", "asymmetric", "circular", "cifar10", "none")
+SMALL = 64  # px: pictures up to this side keep it
 LOOKALIKES = {
     "truck": "automobile",
     "bird": "airplane",
@@ -223,9 +225,15 @@ def noise_by_name(
     return name
 
 
+def own_side(picture: Image.Image) -> int:
+    """The side of a small picture; 0 above 64 px, where networks have a size that they expect."""
+    side = min(picture.size)
+    return side if side <= SMALL else 0
+
+
 def picture_transform(
     model: nn.Module,
-    size: int,
+    size: int = 0,
     augment: bool = False,
     as_bytes: bool = False,
     flip: bool = True,
@@ -233,12 +241,15 @@ def picture_transform(
     """PIL picture -> normalised tensor for ``model``, with the augmentation of the papers if asked.
 
     Up to 64 px: resized to ``size``, padded by an eighth of it (4 of 32 px), cropped and flipped at
-    random. Larger pictures go through timm's transform for the model. With ``flip=False`` none is
-    mirrored, as digits and letters must not be. With ``as_bytes`` the tensor is uint8 and not
-    normalised: ``MutualDistillationTrainer`` and ``predict_probs`` do that on the device.
+    random. Above, and with ``size=0``, timm's transform for the model, to ``size`` or what the
+    model expects. With ``flip=False`` none is mirrored, as digits and letters must not be. With
+    ``as_bytes`` the tensor is uint8 and not normalised: ``MutualDistillationTrainer`` and
+    ``predict_probs`` do that on the device.
     """
     cfg = timm.data.resolve_data_config(model=model)
-    if size > 64:
+    if not 0 < size <= SMALL:
+        if size:
+            cfg["input_size"] = (cfg["input_size"][0], size, size)
         more: dict[str, Any] = {"normalize": not as_bytes, "hflip": 0.5 if flip else 0.0}
         return timm.data.create_transform(**cfg, is_training=augment, **more)
     crops = [T.RandomCrop(size, padding=size // 8)] if augment else []
@@ -256,12 +267,13 @@ def plain_view(
     Args:
         rows: pictures of one size up to 64 px, or any larger ones.
         model: the network that will see them.
-        size: side in px, as :func:`picture_transform` takes it; 0: that of the first picture.
+        size: side in px, as :func:`picture_transform` takes it; 0: :func:`own_side` of the first
+            picture.
         **arguments: ``image``, ``label`` and others of :class:`ImageView`.
     """
     view = ImageView(rows, T.ToTensor(), **arguments)
     if model is not None:
-        view.transform = picture_transform(model, size or min(view.readable(0)[1].size))
+        view.transform = picture_transform(model, size or own_side(view.readable(0)[1]))
     return view
 
 
@@ -278,13 +290,14 @@ def training_view(
     Args:
         rows: pictures of one size up to 64 px, or any larger ones.
         model: the network that will see them.
-        size: side in px, as :func:`picture_transform` takes it; 0: that of the first picture.
+        size: side in px, as :func:`picture_transform` takes it; 0: :func:`own_side` of the first
+            picture.
         augment: False leaves the augmentation out.
         flip: False leaves the mirroring out, for digits and letters.
         **arguments: ``seed``, ``image``, ``label`` and others of :class:`ImageView`.
     """
     view = plain_view(rows, None, **arguments)
-    size = size or min(view.readable(0)[1].size)
+    size = size or own_side(view.readable(0)[1])
     view.transform = picture_transform(model, size, augment, flip=flip)
     return view
 

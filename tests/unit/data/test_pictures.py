@@ -13,6 +13,7 @@ from kd_plugins.data import (
     load_data,
     load_pictures,
     noise_by_name,
+    own_side,
     picture_transform,
     plain_view,
     training_view,
@@ -129,8 +130,11 @@ def test_transform_is_that_of_the_network():
     assert plain[0, 0, 0].item() == pytest.approx((128 / 255 - 0.5071) / 0.2673, rel=1e-5)
     crops = picture_transform(model, 32, augment=True)
     assert len({crops(grey).mean().item() for _ in range(9)}) > 1  # black edges of the padding
-    large = picture_transform(timm.create_model("test_resnet"), 224)(grey)
-    assert large.shape == (3, 160, 160)
+    expected = timm.create_model("test_resnet").pretrained_cfg["input_size"][-1]
+    for size, side in [(0, expected), (96, 96), (224, 224)]:
+        for augment in (False, True):
+            large = picture_transform(timm.create_model("test_resnet"), size, augment)(grey)
+            assert large.shape == (3, side, side)
 
 
 @pytest.mark.parametrize("size", [16, 224])
@@ -181,7 +185,7 @@ def test_views_for_a_network(tmp_path):
     """Pictures keep their size or get the one that is asked for; only training augments."""
     rows = load_pictures(str(hub(tmp_path / "data")), label="fine_label").train
     network, columns = timm.create_model("resnet10_cifar"), {"image": "img", "label": "fine_label"}
-    side = min(rows[0]["img"].size)
+    side = own_side(rows[0]["img"])
     plain = plain_view(rows, network, **columns)[0]["pixel_values"]
     assert plain.shape == (3, side, side)
     assert plain.equal(picture_transform(network, side)(rows[0]["img"]))
