@@ -121,7 +121,6 @@ def make_loss(name: str, text: str, peers: int) -> Loss:
 
 def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, Any]:
     """The networks, and views of the training and the validation data, which hold bytes."""
-    import timm
     from transformers import set_seed
 
     from . import data as kd
@@ -137,10 +136,7 @@ def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, An
     columns["class_names"] = train.class_names
     evaluation: Any = kd.ImageView(splits[held] if held else rows, _unchanged, **columns)
     set_seed(args.seed)
-    make: Any = partial(timm.create_model, pretrained=True) if s.pretrained else make_model
-    makers = [make_model if "=" in name else make for name in s.models]  # NAME=FILE has weights
-    named = zip(makers, s.models, strict=True)
-    models = [maker(name, num_classes=train.num_classes) for maker, name in named]
+    models = [make_model(name, train.num_classes, pretrained=s.pretrained) for name in s.models]
     size = kd.own_side(train.readable(0)[1])
     train.transform = kd.picture_transform(models[0], size, s.augment, as_bytes=True)
     evaluation.transform = kd.picture_transform(models[0], size, as_bytes=True)

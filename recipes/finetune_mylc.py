@@ -2,7 +2,7 @@
 
     python recipes/finetune_mylc.py --model resnet50.a1_in1k --data ethz/food101 --bf16
     python recipes/finetune_mylc.py --model runs/cifar/peer_a --data FOLDER --size 32
-    python recipes/finetune_mylc.py --model resnet18 --weights resnet18.safetensors --data FOLDER
+    python recipes/finetune_mylc.py --model resnet18=WEIGHTS.safetensors --data FOLDER
 
 `--data` is a hub id or a folder. Its labels are used as they are; `--rate 0.4` first makes 40% of
 them wrong. `--method ce` is the baseline. Expected: 46.3 ± 1.2 against 46.3 ± 1.1 per cent on ten
@@ -30,9 +30,7 @@ DEFAULTS |= {"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "weight_decay":
 
 @dataclass
 class Settings:
-    model: str = HfArg(default="resnet50.a1_in1k", help="timm name, or folder of an exported model")
-    weights: str | None = HfArg(default=None, help="file with weights for a model given by name")
-    weights_classes: int = HfArg(default=1000, help="number of classes of that file's head")
+    model: str = HfArg(default="resnet50.a1_in1k", help="timm name, NAME=FILE or exported folder")
     data: str = HfArg(default="ethz/food101", help="hub id or folder")
     image: str | None = HfArg(default=None, help="column of pictures, if there are several")
     label: str | None = HfArg(default=None, help="column of classes, if there are several")
@@ -56,23 +54,6 @@ class Classifier(nn.Module):
         return {"logits": self.model(pixel_values)}
 
 
-def pretrained(s: Settings, classes: int) -> nn.Module:
-    if s.weights and Path(s.model).is_dir():
-        raise SystemExit(
-            f"--weights {s.weights} --model {s.model}: expected a timm name; a folder has its own "
-            "weights, and those of the file would be ignored"
-        )
-    if s.weights and not Path(s.weights).is_file():
-        raise SystemExit(f"--weights {s.weights}: expected a file; there is none")
-    if Path(s.model).is_dir():
-        return kd.models.make_model(f"local-dir:{s.model}", classes)
-    if not timm.is_model(s.model):
-        raise SystemExit(f"--model {s.model}: expected a timm name or a folder; there is neither")
-    overlay = {"file": s.weights, "num_classes": s.weights_classes} if s.weights else None
-    known = {"pretrained": True, "pretrained_cfg_overlay": overlay, "num_classes": classes}
-    return timm.create_model(s.model, **known)
-
-
 def load(s: Settings, args: TrainingArguments) -> tuple:
     """Training and test data, with wrong labels if asked."""
     train, test, s.image, s.label = kd.data.load_pictures(s.data, s.image, s.label)
@@ -90,7 +71,8 @@ def main() -> None:
     loss = kd.create_loss(s.method, **({"b1": s.b1} if s.method == "mylc" else {}))
     set_seed(args.seed)
     train, test, classes = load(s, args)
-    model = pretrained(s, classes)
+    name = f"local-dir:{s.model}" if Path(s.model).is_dir() else s.model
+    model = kd.models.make_model(name, classes, pretrained=True)
     size = {"input_size": (3, s.size, s.size)} if s.size else {}
     cfg = timm.data.resolve_data_config(size, model=model)
     crops = timm.data.create_transform(**cfg, is_training=True, color_jitter=None)

@@ -14,17 +14,25 @@ from torch import Tensor, nn
 from . import cifar_resnet  # noqa: F401  timm then knows resnet18_cifar
 
 
-def make_model(model: str | nn.Module, num_classes: int | None, **arguments: Any) -> nn.Module:
+def make_model(
+    model: str | nn.Module,
+    num_classes: int | None,
+    *,
+    pretrained: bool = False,
+    **arguments: Any,
+) -> nn.Module:
     """A network from a timm name, a folder or a hub id, or the module itself.
 
-    A bare timm name is initialised at random. ``local-dir:PATH``, ``hf-hub:ID`` and
-    ``NAME=FILE`` (a timm name and a file of weights) bring their weights, with a new head if theirs
-    has another number of classes. For other pretrained weights pass the module:
-    ``timm.create_model(..., pretrained=True)``.
+    A bare timm name is initialised at random, or with ``pretrained=True`` from timm's weights.
+    ``local-dir:PATH``, ``hf-hub:ID`` and ``NAME=FILE`` (a timm name and a file of weights) bring
+    their weights. If they have another number of classes, the head is new and PyTorch's: it starts
+    near ln C. The new head that timm gives an EfficientNet or a MobileNet is drawn wider, the wider
+    the fewer the classes, and is sure of nonsense at first.
 
     Args:
         model: the name or the module.
         num_classes: of a network that is given by name.
+        pretrained: load timm's weights of a bare name.
         **arguments: of ``timm.create_model``, such as ``img_size=64``. They are remembered for
             :func:`kd_plugins.models.export`, which timm itself does from 1.0.31 on.
     """
@@ -39,7 +47,11 @@ def make_model(model: str | nn.Module, num_classes: int | None, **arguments: Any
     if weights:
         return _from_file(name, weights, num_classes, arguments)
     _refuse_unknown(model, "a timm name")
-    return _create(model, model, pretrained=":" in model, num_classes=num_classes, **arguments)
+    loaded = pretrained or ":" in model
+    network = _create(model, model, pretrained=loaded, num_classes=num_classes, **arguments)
+    if loaded and network.pretrained_cfg.get("num_classes", num_classes) != num_classes:
+        network.reset_classifier(num_classes)
+    return network
 
 
 def make_teacher(teacher: str | Path | nn.Module, num_classes: int | None) -> nn.Module:

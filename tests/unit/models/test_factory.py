@@ -169,6 +169,24 @@ def test_a_network_starts_from_a_file(tmp_path):
         make_model("test_resnet=nowhere.pth", CLASSES)
 
 
+def test_a_new_head_starts_unsure(tmp_path):
+    """timm's own of an EfficientNet would be sure of nonsense. A trained head is kept."""
+    folder = export(timm.create_model("test_efficientnet", num_classes=7), tmp_path / "seven")
+    file = {"file": str(folder / "model.safetensors"), "num_classes": 7}
+    of_timm = make_model("test_efficientnet", CLASSES).get_classifier().weight
+    heads = [
+        make_model(f"local-dir:{folder}", CLASSES),
+        make_model(f"test_efficientnet={file['file']}", CLASSES),
+        make_model("test_efficientnet", CLASSES, pretrained=True, pretrained_cfg_overlay=file),
+    ]
+    for head in (network.get_classifier().weight for network in heads):
+        assert head.shape == (CLASSES, of_timm.shape[1])
+        assert head.abs().max() <= of_timm.shape[1] ** -0.5 < of_timm.abs().max()
+    kept = make_model("test_efficientnet", 7, pretrained=True, pretrained_cfg_overlay=file)
+    trained = make_model(f"local-dir:{folder}", 7)
+    assert torch.equal(kept.get_classifier().weight, trained.get_classifier().weight)
+
+
 def test_pickles_of_teachers_hold_tensors_only(tmp_path):
     """A file from the internet must not run code."""
 
