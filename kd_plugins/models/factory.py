@@ -48,7 +48,7 @@ def make_model(
         return _from_file(name, weights, num_classes, arguments)
     _refuse_unknown(model, "a timm name")
     loaded = pretrained or ":" in model
-    network = _create(model, model, pretrained=loaded, num_classes=num_classes, **arguments)
+    network: Any = _create(model, model, pretrained=loaded, num_classes=num_classes, **arguments)
     if loaded and network.pretrained_cfg.get("num_classes", num_classes) != num_classes:
         network.reset_classifier(num_classes)
     return network
