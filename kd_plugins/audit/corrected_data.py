@@ -60,8 +60,7 @@ def write_corrected(
         ValueError: the folder exists and is not empty; and what :func:`apply_decisions` raises.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already: name a new folder, so that nothing is mixed up")
+    _refuse_full(folder)
     table, rows = read_decisions(decisions), splits[split]
     settings: dict[str, Any] = {"how": how, "weight": weight, "label": label}
     applied = apply_decisions(rows, table, **settings)
@@ -89,6 +88,11 @@ def write_corrected(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return figures
+
+
+def _refuse_full(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already: name a new folder, so that nothing is mixed up")
 
 
 def _write_provenance(folder: Path, decisions: str | Path, told: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from .gallery_rows import labels_of, pictures_of, shown_rows, thumbnail
 
 SIDE, NEAR = 96, 40  # of thumbnails, and of neighbours, in pixels
 NEIGHBOURS = 4  # shown on a card
+SCORES = ("score", "p_label", "p_proposed")
 PARTS = ("gallery.html", "gallery.css", "gallery_cards.js", "gallery.js")
 
 
@@ -49,9 +50,8 @@ def html_page(
     picture_of = pictures_of(suspects, dataset, image, label)
     rows = shown_rows(suspects, count)
     labels = None if label is None else labels_of(dataset, label)[0]
-    scores = ("score", "p_label", "p_proposed")
     table = [
-        [row["index"], row["label"], row["proposed"], *(_rounded(row[k]) for k in scores)]
+        [row["index"], row["label"], row["proposed"], *(_rounded(row[k]) for k in SCORES)]
         for row in rows
     ]
     # The browser stores the decisions under this key.

@@ -113,9 +113,8 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         self._num_classes = num_classes_of(next(iter(self._views.values()), None))
         # Networks made from names are then the same in every run, and differ from each other.
         set_seed(args.seed)
-        self._models, self._loss = models, loss
+        self._models, self._loss, self.optim_per_peer = models, loss, optim_per_peer
         self._teachers = [make_teacher(t, self._num_classes) for t in network_list(teachers)]
-        self.optim_per_peer = optim_per_peer
         self._sums: dict[str, Tensor] = {}  # of the diagnostics since the last log
         self._steps = 0
         self._first_batches, self.evaluated = {}, {}
