@@ -125,6 +125,8 @@ class MyLC(_SelfTrust):
         The paper does not say when r is measured. Here each batch of training counts before r is
         read. r is the mean over the first ``window`` samples and an exponential mean with that
         horizon after them, over all processes. It stands still in ``eval()`` and under ``no_grad``.
+        A new head must start unsure, or MyLC trusts it at once. timm's of an EfficientNet or a
+        MobileNet does not: use ``kd_plugins.models.make_model`` or ``model.reset_classifier(C)``.
 
     >>> loss = MyLC()
     >>> loss(torch.zeros(2, 4), torch.tensor([0, 1]))  # the model knows nothing, the label is kept
