@@ -226,7 +226,7 @@ def noise_by_name(
 
 
 def own_side(picture: Image.Image) -> int:
-    """The side of a small picture; 0 above 64 px, where networks have a size that they expect."""
+    """The side of a picture up to 64 px, which is kept; 0 above: the network's own size is used."""
     side = min(picture.size)
     return side if side <= SMALL else 0
 

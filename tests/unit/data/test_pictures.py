@@ -130,11 +130,20 @@ def test_transform_is_that_of_the_network():
     assert plain[0, 0, 0].item() == pytest.approx((128 / 255 - 0.5071) / 0.2673, rel=1e-5)
     crops = picture_transform(model, 32, augment=True)
     assert len({crops(grey).mean().item() for _ in range(9)}) > 1  # black edges of the padding
-    expected = timm.create_model("test_resnet").pretrained_cfg["input_size"][-1]
-    for size, side in [(0, expected), (96, 96), (224, 224)]:
+    for size, side in [(0, 160), (96, 96), (224, 224)]:
         for augment in (False, True):
             large = picture_transform(timm.create_model("test_resnet"), size, augment)(grey)
             assert large.shape == (3, side, side)
+
+
+def test_large_pictures_take_the_size_of_the_network():
+    network = timm.create_model("test_resnet")  # expects 160 px
+    for own, side in [((64, 99), 64), ((65, 65), 160), ((99, 640), 160)]:
+        rows = [{"image": Image.new("RGB", own), "label": 0}]
+        assert own_side(rows[0]["image"]) == (side if side == 64 else 0)
+        for view in (plain_view, training_view):
+            assert view(rows, network)[0]["pixel_values"].shape == (3, side, side)
+            assert view(rows, network, 96)[0]["pixel_values"].shape == (3, 96, 96)
 
 
 @pytest.mark.parametrize("size", [16, 224])
@@ -185,7 +194,7 @@ def test_views_for_a_network(tmp_path):
     """Pictures keep their size or get the one that is asked for; only training augments."""
     rows = load_pictures(str(hub(tmp_path / "data")), label="fine_label").train
     network, columns = timm.create_model("resnet10_cifar"), {"image": "img", "label": "fine_label"}
-    side = own_side(rows[0]["img"])
+    side = min(rows[0]["img"].size)
     plain = plain_view(rows, network, **columns)[0]["pixel_values"]
     assert plain.shape == (3, side, side)
     assert plain.equal(picture_transform(network, side)(rows[0]["img"]))
