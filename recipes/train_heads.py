@@ -6,8 +6,9 @@
 The features of a pretrained timm network are computed once and kept in `--features`. Each run
 trains heads of one hidden layer on them: one, or two where the method teaches peers. Runs are
 written to `output_dir/results.jsonl` as they end; those that are there are not repeated. At the end
-stand a table (`results.md`) and a picture (`results.png`): test accuracy in per cent, mean ±
-deviation over the seeds, at the last epoch. A pair counts as the mean of its two networks.
+stand a table (`results.md`), test accuracy in per cent at the last epoch, mean ± deviation over the
+seeds, and a picture of what each method gains over cross-entropy (`results.png`). A pair counts as
+the mean of its two networks.
 
 `--methods all` takes every loss that needs no teacher and no feature maps. Methods that need the
 noise rate (Co-teaching, JoCoR) or the transition matrix are told the true one.
@@ -24,7 +25,7 @@ from transformers import PrinterCallback, set_seed
 from transformers.hf_argparser import HfArg
 
 import kd_plugins as kd
-from kd_plugins.audit.dots import draw_dots
+from kd_plugins.audit.gains import draw_gains
 from kd_plugins.audit.plots import markdown, mean_std
 from kd_plugins.data import FeatureView
 from kd_plugins.models import feature_head
@@ -124,7 +125,7 @@ def report(rows: list[dict], noises: list[str], folder: Path) -> None:
     cells = [[method, *map(mean_std, columns.values())] for method, columns in found.items()]
     text = markdown(["method", *noises], cells)
     (folder / "results.md").write_text(text + "\n")
-    draw_dots(found, folder / "results.png", reference="ce")
+    draw_gains(found, folder / "results.png")
     print(text)
 
 
