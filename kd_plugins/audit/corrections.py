@@ -110,7 +110,8 @@ def apply_decisions(
         how: "correct" replaces wrong labels, and drops pictures that belong to no class; "drop"
             removes all rows with a wrong label; "weight" keeps all rows and labels, and adds a
             column ``weight``.
-        weight: of rows with a wrong label, with ``how="weight"``; all others have 1.
+        weight: of rows with a wrong label, with ``how="weight"``. All others keep the weight that
+            they have, or get 1.
         label: the column of doubted labels.
 
     Raises:
@@ -123,6 +124,8 @@ def apply_decisions(
     applied = _with_provenance(dataset, decisions, changes, how, label)
     if how == "weight":
         weights = np.ones(len(dataset), np.float32)
+        if "weight" in dataset.column_names:
+            weights[:] = dataset["weight"][:]
         weights[changes.rows] = weight
         kept = applied.column_names
         applied = applied.select_columns([name for name in kept if name != "weight"])

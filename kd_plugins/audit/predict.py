@@ -18,7 +18,7 @@ from ..data.image_view import ImageView
 from ..data.labels import class_positions
 from ..losses.refined import CE
 from ..losses.state import eval_mode
-from ..models.factory import class_count, make_teacher, network_list
+from ..models.factory import class_count, classes_of, make_teacher, network_list
 from ..models.hosted import PeerModule
 
 
@@ -110,19 +110,8 @@ def _class_order(network: nn.Module, view: ImageView | FeatureView) -> list[int]
             f"the data have {len(wanted)} classes, {type(network).__name__} has {count}: expected "
             "the same classes"
         )
-    names, positions = _class_names(network), None
+    names, positions = classes_of(network), None
     if names and len(names) == count:  # a new head on a network keeps the old names
         other = f"the classes of {type(network).__name__}"
         positions = class_positions(wanted, names, "the view", other)
     return list(range(count)) if positions is None else positions.tolist()
-
-
-def _class_names(network: nn.Module) -> list[str] | None:
-    """The names of the classes in the network's order, as timm or transformers store them."""
-    names = getattr(getattr(network, "config", None), "id2label", None)
-    names = names or (getattr(network, "pretrained_cfg", None) or {}).get("label_names")
-    if isinstance(names, dict):
-        names = [names[k] for k in sorted(names, key=int)]
-    if not names or list(names) == [f"LABEL_{k}" for k in range(len(names))]:
-        return None  # transformers calls unnamed classes LABEL_0, LABEL_1 ...
-    return [str(name) for name in names]

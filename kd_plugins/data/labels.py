@@ -8,6 +8,9 @@ from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
+from torch import nn
+
+from ..models.factory import classes_of
 
 WNID = re.compile(r"n\d{8}\b")  # WordNet's number, with which WebVision and ILSVRC begin a name
 
@@ -155,6 +158,20 @@ def same_classes(a: Any, b: Any, what: str, other: str = "the training data") ->
             f"{what}, {reference[k]!r} in {other}. Match them by name: ImageView(..., "
             f"class_names=...) with the names of {other}"
         )
+
+
+def refuse_other_order(networks: Mapping[str, nn.Module], data: Any) -> None:
+    """Refuse networks whose classes are those of the data in another order, by their names.
+
+    Args:
+        networks: by what an error calls them. Those without names of classes fit all data.
+        data: a view, or None.
+    """
+    names = class_names(data)
+    for what, network in networks.items():
+        own = classes_of(network)
+        if own and names and sorted(own) == sorted(names):
+            same_classes(names, own, "the data set", what)
 
 
 def _key(name: str) -> str:

@@ -65,10 +65,14 @@ def num_samples(dataset: Any) -> int | None:
 
 
 def set_epoch(dataset: Any, epoch: int) -> None:
-    """Call `set_epoch` of a data set that has one, through `Subset`s."""
+    """Call `set_epoch` of a data set, or of the views that it holds: augmentation depends on it."""
     view = as_view(dataset)
     if hasattr(view, "set_epoch"):
         view.set_epoch(epoch)
+        return
+    for part in vars(view).values() if hasattr(view, "__dict__") else ():
+        if _is_view(part) or isinstance(part, Subset):
+            set_epoch(part, epoch)
 
 
 def _is_view(dataset: Any) -> bool:

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..models.factory import logits_of, network_list
 from .image_view import ImageView
+from .labels import refuse_other_order
 from .network_outputs import network_outputs
 
 
@@ -95,12 +96,15 @@ def cache_teachers(
             there is no autocast.
 
     Raises:
-        ValueError: a random transform, or a folder with other logits; the error says which.
+        ValueError: a random transform, a folder with other logits, or a teacher whose classes are
+            in another order; the error says which.
         OSError: the folder cannot be written, or has too little space.
     """
+    networks = network_list(teachers)
+    refuse_other_order({f"teacher {k}": teacher for k, teacher in enumerate(networks)}, view)
     files = network_outputs(
         view,
-        network_list(teachers),
+        networks,
         folder,
         "teacher",
         lambda teacher, pixels: logits_of(teacher(pixels)),

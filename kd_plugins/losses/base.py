@@ -266,7 +266,13 @@ class Sum(Loss):
         self.required_inputs = frozenset().union(*(term.required_inputs for term in losses))
         self.any_precision = all(term.any_precision for term in losses)
         self.layers = tuple(sorted({layer for term in losses for layer in term.layers}))
-        self.ema_decay = next((t.ema_decay for t in losses if t.ema_decay is not None), None)
+        decays = {term.ema_decay for term in losses if term.ema_decay is not None}
+        if len(decays) > 1:
+            raise ValueError(
+                f"the terms want averages of the peers with different decays, {sorted(decays)}, "
+                "and the Trainer keeps one: give them the same"
+            )
+        self.ema_decay = next(iter(decays), None)
 
     def per_sample(self, logits: Any, target: Tensor, **inputs: Any) -> Tensor:
         total: Any = 0.0

@@ -186,7 +186,8 @@ class CoTeachingPlus(Mutual):
         k = torch.where(k < 1, n, k)
         masks = [smallest(loss, k, among) | (n == 0) for loss in losses]  # chosen by each peer
         weights = [self._weight(mask.to(target.dtype)) for mask in reversed(masks)]
-        taught = [w * loss for w, loss in zip(weights, losses, strict=True)]
+        costs = [refine.cost(pred, target) for refine, pred in zip(self.refine, preds, strict=True)]
+        taught = [w * cost for w, cost in zip(weights, costs, strict=True)]
         self.log("own", losses)
         self.log("taught", taught)
         self.log("selected", masks)

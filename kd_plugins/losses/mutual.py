@@ -137,7 +137,7 @@ class Mutual(Loss):
 
     Args:
         refine: the peers' loss. Each peer gets its own copy, and so its own state.
-        select: which samples a peer may teach.
+        select: which samples a peer may teach. It is copied too.
         own: weight of each peer's own loss.
         normalize: ``"batch"``: n = B, equations 4 and 5 averaged over the batch. It does not depend
             on how a batch is cut over processes and accumulation steps. ``"selected"``: n is the
@@ -168,6 +168,7 @@ class Mutual(Loss):
     ) -> None:
         if not isinstance(refine, Loss) or refine.num_peers > 1:
             raise TypeError(f"refine must be a loss for one network, got {refine!r}")
+        refine, select = copy.deepcopy(refine), copy.deepcopy(select)  # the caller's stay theirs
         labels = isinstance(refine, Refined)
         if labels and refine.class_weights is not None:
             if base.get("weight") is not None:

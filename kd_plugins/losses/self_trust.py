@@ -175,8 +175,8 @@ class MyLC(_SelfTrust):
 
     def take_sizes(self, sizes: Sizes) -> None:
         super().take_sizes(sizes)
-        if self._window_open and sizes.num_samples is not None:
-            self.running.window, self._window_open = sizes.num_samples, False
+        if self._window_open and sizes.num_rows is not None:
+            self.running.window, self._window_open = sizes.num_rows, False
 
     def trust(self, certainty: Tensor, num_classes: int) -> Tensor:
         if self.moves_state:

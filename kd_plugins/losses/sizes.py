@@ -17,6 +17,7 @@ class Sizes:
 
     num_samples: int | None = None
     num_classes: int | None = None
+    num_rows: int | None = None
     feature_dims: Sequence[Sequence[int]] | None = None  # per network, of each of its maps
     teacher_feature_dims: Sequence[Sequence[int]] | None = None
 
@@ -40,19 +41,23 @@ class NeedsSizes(KeepsPrecision):
         num_classes: int | None = None,
         feature_dims: Sequence[Sequence[int]] | None = None,
         teacher_feature_dims: Sequence[Sequence[int]] | None = None,
+        num_rows: int | None = None,
     ) -> Self:
         """Fill in what the constructor left open, here and in all parts; returns the loss.
 
         Args:
-            num_samples: rows of the training data.
+            num_samples: rows that an ``index`` can name, usually those of the training data.
             num_classes: C.
             feature_dims: for each network the channels of its maps (``models.feature_dims``).
             teacher_feature_dims: the same for each teacher.
+            num_rows: rows of the training data, if they are a part of ``num_samples``.
 
         Raises:
             ValueError: a size contradicts one that the loss was made for.
         """
-        self.take_sizes(Sizes(num_samples, num_classes, feature_dims, teacher_feature_dims))
+        num_rows = num_samples if num_rows is None else num_rows
+        sizes = Sizes(num_samples, num_classes, num_rows, feature_dims, teacher_feature_dims)
+        self.take_sizes(sizes)
         return self
 
     def take_sizes(self, sizes: Sizes) -> None:

@@ -168,7 +168,7 @@ def _export_transformers(
     config = model.config
     model.config = copy.deepcopy(config)  # save_pretrained writes into it too
     try:
-        if names:
+        if names and len(names) == config.num_labels:  # else the head would not fit when loaded
             model.config.id2label = dict(enumerate(names))
             model.config.label2id = {name: i for i, name in enumerate(names)}
         if getattr(config, "pretrained_cfg", None):  # timm's network in transformers

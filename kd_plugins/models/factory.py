@@ -158,6 +158,17 @@ def class_count(model: nn.Module) -> int | None:
     return getattr(getattr(model, "config", None), "num_labels", None) if count is None else count
 
 
+def classes_of(network: nn.Module) -> list[str] | None:
+    """The names of the classes in the network's order, as timm or transformers store them."""
+    names = getattr(getattr(network, "config", None), "id2label", None)
+    names = names or (getattr(network, "pretrained_cfg", None) or {}).get("label_names")
+    if isinstance(names, dict):
+        names = [names[k] for k in sorted(names, key=int)]
+    if not names or list(names) == [f"LABEL_{k}" for k in range(len(names))]:
+        return None  # transformers calls unnamed classes LABEL_0, LABEL_1 ...
+    return [str(name) for name in names]
+
+
 def input_names(model: nn.Module) -> list[str]:
     """The arguments that a network's ``forward`` names; empty if it takes any."""
     parameters = inspect.signature(model.forward).parameters.values()

@@ -35,6 +35,22 @@ def normalization_of(views: Iterable[Any], networks: Sequence[nn.Module]) -> Nor
     return None
 
 
+def warn_of_inputs(teachers: Sequence[nn.Module], first: nn.Module, given: Any) -> None:
+    """Warn of teachers that see the floats as the first network does, although they expect others.
+
+    A network that was trained on these data, after it was made by timm, still names the
+    normalisation of its former weights. So a teacher that names the same one as the first network
+    is taken to be such a network.
+    """
+    for k, own in enumerate(map(normalization, teachers)):
+        if given and own and own != given and own == normalization(first):
+            logger.warning(
+                f"teacher {k} names mean and std {own} in its pretrained_cfg, and the data are "
+                f"normalised by {given}: it sees them as they come, like the first network. If it "
+                "was not trained on such data, normalise the data by its mean and std"
+            )
+
+
 def batch_range(pixels: Tensor) -> dict[str, Any]:
     """Size, dtype and range of a batch [B, C, H, W]; the range stays on its device."""
     size, of_bytes = tuple(pixels.shape[1:]), pixels.dtype == torch.uint8

@@ -256,18 +256,22 @@ def refuse_used(loss: Loss, control: Any) -> None:
         loss: :func:`mark_used` has left a note of its Trainer in it.
         control: of the Trainer; it is the same object in each of its trainings.
     """
-    other = vars(loss).get("_trained_by") not in (None, vars(control).get("trainer_id"))
-    if other and loss.state_dict():
-        raise ValueError(
-            f"this {type(loss).__name__} was trained by another Trainer, and its state (running "
-            "means, tables, parameters) would carry over into this training. Make a new loss; to "
-            "carry the state over on purpose, new.load_state_dict(loss.state_dict())"
-        )
+    for part in loss.modules():
+        other = vars(part).get("_trained_by") not in (None, vars(control).get("trainer_id"))
+        if other and part.state_dict():
+            raise ValueError(
+                f"this {type(part).__name__} was trained by another Trainer, and its state "
+                "(running means, tables, parameters) would carry over into this training. Make a "
+                "new loss; to carry the state over on purpose, "
+                "new.load_state_dict(loss.state_dict())"
+            )
 
 
 def mark_used(loss: Loss, control: Any) -> None:
     """Leave a note of the Trainer in a loss that it trains."""
-    vars(loss)["_trained_by"] = vars(control).setdefault("trainer_id", uuid4().hex)
+    trainer = vars(control).setdefault("trainer_id", uuid4().hex)
+    for part in loss.modules():  # a part may stand in another loss next time
+        vars(part)["_trained_by"] = trainer
 
 
 # ------------------------------------------------------------------------------------------- data

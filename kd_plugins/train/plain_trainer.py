@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState
 
+from ..data.labels import refuse_other_order
 from ..losses.base import Loss
 from ..models.factory import class_count, input_names, logits_of, make_teacher, network_list
 from ..models.hosted import PeerModule
-from ..models.input_config import normalization_of
+from ..models.input_config import normalization_of, warn_of_inputs
 from .callbacks import ScheduleCallback
 from .checks import refuse_pairing, refuse_plain
 from .run_folder import (
@@ -39,7 +40,8 @@ def as_compute_loss_func(
 ) -> Callable[..., Tensor]:
     """``compute_loss_func`` for a plain HF ``Trainer``.
 
-    The gradient is that of one batch, also under accumulation and on several processes.
+    Without class weights the gradient is that of one batch, also under accumulation and on several
+    processes.
 
     Args:
         loss: for one network. Add ``ProgressCallback(loss)`` for its schedule, its state and its
@@ -106,6 +108,11 @@ class _ComputeLoss:
     def begin(self, args: Any, network: nn.Module, data: Any) -> None:
         """Take network and teachers for a training; refuse what does not fit together."""
         loss = self.loss
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor} has no effect beside "
+                "compute_loss_func: use LabelSmoothing(eps)"
+            )
         if not (loss.required_inputs or self.teachers):
             return
         if args.n_gpu > 1:
@@ -117,6 +124,7 @@ class _ComputeLoss:
         self.teachers = [make_teacher(t, class_count(network)) for t in self.teachers]
         cached = getattr(data, "teacher_logits", None)
         refuse_pairing([network], self.teachers, loss, cached)
+        refuse_other_order({f"teacher {k}": t for k, t in enumerate(self.teachers)}, data)
         if args.remove_unused_columns and ("index" in loss.required_inputs or cached is not None):
             raise ValueError(
                 f"{type(loss).__name__} reads {', '.join(sorted(loss.required_inputs))} from the "
@@ -124,6 +132,7 @@ class _ComputeLoss:
                 "TrainingArguments(remove_unused_columns=False)"
             )
         known = normalization_of([data], [network, *self.teachers])
+        warn_of_inputs(self.teachers, network, known)
         self._hosted = PeerModule([network], loss, self.teachers, known)
         self._autocast = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
 
@@ -161,6 +170,7 @@ class _ComputeLoss:
 
 
 _OF_LOSS: WeakValueDictionary[int, _ComputeLoss] = WeakValueDictionary()  # by id of the loss
+_HOOKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # by the network that they watch
 
 
 class ProgressCallback(ScheduleCallback, ExportableState):
@@ -193,17 +203,16 @@ class ProgressCallback(ScheduleCallback, ExportableState):
         super().__init__(loss)
         self.save = save
         self._training: tuple[Any, Any, dict[str, Any]] | None = None
-        self._hook: Any = None
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         self._watch(model)  # so that the network can be evaluated before it is trained
 
     def _watch(self, network: nn.Module) -> None:
         """Read along what the network is given, and keep from it what only the loss reads."""
-        if self._hook is not None:
-            self._hook.remove()
+        if (earlier := _HOOKS.pop(network, None)) is not None:  # perhaps of an earlier Trainer
+            earlier.remove()
         self._hidden = {name for name in OF_THE_LOSS if name not in input_names(network)}
-        self._hook = network.register_forward_pre_hook(self._read, with_kwargs=True)
+        _HOOKS[network] = network.register_forward_pre_hook(self._read, with_kwargs=True)
 
     def _read(self, network: nn.Module, args: Any, inputs: dict[str, Any]) -> Any:
         if (function := _OF_LOSS.get(id(self.loss))) is not None:

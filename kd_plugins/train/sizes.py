@@ -32,6 +32,7 @@ def bind_sizes(
     taught = peers if loss.ema_decay is not None else teachers  # the peers' averages over time
     loss.bind(
         num_samples=data if isinstance(data, int) else num_samples(data),
+        num_rows=len(data) if hasattr(data, "__len__") else None,
         num_classes=counts[0] if counts else num_classes_of(data),
         feature_dims=[feature_dims(p) for p in peers] if "features" in reads else None,
         teacher_feature_dims=(

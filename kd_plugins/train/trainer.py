@@ -17,10 +17,11 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..data import as_view
-from ..losses.base import Loss
+from ..data.labels import refuse_other_order
+from ..losses.base import Loss, peer_name
 from ..models.factory import make_model, make_teacher, network_list
 from ..models.hosted import PeerModule
-from ..models.input_config import batch_range, normalization_of
+from ..models.input_config import batch_range, normalization_of, warn_of_inputs
 from .arguments import MutualTrainingArguments
 from .callbacks import ScheduleCallback, short
 from .checks import (
@@ -82,7 +83,9 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
 
     Notes:
         Several GPUs and hosts work by DDP (``accelerate launch``, ``torchrun``). FSDP, DeepSpeed
-        and ``nn.DataParallel`` are refused.
+        and ``nn.DataParallel`` are refused. Under accumulation the gradient is the mean over the
+        micro-batches. It differs from that of one large batch where the last micro-batch is
+        smaller, and where there are class weights.
     """
 
     model: PeerModule
@@ -138,6 +141,10 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         data = self._views.get("train")
         refuse_pairing(peers, self._teachers, loss, getattr(data, "teacher_logits", None))
         refuse_data(self._views, peers, loss)
+        asked = {f"teacher {k}": teacher for k, teacher in enumerate(self._teachers)}
+        if data is None:  # nothing is learned, and the networks are evaluated as they are
+            asked |= {f"network {peer_name(k)}": peer for k, peer in enumerate(peers)}
+        refuse_other_order(asked, next(iter(self._views.values()), None))
         if self.optim_per_peer is not None and len(self.optim_per_peer) != len(peers):
             raise ValueError(
                 f"optim_per_peer has {len(self.optim_per_peer)} entries for {len(peers)} networks; "
@@ -145,6 +152,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
             )
         bind_sizes(loss, peers, self._teachers, data)
         known = normalization_of(self._views.values(), [*peers, *self._teachers])
+        warn_of_inputs(self._teachers, peers[0], known)
         return PeerModule(peers, loss, self._teachers, known)
 
     @property
@@ -280,6 +288,8 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
             return None
         self._load_from_checkpoint(str(folder))
         self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint:
+            self._load_best_model()
         logger.info(f"{folder} is at max_steps={self.args.max_steps}: there is nothing to train")
         losses = [log["train_loss"] for log in state.log_history if "train_loss" in log]
         return TrainOutput(state.global_step, losses[-1] if losses else 0.0, {})

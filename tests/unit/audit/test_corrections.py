@@ -108,6 +108,14 @@ def test_a_second_round_keeps_the_first_labels(data, decisions, tmp_path):
         apply_decisions(once, read_decisions(decisions))
 
 
+def test_a_second_round_keeps_the_first_weights(data, tmp_path):
+    lines = ["0,0,1,wrong,1,"], ["3,0,1,wrong,1,"]
+    for k, line in enumerate(lines):
+        decisions = read_decisions(write(tmp_path / f"{k}.csv", line))
+        data = apply_decisions(data, decisions, how="weight", weight=0.25)
+    assert data["weight"][:] == [0.25, 1, 1, 0.25, 1, 1, 1, 1]
+
+
 @pytest.mark.parametrize(
     "lines, words",
     [

@@ -82,6 +82,33 @@ def test_the_epoch_reaches_a_view_through_subsets():
     assert torch.equal(pixels(), first)
 
 
+class Wrapped(torch.utils.data.Dataset):
+    """What people write around a view."""
+
+    def __init__(self, view):
+        self.inner = view
+
+    def __len__(self):
+        return len(self.inner)
+
+    def __getitem__(self, i):
+        return self.inner[i]
+
+
+def test_the_epoch_reaches_a_view_inside_a_data_set_of_ones_own(tmp_path):
+    whole = recorded()
+    trainer(tmp_path, loss=SMKD(MyLC(window=32), eta=1.5, b2=-4), train=Wrapped(whole)).train()
+    assert {epoch for epoch, _ in whole.seen} == {0, 1}
+    set_epoch(Wrapped(Subset(whole, [0])), 5)
+    assert whole[0] is not None and whole.seen[-1] == (5, 0)
+
+
+def test_the_certainty_is_a_mean_over_the_rows_that_are_trained_on(tmp_path):
+    loss = MyLC()
+    trainer(tmp_path, [Net(1)], loss, train=Subset(view(32), range(8, 24)))
+    assert loss.window == 16
+
+
 class Epochs(ImageView):
     """Keeps the epoch of every item that is read."""
 

@@ -50,6 +50,17 @@ def read(folder):
     return (Path(folder) / "logits.npy").read_bytes()
 
 
+def test_a_teacher_whose_classes_are_in_another_order_is_refused(tmp_path):
+    features = Features({"image": HFImage(), "label": ClassLabel(names=["a", "b", "c"])})
+    pictures = [{"image": row["image"], "label": row["label"]} for row in rows(6)]
+    data = ImageView(Dataset.from_list(pictures, features=features), to_tensor)
+    teacher = Net(1)
+    teacher.pretrained_cfg = {"label_names": ["b", "a", "c"]}
+    with pytest.raises(ValueError, match=r"teacher 0 in another order: class 0 is 'a'.*'b'"):
+        cache_teachers(data, teacher, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_items_hold_what_each_teacher_says(tmp_path):
     data, teachers = view(20), [Net(1), Net(2, bn=True, dropout=0.5)]
     teachers[1].train().drop.eval()

@@ -488,6 +488,17 @@ def test_peers_do_not_share_state(pair):
         assert loss.stats[f"mean_certainty_{name}"].item() == pytest.approx(expected, abs=1e-6)
 
 
+def test_what_was_passed_in_stays_as_it_was(pair):
+    zs, y = pair
+    refine, select = MyLC(), LowEntropy(b2=0)
+    first = Mutual(refine, select)
+    first(zs, y)
+    assert first.refine[0].r > 0 and refine.r == 0 and refine.class_weights is None
+    second = Mutual(refine, select, weight=torch.ones(zs[0].shape[1]))
+    assert [float(peer.r) for peer in second.refine] == [0, 0]
+    assert refine.class_weights is None and Mutual(refine, select).class_weights is None
+
+
 # --------------------------------------------------------------------------- diagnostics and errors
 
 

@@ -674,6 +674,19 @@ def test_co_teaching_plus_against_loops(progress, seed):
             assert abs(value - expected(consts, **{wrong: True})) > 0.01, wrong
 
 
+def test_co_teaching_plus_takes_class_weights():
+    torch.manual_seed(0)
+    zs = [torch.randn(8, 3, requires_grad=True) for _ in range(2)]
+    y, weight = torch.tensor([0, 1, 2, 0, 1, 2, 0, 1]), torch.tensor([1.0, 5.0, 0.0])
+    loss = CoTeachingPlus(forget=0.0, weight=weight)
+    loss.set_progress(0.0)
+    value = loss(zs, y)
+    expected = sum(torch.nn.functional.cross_entropy(z, y, weight=weight) for z in zs)
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    assert all(not z.grad[y == 2].any() and z.grad[y == 1].any() for z in zs)
+
+
 def test_co_teaching_plus_is_co_teaching_until_it_starts():
     zs, y = batch(2, b=10)
     plus, plain = CoTeachingPlus(forget=0.4, start=0.025), CoTeaching(forget=0.4)

@@ -67,6 +67,12 @@ def test_a_sum_keeps_what_its_terms_were_made_with():
         (CE() + CE(num_classes=7))(z, y)
 
 
+def test_terms_that_want_different_averages_of_the_peers_do_not_add():
+    with pytest.raises(ValueError, match=r"different decays, \[0.9, 0.999\]"):
+        create_loss("pcl", ema=0.9) + create_loss("pcl", ema=0.999)
+    assert (create_loss("pcl", ema=0.9) + 2 * create_loss("pcl", ema=0.9)).ema_decay == 0.9
+
+
 @pytest.mark.parametrize(
     "build", [lambda: CE() + MKD(), lambda: 0.1 * SMKD() + 0.9 * (CE() + CE())]
 )

@@ -5,10 +5,13 @@ import torch
 import torch.nn.functional as F
 from helpers.networks import FromTeachers, labels, pixels, timm_vit, with_cfg
 from helpers.tiny import CLASSES, SIZE, Net, vit
+from torch import nn
 from transformers import AutoModelForImageClassification
 
 from kd_plugins import CE, Mutual, SelectAll
 from kd_plugins.models import PeerModule, export
+from kd_plugins.models.input_config import warn_of_inputs
+from kd_plugins.models.inputs import normalization
 
 
 def test_each_peer_sees_its_own_normalisation():
@@ -123,3 +126,20 @@ def test_pixels_take_the_dtype_of_the_weights():
     assert a.conv.weight.dtype == torch.bfloat16
     assert half["logits"].dtype == half["loss"].dtype == torch.float32
     torch.testing.assert_close(half["logits"], full["logits"], rtol=0.1, atol=0.3)
+
+
+def test_a_teacher_that_names_the_students_normalisation_beside_other_data_is_warned_of(caplog):
+    def network(mean, std):
+        made = nn.Linear(1, 1)
+        made.pretrained_cfg = {"mean": (mean,) * 3, "std": (std,) * 3}
+        return made
+
+    student, teacher, other = network(0.4, 0.2), network(0.4, 0.2), network(0.3, 0.2)
+    given = ((0.5,) * 3, (0.5,) * 3)
+    warn_of_inputs([other, teacher], student, given)
+    (record,) = caplog.records
+    assert "teacher 1 names mean and std ((0.4, 0.4, 0.4)" in record.message
+    caplog.clear()
+    warn_of_inputs([teacher], student, None)  # the data do not say theirs
+    warn_of_inputs([teacher], student, normalization(student))
+    assert not caplog.records

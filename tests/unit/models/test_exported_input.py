@@ -135,6 +135,10 @@ def test_export_writes_it_for_transformers(tmp_path):
     assert processor.size["shortest_edge"] == 25 and processor.crop_size["height"] == 20
     assert AutoConfig.from_pretrained(tmp_path / "vit").id2label == {0: "a", 1: "b", 2: "c"}
 
+    export(vit(), tmp_path / "spare", ["a", "b"])  # two names for three outputs
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "spare")
+    assert again.config.num_labels == 3
+
     export(timm.create_model("test_resnet", num_classes=CLASSES), tmp_path / "timm")
     wrapped = AutoModelForImageClassification.from_pretrained(tmp_path / "timm")
     export(wrapped, tmp_path / "wrapped", None, GIVEN)

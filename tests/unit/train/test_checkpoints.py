@@ -111,6 +111,29 @@ def test_best_model_restores_both_peers(tmp_path):
         ), part
 
 
+def test_a_finished_run_comes_back_with_its_best_model(tmp_path):
+    """A job that was killed between its last step and its evaluation runs again."""
+
+    def run():
+        again = hard(
+            tmp_path,
+            evaluate=view(20),
+            max_steps=12,
+            eval_strategy="steps",
+            eval_steps=2,
+            load_best_model_at_end=True,
+            metric_for_best_model="loss",
+            greater_is_better=True,
+            learning_rate=0.02,
+        )
+        again.train(resume_from_checkpoint=True)
+        return again
+
+    first = run()
+    assert not first.state.best_model_checkpoint.endswith("-12")  # else this could not fail
+    assert difference(first.model.state_dict(), run().model.state_dict()) == 0
+
+
 def test_channels_last_networks_are_saved_and_resumed(tmp_path):
     """safetensors refuses a strided weight."""
 

@@ -95,6 +95,27 @@ def test_stock_trainers_do_not_share_a_loss_with_state(tmp_path):
         again.train()
 
 
+def test_stock_trainers_in_turn_train_one_network(tmp_path):
+    """The callback of the first must not take away what the loss of the second reads."""
+    network, settings = resnet(), {"remove_unused_columns": False}
+    stock(tmp_path, CE(), network, **settings).train()
+    loss = Joint()
+    stock(tmp_path, loss, network, **settings).train()
+    assert loss.outputs.rows.any() and len(network._forward_pre_hooks) == 1
+
+
+def test_stock_trainer_refuses_smoothing_that_would_have_no_effect(tmp_path):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0.1 has no effect.*Smoothing"):
+        plain(tmp_path, CE(), max_steps=1, label_smoothing_factor=0.1).train()
+
+
+def test_stock_trainers_do_not_share_a_part_of_a_loss(tmp_path):
+    part = MyLC(window=20)
+    plain(tmp_path, 0.5 * part + CE(), max_steps=1).train()
+    with pytest.raises(ValueError, match="this MyLC was trained by another Trainer"):
+        plain(tmp_path, 0.2 * part + CE(), max_steps=1).train()
+
+
 @pytest.mark.parametrize(
     ("loss", "match"),
     [
