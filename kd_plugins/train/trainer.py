@@ -326,8 +326,11 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
         state_dict = self.model.state_dict() if state_dict is None else state_dict
-        # networks in channels_last are strided, and safetensors takes packed tensors only
-        super()._save(output_dir, {name: value.contiguous() for name, value in state_dict.items()})
+        # safetensors takes packed tensors (those of channels_last are strided) that share no memory
+        packed = {name: value.contiguous() for name, value in state_dict.items()}
+        first = {value.data_ptr(): name for name, value in reversed(packed.items())}
+        tied = {k: v.clone() for k, v in packed.items() if v.numel() and first[v.data_ptr()] != k}
+        super()._save(output_dir, packed | tied)
         if self.args.should_save:
             write_run(Path(output_dir or str(self.args.output_dir)), self._run(), self.args)
 

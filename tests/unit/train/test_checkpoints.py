@@ -9,6 +9,7 @@ from helpers.processes import child
 from helpers.tiny import Killed, Net, Recorder, difference, hard, state, trainer, view
 from safetensors.torch import load_file
 
+from kd_plugins import CE
 from kd_plugins.train import last_checkpoint
 
 STEPS = 12  # two epochs of six batches of eight
@@ -132,6 +133,24 @@ def test_a_finished_run_comes_back_with_its_best_model(tmp_path):
     first = run()
     assert not first.state.best_model_checkpoint.endswith("-12")  # else this could not fail
     assert difference(first.model.state_dict(), run().model.state_dict()) == 0
+
+
+def test_tied_weights_are_saved_and_resumed(tmp_path):
+    """safetensors refuses tensors that share memory."""
+
+    def run():
+        network = Net(1)
+        network.again = network.fc
+        data = {"train": view(20), "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        return trainer(tmp_path, [network], CE(), **data)
+
+    first = run()
+    first.train()
+    again = run()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert difference(first.model.state_dict(), again.model.state_dict()) == 0
+    network = again.peers[0]
+    assert network.again.weight is network.fc.weight
 
 
 def test_channels_last_networks_are_saved_and_resumed(tmp_path):
