@@ -179,7 +179,8 @@ def find_column(data: datasets.Dataset, kind: str, name: str | None = None) -> s
             "the data have no classes, only pictures: expected a folder per class, at least two, "
             "or a table with a column of classes"
         )
-    others = [f"{k} ({v.dtype})" for k, v in data.features.items() if k not in fitting]
+    kinds = {key: getattr(v, "dtype", "a struct") for key, v in data.features.items()}
+    others = [f"{key} ({dtype})" for key, dtype in kinds.items() if key not in fitting]
     of_names = ", and of names dataset.class_encode_column(NAME)" if kind == "label" else ""
     raise ValueError(
         f"{kind} {name}: expected the name of one {feature.__name__} column, here "

@@ -86,8 +86,8 @@ class NeedsSizes(KeepsPrecision):
         if missing := [name for name in self.needs if getattr(self, name) is None]:
             call = ", ".join(f"{argument}=..." for argument in {self.needs[n]: 0 for n in missing})
             raise RuntimeError(
-                f"{type(self).__name__} does not know {' and '.join(missing)}: pass it to the "
-                f"constructor or call loss.bind({call}); MutualDistillationTrainer does"
+                f"{type(self).__name__} does not know {' and '.join(missing)}: call "
+                f"loss.bind({call}), as MutualDistillationTrainer does, or make the loss with it"
             )
 
     def complete(self) -> None:

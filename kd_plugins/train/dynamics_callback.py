@@ -59,6 +59,7 @@ class DynamicsCallback(TrainerCallback):
         # The other processes write only after the first step, which they cannot finish alone.
         clean = args.local_process_index == 0
         self._writer = DynamicsWriter(folder, args.process_index, state.global_step, clean)
+        self._epoch = int(state.epoch or 0)  # a run that is complete begins no epoch
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         self._epoch = int(state.epoch or 0)

@@ -142,9 +142,15 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         refuse_pairing(peers, self._teachers, loss, getattr(data, "teacher_logits", None))
         refuse_data(self._views, peers, loss)
         asked = {f"teacher {k}": teacher for k, teacher in enumerate(self._teachers)}
+        learning = {f"network {peer_name(k)}": peer for k, peer in enumerate(peers)}
         if data is None:  # nothing is learned, and the networks are evaluated as they are
-            asked |= {f"network {peer_name(k)}": peer for k, peer in enumerate(peers)}
-        refuse_other_order(asked, next(iter(self._views.values()), None))
+            asked, learning = asked | learning, {}
+        reference = next(iter(self._views.values()), None)
+        refuse_other_order(asked, reference)
+        try:
+            refuse_other_order(learning, reference)
+        except ValueError as error:  # a fresh head may have kept the names of its former one
+            logger.warning(f"{error}. Otherwise it learns them anew, in the order of the data")
         if self.optim_per_peer is not None and len(self.optim_per_peer) != len(peers):
             raise ValueError(
                 f"optim_per_peer has {len(self.optim_per_peer)} entries for {len(peers)} networks; "

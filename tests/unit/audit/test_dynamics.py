@@ -326,6 +326,17 @@ def test_every_visit_is_there_once_after_a_kill_and_a_resume(whole, tmp_path, st
     assert visits(tmp_path / "dynamics").equals(whole)
 
 
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 12}])
+def test_a_complete_run_starts_again_and_keeps_its_visits(whole, tmp_path, settings):
+    """A job that was killed after its last step, before it exported."""
+    torch.manual_seed(1)
+    hard(tmp_path, [DynamicsCallback()], **settings).train()
+    again = hard(tmp_path, [DynamicsCallback()], **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 12
+    assert visits(tmp_path / "dynamics").equals(whole)
+
+
 @pytest.mark.parametrize("strategy", ["steps", "epoch", "best"])
 def test_a_kill_right_after_a_checkpoint_leaves_no_hole(whole, tmp_path, strategy):
     """The kill comes after the last file of a checkpoint, before the callbacks' on_save."""

@@ -61,6 +61,13 @@ def test_columns_and_splits(kinds, asked, expected, tmp_path):
             load_pictures(folder, **asked)
 
 
+def test_a_struct_is_named_like_other_columns():
+    """pandas writes a column of pictures back as a struct."""
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": b"", "path": ""}], "label": [0]})
+    with pytest.raises(ValueError, match=r"image \(a struct\), label \(int64\) can be made one"):
+        find_column(rows, "image")
+
+
 def test_label_is_the_column_of_this_name():
     """Where there are several; so are true and noisy labels beside each other told apart."""
     kind = datasets.ClassLabel(names=["a", "b"])

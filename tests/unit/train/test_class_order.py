@@ -1,5 +1,7 @@
 """Networks whose classes are those of the data in another order, by their names."""
 
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -68,11 +70,16 @@ def test_a_plain_trainer_refuses_such_a_teacher(tmp_path):
         run.train()
 
 
-def test_a_network_that_is_only_evaluated_is_refused_and_one_that_learns_is_not(tmp_path):
+def test_a_network_that_is_only_evaluated_is_refused_and_one_that_learns_is_named(
+    tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     args, view = arguments(tmp_path), data(OTHER)
     with pytest.raises(ValueError, match=r"network a in another order"):
         MutualDistillationTrainer(Linear(NAMES), CE(), args, eval_dataset=view)
+    assert not caplog.records
     MutualDistillationTrainer(Linear(NAMES), CE(), args, train_dataset=view, eval_dataset=view)
+    assert any("network a in another order" in record.message for record in caplog.records)
 
 
 @pytest.mark.parametrize("names", [None, NAMES, ["0", "1", "2"], ["a", "b", "c"], NAMES[:2]])
