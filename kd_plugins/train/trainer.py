@@ -17,8 +17,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..data import as_view
-from ..data.labels import refuse_other_order
-from ..losses.base import Loss, peer_name
+from ..losses.base import Loss
 from ..models.factory import make_model, make_teacher, network_list
 from ..models.hosted import PeerModule
 from ..models.input_config import batch_range, normalization_of, warn_of_inputs
@@ -33,6 +32,7 @@ from .checks import (
     refuse_rows,
     refuse_shared,
 )
+from .class_order import check_class_order
 from .collapse import CollapseCallback
 from .evaluation import RankingTrainer
 from .optimizer import clip_each, peer_optimizer, stepped
@@ -141,16 +141,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         data = self._views.get("train")
         refuse_pairing(peers, self._teachers, loss, getattr(data, "teacher_logits", None))
         refuse_data(self._views, peers, loss)
-        asked = {f"teacher {k}": teacher for k, teacher in enumerate(self._teachers)}
-        learning = {f"network {peer_name(k)}": peer for k, peer in enumerate(peers)}
-        if data is None:  # nothing is learned, and the networks are evaluated as they are
-            asked, learning = asked | learning, {}
-        reference = next(iter(self._views.values()), None)
-        refuse_other_order(asked, reference)
-        try:
-            refuse_other_order(learning, reference)
-        except ValueError as error:  # a fresh head may have kept the names of its former one
-            logger.warning(f"{error}. Otherwise it learns them anew, in the order of the data")
+        check_class_order(peers, self._teachers, self._views)
         if self.optim_per_peer is not None and len(self.optim_per_peer) != len(peers):
             raise ValueError(
                 f"optim_per_peer has {len(self.optim_per_peer)} entries for {len(peers)} networks; "

@@ -2,8 +2,8 @@
 
     python recipes/experiments/draw_gains.py docs/frozen-features.md docs/frozen-gains.png
 
-The picture then says what the tables say. Two columns stay out: they are no accuracies, or have
-another set of methods. So do methods with a figure in fewer than three columns.
+So the picture says what the tables say. The table of tuned settings and the shares of memorised
+labels stay out, and so do methods with figures in fewer than three columns.
 """
 
 import re

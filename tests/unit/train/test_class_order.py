@@ -70,10 +70,8 @@ def test_a_plain_trainer_refuses_such_a_teacher(tmp_path):
         run.train()
 
 
-def test_a_network_that_is_only_evaluated_is_refused_and_one_that_learns_is_named(
-    tmp_path, caplog, monkeypatch
-):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+def test_a_network_that_is_only_evaluated_is_refused_and_one_that_learns_is_named(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
     args, view = arguments(tmp_path), data(OTHER)
     with pytest.raises(ValueError, match=r"network a in another order"):
         MutualDistillationTrainer(Linear(NAMES), CE(), args, eval_dataset=view)
