@@ -20,6 +20,7 @@ The last two columns may be missing.
 from __future__ import annotations
 
 import csv
+import re
 import warnings
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -135,9 +136,14 @@ def apply_decisions(
 
 
 def read_decisions(path: str | Path) -> Dataset:
-    """Read the CSV file of the page. Other columns than those of decisions are left out."""
+    """Read the CSV file of the page, also after a spreadsheet or pandas has saved it again.
+
+    Other columns than those of decisions are left out.
+    """
     with open(path, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
+        head = file.readline()
+        file.seek(0)
+        rows = list(csv.DictReader(file, delimiter=max(",;\t", key=head.count)))
     columns: dict[str, list[Any]] = {}
     for name in ("index", "label", "proposed", "decision", "new_label", "data"):
         if rows and name not in rows[0] and name not in ("new_label", "data"):
@@ -324,7 +330,7 @@ def _integer(text: str, column: str, path: str | Path) -> int | None:
     if not text and column == "new_label":
         return None
     try:
-        return int(text)
+        return int(re.sub(r"\.0$", "", text))  # a column with empty cells is of floats in pandas
     except ValueError:
         raise ValueError(
             f"{path}: {text!r} in column {column!r}; expected an integer, as the page saves it"

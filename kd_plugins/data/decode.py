@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 
 class NotAPicture(TypeError):
@@ -93,7 +93,8 @@ def decode_picture(value: Any) -> Image.Image:
     Args:
         value: a value of a Hugging Face `Image` column, a path, an encoded picture in bytes, a PIL
             image, or an array or nested list [H, W], [H, W, 1], [H, W, 3] or [H, W, 4] of integers
-            in [0, 255], floats in [0, 1] or booleans. EXIF orientation is ignored.
+            in [0, 255], floats in [0, 1] or booleans. A picture with an EXIF orientation is turned
+            upright, as Hugging Face `datasets` does.
 
     Raises:
         NotAPicture: the value is none of these.
@@ -151,6 +152,7 @@ def _convert(picture: Image.Image) -> Image.Image:
             f"{picture.width} x {picture.height} pixels, more than {limit}"
         )
     picture.load()
+    picture = _upright(picture)
     if picture.mode == "RGB":
         return picture
     if picture.mode == "F":
@@ -160,6 +162,17 @@ def _convert(picture: Image.Image) -> Image.Image:
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # PIL warns if this goes to RGB at once
     return picture.convert("RGB")
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    try:
+        if picture.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+            return picture
+        return ImageOps.exif_transpose(picture)
+    except Warning:
+        raise
+    except Exception:  # PIL's, of damaged metadata; the pixels have been read
+        return picture
 
 
 def _to_bytes(values: np.ndarray, picture: Image.Image) -> np.ndarray:

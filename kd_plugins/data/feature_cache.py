@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..models.factory import logits_of
 from ..models.features import has_features
 from .image_view import ImageView
-from .labels import check_labels, class_indices
+from .labels import check_labels, class_indices, numbered_classes
 from .network_outputs import network_outputs
 
 
@@ -57,7 +57,7 @@ class FeatureView(torch.utils.data.Dataset):
                 f"{list(self.features.shape)}"
             )
         self.labels = self._checked("labels", labels)
-        self.class_names = list(class_names or map(str, range(int(self.labels.max()) + 1)))
+        self.class_names = list(class_names or numbered_classes(self.labels))
         self.num_classes = len(self.class_names)
         check_labels(self.labels, self.num_classes)
         self.clean_labels = None

@@ -14,7 +14,7 @@ from PIL import Image
 from ..losses.validate import fraction, one_of
 from .decode import BrokenPictures, NotAPicture, PictureColumn, decode_picture
 from .input_config import input_config
-from .labels import check_labels, label_column
+from .labels import check_labels, label_column, numbered_classes
 from .randomness import generators_kept, seed_generators
 
 MAX_BROKEN, HANDFUL = 0.01, 5  # a share of the rows, and as many of few rows
@@ -89,7 +89,7 @@ class ImageView(torch.utils.data.Dataset):
         feature = dataset.features[label] if isinstance(dataset, Dataset) else None
         if class_names is None and isinstance(feature, ClassLabel):
             class_names = feature.names
-        self.class_names = list(class_names or map(str, range(self.labels.max() + 1)))
+        self.class_names = list(class_names or numbered_classes(self.labels))
         self.num_classes = len(self.class_names)
         check_labels(self.labels, self.num_classes, label)
         self.clean_labels = None

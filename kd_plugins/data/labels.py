@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +12,8 @@ from datasets import ClassLabel, Dataset
 from torch import nn
 
 from ..models.factory import classes_of
+
+logger = logging.getLogger(__name__)
 
 WNID = re.compile(r"n\d{8}\b")  # WordNet's number, with which WebVision and ILSVRC begin a name
 
@@ -52,6 +55,21 @@ def check_labels(
         where = f"at position {row}" if column is None else f"in row {row} of column {column!r}"
         top = "" if num_classes is None else f" to {highest}"
         raise ValueError(f"Label {labels[row]} {where}: labels go from {lowest}{top}.")
+
+
+def numbered_classes(labels: np.ndarray) -> list[str]:
+    """The classes of labels [N] without names: "0" to the largest label.
+
+    A warning says if no label is 0, as where they count from 1.
+    """
+    low, high = int(labels.min()), int(labels.max())
+    if low > 0:
+        logger.warning(
+            f"the labels go from {low} to {high} and have no names, so there are {high + 1} "
+            "classes, and class 0 has no picture. If they count from 1, subtract 1, or let "
+            "dataset.class_encode_column(...) number them"
+        )
+    return [str(k) for k in range(high + 1)]
 
 
 def column_array(dataset: Dataset, name: str) -> np.ndarray:

@@ -181,9 +181,10 @@ def find_column(data: datasets.Dataset, kind: str, name: str | None = None) -> s
         )
     kinds = {key: getattr(v, "dtype", "a struct") for key, v in data.features.items()}
     others = [f"{key} ({dtype})" for key, dtype in kinds.items() if key not in fitting]
-    of_names = ", and of names dataset.class_encode_column(NAME)" if kind == "label" else ""
+    of_names = ", or dataset.class_encode_column(NAME)" if kind == "label" else ""
+    asked = f"no {kind} column was named" if name is None else f"{kind} {name!r}"
     raise ValueError(
-        f"{kind} {name}: expected the name of one {feature.__name__} column, here "
+        f"{asked}: expected the name of one {feature.__name__} column, here "
         f"{' or '.join(fitting) or 'none'}; {', '.join(others)} can be made one: "
         f"dataset.cast_column(NAME, {feature.__name__}(...)){of_names}"
     )

@@ -44,10 +44,13 @@ def loss_class(name: str) -> type[Loss]:
     if name not in _REGISTRY:
         import difflib
 
-        close = difflib.get_close_matches(name, _REGISTRY, n=3, cutoff=0.4)
+        names = {cls.__name__.lower(): known for known, cls in _REGISTRY.items()}
+        names |= {known: known for known in _REGISTRY}
+        close = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+        close = list(dict.fromkeys(names[match] for match in close))
         raise ValueError(
             f"unknown loss {name!r}"
-            + (f": did you mean {' or '.join(close)}?" if close else "")
+            + (f": did you mean {' or '.join(close)}?" if close else ".")
             + f" Known are: {', '.join(list_losses())}"
         )
     return _REGISTRY[name]

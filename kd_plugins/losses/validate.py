@@ -192,6 +192,7 @@ def target(name: str, value: Tensor, logits: Tensor) -> Tensor:
 
     The values are checked on the CPU only: to read them from an accelerator, the host would wait.
     """
+    _is_tensor(name, "target", value)
     if value.shape not in (logits.shape[:1], logits.shape):
         raise ValueError(
             f"{name}: target must be class indices [{len(logits)}] or distributions "
@@ -210,6 +211,12 @@ def target(name: str, value: Tensor, logits: Tensor) -> Tensor:
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         (_refuse_labels if indices else _refuse_mass)(name, value, logits.shape[1])
     return value
+
+
+def _is_tensor(name: str, what: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        raise TypeError(f"{name}: {what} must be a tensor, got {kind}: torch.as_tensor({what})")
 
 
 def _refuse_labels(name: str, labels: Tensor, num_classes: int) -> None:
@@ -247,6 +254,9 @@ def inputs(name: str, given: dict[str, Any], required: frozenset[str], logits: T
         reads = sorted(required) or "logits and target only"
         raise TypeError(f"{name} reads {reads}: it would ignore {sorted(unknown)}")
     teacher, index = given.get("teacher"), given.get("index")
+    for what, value in (("teacher", teacher), ("index", index)):
+        if value is not None:
+            _is_tensor(name, what, value)
     if teacher is not None and (teacher.dim() not in (2, 3) or teacher.shape[-2:] != logits.shape):
         raise ValueError(
             f"{name}: teacher must be logits [T, B, C] or [B, C] for {shape_of(logits)}, "

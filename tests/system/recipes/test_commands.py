@@ -63,7 +63,7 @@ from kd_plugins.train import run_main
         (
             ["--label", "fin_label"],
             ValueError,
-            "label fin_label: expected the name of one ClassLabel column, here label",
+            "label 'fin_label': expected the name of one ClassLabel column, here label",
         ),
         (["--noise", "salt"], ValueError, "noise salt: expected symmetric"),
         (
@@ -112,7 +112,7 @@ def test_columns_of_the_hub(recipe, tmp_path, monkeypatch, two_teachers):
     ]
     with pytest.raises(
         ValueError,
-        match="label None: expected the name of one ClassLabel column, here fine_label or coarse",
+        match="no label column was named: expected the name of one ClassLabel column, here fine",
     ):
         start(monkeypatch, recipe, *more)
     assert not (tmp_path / "out").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pandas as pd
 import pytest
 from helpers.suspects import FEATURES, NAMES, encoded
 from PIL import Image
@@ -94,6 +95,15 @@ def test_the_csv_reader_of_datasets_gives_the_same(data, decisions, tmp_path):
     table = datasets.Dataset.from_csv(str(decisions), cache_dir=str(tmp_path / "cache"))
     ours, theirs = apply_decisions(data, read_decisions(decisions)), apply_decisions(data, table)
     assert ours.remove_columns("image")[:] == theirs.remove_columns("image")[:]
+
+
+def test_a_table_saved_by_a_spreadsheet_or_by_pandas(data, decisions, tmp_path):
+    expected = read_decisions(decisions)[:]
+    table = pd.read_csv(decisions)
+    assert table["new_label"].dtype == float  # for it has empty cells
+    for separator in ",;\t":
+        table.to_csv(path := tmp_path / "saved.csv", index=False, sep=separator)
+        assert read_decisions(path)[:] == expected
 
 
 def test_a_second_round_keeps_the_first_labels(data, decisions, tmp_path):

@@ -360,6 +360,18 @@ def test_odd_metadata_is_not_broken():
         assert view[0]["pixel_values"].shape == (16, 16, 3) and view.broken() == []
 
 
+@pytest.mark.parametrize("orientation", [1, 2, 6, 8, 99])
+def test_pictures_are_turned_upright_as_hugging_face_does(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture = noise_picture(0).resize((16, 8))
+    data = pictures(1, {0: encoded(picture, "JPEG", exif=exif)})
+    theirs = np.asarray(data[0]["image"])
+    view = ImageView(data, to_tensor)
+    np.testing.assert_array_equal(view[0]["pixel_values"], theirs)
+    assert theirs.shape == ((16, 8, 3) if orientation in (6, 8) else (8, 16, 3))
+
+
 def test_replacement_wraps_around_and_uses_the_asked_index_for_its_randomness():
     view = ImageView(pictures(4, {3: b"", 1: b"x"}), jitter, max_broken=0.5)
     assert [view[i]["index"] for i in range(4)] == [0, 2, 2, 0]

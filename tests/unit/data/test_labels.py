@@ -7,7 +7,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from helpers.tiny import Net, to_tensor, trainer
 
-from kd_plugins.data import ImageView, noisy_view, same_classes
+from kd_plugins.data import FeatureView, ImageView, noisy_view, same_classes
 from kd_plugins.data.labels import class_names, class_positions
 
 NAMES = ["cat", "dog", "owl"]
@@ -50,6 +50,19 @@ def test_other_names_are_refused(names, only):
         noisy_view(source, "human")
     with pytest.raises(ValueError, match=text):
         ImageView(source, to_tensor, clean="human")
+
+
+def test_numbers_that_do_not_start_at_zero_are_named(caplog):
+    text = "the labels go from 1 to 3 and have no names, so there are 4 classes"
+    for make in (
+        lambda first: ImageView(data(None, np.arange(3) + first), to_tensor),
+        lambda first: FeatureView(np.zeros((3, 2), np.float32), np.arange(3) + first),
+    ):
+        assert make(0).class_names == ["0", "1", "2"] and not caplog.text
+        assert make(1).class_names == ["0", "1", "2", "3"] and text in caplog.text
+        caplog.clear()
+    ImageView(data(NAMES, (1, 2)), to_tensor)  # a part of named classes
+    assert not caplog.text
 
 
 def test_clean_labels_are_matched_by_name():

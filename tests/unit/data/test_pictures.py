@@ -31,7 +31,7 @@ INTEGERS = datasets.Value("int64")
         (
             {"fine_label": INTEGERS},
             {"label": "fine_label"},
-            r"label fine_label: .*here coarse_label; .*fine_label \(int64\) can",
+            r"label 'fine_label': .*here coarse_label; .*fine_label \(int64\) can",
         ),
         (
             {"fine_label": INTEGERS, "coarse_label": INTEGERS},
@@ -41,7 +41,7 @@ INTEGERS = datasets.Value("int64")
         (
             {"img": None},
             {"label": "fine_label"},
-            r"image None: expected the name of one Image column, here none; fine_label",
+            "no image column was named: expected the name of one Image column, here none; fine_",
         ),
         (
             {"splits": ("test",)},

@@ -30,6 +30,16 @@ def test_exactly_what_it_reads(name):
 
 
 @every
+def test_arrays_are_no_tensors(name):
+    loss, x = pair(name)
+    with pytest.raises(TypeError, match=r"target must be a tensor, got ndarray: torch\.as_tensor"):
+        x.replace(target=x.target.numpy())(loss)
+    for key in {"teacher", "index"} & set(x.extra):
+        with pytest.raises(TypeError, match=f"{key} must be a tensor, got list"):
+            x.replace(extra=x.extra | {key: x.extra[key].tolist()})(loss)
+
+
+@every
 def test_shape_errors_name_the_shapes(name):
     loss, x = pair(name)
     for target, shapes in [

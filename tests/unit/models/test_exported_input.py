@@ -183,4 +183,6 @@ def test_networks_that_expect_other_pixels_than_the_data_say(caplog):
     caplog.clear()
     assert normalization_of([View(None)], [networks[0], Net()]) is None
     assert normalization_of([View({"input_size": (3, 8, 8)})], [networks[0]] * 2) is None
+    bytes_view = View({"input_size": (3, 8, 8)})  # each network normalises bytes for itself
+    assert normalization_of([View(None), bytes_view], networks) is None
     assert not caplog.text
