@@ -84,12 +84,12 @@ def cached(s: Settings, split: str, rows) -> FeatureView:
     return kd.audit.frozen_features(rows, s.backbone, folder, side=s.side, **columns)
 
 
-def run(s: Settings, args, method: str, noise, data, test, seed: int) -> dict:
+def run(s: Settings, args, method: str, transition, data, test, seed: int) -> dict:
     """Train the heads of one method; its figures."""
     args.seed = seed
     set_seed(seed)
     wrong = float((data.labels != data.clean_labels).mean())
-    loss = make_loss(method, wrong, noise)
+    loss = make_loss(method, wrong, transition)
     sizes = data.features.shape[1], data.num_classes
     heads = [feature_head(*sizes, s.hidden, s.dropout) for _ in range(loss.num_peers)]
     trainer = kd.MutualDistillationTrainer(heads, loss, args, train_dataset=data)
@@ -101,11 +101,13 @@ def run(s: Settings, args, method: str, noise, data, test, seed: int) -> dict:
 
 
 def with_noise(s: Settings, train, clean, test, name: str, seed: int) -> tuple:
-    """The noise, the features with wrong labels, and what they are evaluated on."""
+    """The true transition matrix, the features with wrong labels, what they are evaluated on."""
     kind, _, rate = name.partition(":")
     noise = kd.data.noise_by_name(train, kind, float(rate or 0), s.label)
     noisy = kd.data.noisy_view(train, noise, seed=seed, label=s.label, noisy="given")
     data = clean.with_labels(noisy.with_format("numpy")["given"][:])
+    if isinstance(noise, str):  # a column of given labels: its matrix is counted
+        noise = kd.data.noise_report(data.clean_labels, data.labels, data.num_classes).transition
     if s.holdout:  # its labels are the given ones: nobody has clean labels to choose with
         kept, out = kd.data.hold_out(data.labels, seed)
         test = FeatureView(data.features[out], data.labels[out], class_names=data.class_names)
@@ -149,9 +151,9 @@ def main() -> None:
         if key in done:
             continue
         name, seed, method = key
-        noise, data, unseen = with_noise(s, train, clean, test, name, seed)
+        transition, data, unseen = with_noise(s, train, clean, test, name, seed)
         row = {"method": method, "noise": name, "seed": seed}
-        row |= run(s, args, method, noise, data, unseen, seed)
+        row |= run(s, args, method, transition, data, unseen, seed)
         kd.train.append_result(log, row)
         done[key] = row
         print(f"{number}/{len(todo)} {name} {method} seed {seed}: {row['eval_accuracy']:.1%}")

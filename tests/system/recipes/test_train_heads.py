@@ -28,6 +28,9 @@ def test_train_heads(tmp_path, pictures, monkeypatch, capsys):
     log.write_text(log.read_text()[:-20])  # a kill while the last line was written
     start(monkeypatch, *argv, "--methods", "ce", "elr", "gce:q=0.5")
     assert capsys.readouterr().out.count("/6 symmetric:0.25 ") == 3  # and none of the others
+    # A column of given labels, whose matrix is counted: 0 -> 0, 1 -> 0, 2 -> 1, 3 -> 1.
+    start(monkeypatch, *argv[:-1], "coarse_label", "--methods", "forward_correction")
+    assert json.loads(log.read_text().splitlines()[-1])["wrong"] == 0.75
     with pytest.raises((TypeError, ValueError), match="did you mean q"):
         start(monkeypatch, *argv, "--methods", "gce:p=0.5")
     with pytest.raises(SystemExit, match="--noise symmetric: expected symmetric:RATE"):
