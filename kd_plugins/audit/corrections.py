@@ -10,8 +10,9 @@ Decisions are a table with a row for each decided suspect, as :func:`html_page`'
 | decision | wrong: the proposed label is right; fine: the given one is; other: a third one; skip |
 | new_label | for other: the right label, or nothing if the picture belongs to no class |
 | data | rows of the data set and a hash of their labels: `50000-1f8a03c77d` |
+| file | the file of the picture, whose name must be that of the row |
 
-The last two columns may be missing.
+The last three columns may be missing.
 
 >>> decisions = read_decisions("decisions.csv")  # doctest: +SKIP
 >>> train = apply_decisions(train, decisions)  # doctest: +SKIP
@@ -28,12 +29,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Image, Value
 
 from ..data import noisy_view
+from ..data.decode import PictureColumn
 from ..data.labels import check_labels, column_array
 from ..losses import validate
 
+OPTIONAL = ("new_label", "data", "file")
 DECISIONS = ("wrong", "fine", "other", "skip", "")
 HOW = ("correct", "drop", "weight")
 NO_CLASS = -1
@@ -145,8 +148,8 @@ def read_decisions(path: str | Path) -> Dataset:
         file.seek(0)
         rows = list(csv.DictReader(file, delimiter=max(",;\t", key=head.count)))
     columns: dict[str, list[Any]] = {}
-    for name in ("index", "label", "proposed", "decision", "new_label", "data"):
-        if rows and name not in rows[0] and name not in ("new_label", "data"):
+    for name in ("index", "label", "proposed", "decision", *OPTIONAL):
+        if rows and name not in rows[0] and name not in OPTIONAL:
             raise ValueError(
                 f"{path} has no column {name!r}, only {list(rows[0])}: expected the file that the "
                 "page of suspects saves"
@@ -154,9 +157,9 @@ def read_decisions(path: str | Path) -> Dataset:
         columns[name] = [row.get(name) or "" for row in rows]
     for name in ("index", "label", "proposed", "new_label"):
         columns[name] = [_integer(value, name, path) for value in columns[name]]
-    kinds = {"decision": Value("string"), "data": Value("string")}
-    features = Features({name: kinds.get(name, Value("int64")) for name in columns})
-    return Dataset.from_dict(columns, features=features)
+    texts = ("decision", "data", "file")
+    kinds = {name: Value("string" if name in texts else "int64") for name in columns}
+    return Dataset.from_dict(columns, features=Features(kinds))
 
 
 def data_signature(size: int, labels: np.ndarray | None) -> str:
@@ -176,6 +179,7 @@ def changes_of(suspects: Dataset, dataset: Dataset, label: str) -> Changes:
     labels = column_array(dataset, label)
     refuse_other_data(suspects, labels)
     refuse_other_rows(suspects, labels, f"column {label!r}")
+    _refuse_other_files(suspects, dataset)
     index, given, new = _rows_of(suspects)
     wrong = new != given
     if "decision" in suspects.column_names:
@@ -227,6 +231,29 @@ def refuse_other_rows(suspects: Dataset, labels: np.ndarray, source: str) -> Non
             f"row {row[k]} has two proposals among the suspects, {proposed[k]} and "
             f"{proposed[k + 1]}: expected one"
         )
+
+
+def _refuse_other_files(suspects: Dataset, dataset: Dataset) -> None:
+    """Raise ValueError if the column `file` of the suspects has other names than the pictures.
+
+    Only the last part of a path counts, so that the data may have moved. Of rows with the same
+    labels, this finds those that were added, removed or renamed since.
+    """
+    columns = [name for name, kind in dataset.features.items() if isinstance(kind, Image)]
+    if "file" not in suspects.column_names or len(columns) != 1:
+        return
+    index = column_array(suspects, "index")
+    found = PictureColumn(dataset, columns[0]).paths(index).to_pylist()
+    for row, expected, path in zip(index, suspects["file"][:], found, strict=True):
+        if expected and path and _last_part(expected) != _last_part(path):
+            raise ValueError(
+                f"row {row} is the file {path}, and {expected} among the suspects: files were "
+                "added, removed or renamed since, so they would change the wrong rows"
+            )
+
+
+def _last_part(path: str) -> str:
+    return " ".join(re.split(r"[/\\]", path)[-1].split())
 
 
 def refuse_row_numbers(index: np.ndarray, size: int) -> None:

@@ -153,7 +153,7 @@ function fillPairs() {
 }
 
 // Files
-const HEAD = ["index", "label", "proposed", "decision", "new_label", "data"];
+const HEAD = ["index", "label", "proposed", "decision", "new_label", "data", "file"];
 
 function newLabel(entry) {
   const decision = decisions.get(entry.index);
@@ -164,7 +164,7 @@ function newLabel(entry) {
 function save() {
   const lines = sorted.filter((entry) => decisions.has(entry.index)).map((entry) => [
     entry.index, entry.label, entry.proposed, kindOf(decisions.get(entry.index)),
-    newLabel(entry), data,
+    newLabel(entry), data, `"${entry.file.replaceAll('"', '""').replace(/\s+/g, " ")}"`,
   ].join());
   const link = document.createElement("a");
   const text = [HEAD.join(), ...lines, ""].join("\n");

@@ -12,7 +12,7 @@ import pytest
 from helpers.suspects import HOSTILE, encoded, odd_suspects
 from PIL import Image
 
-from kd_plugins import cli, correct_labels, find_suspects, html_page
+from kd_plugins import cli, correct_labels, find_suspects, html_page, read_decisions
 
 FLAGS = [
     "--headless",
@@ -329,6 +329,8 @@ def test_undo_and_a_file_that_is_loaded_again(browser, tmp_path):
     from selenium.webdriver.common.keys import Keys
 
     data, suspects = many(30)
+    odd = [f'a/{k}, "odd";\n{k}.png' for k in suspects["index"]]
+    suspects = suspects.add_column("file", odd)
     page = html_page(suspects, data, tmp_path / "page.html", title="undo")
     opened(browser, page)
     press(browser, Keys.HOME, "w", "f", "s", "w")
@@ -343,6 +345,8 @@ def test_undo_and_a_file_that_is_loaded_again(browser, tmp_path):
     file = saved(browser)
     marks = {card[0]: card[3] for card in browser.execute_script(SHOWN) if card[3]}
     assert sorted(marks.values()) == ["class_7", "fine", "wrong"]
+    read = read_decisions(file)
+    assert read["file"][:] == [f'a/{k}, "odd"; {k}.png' for k in read["index"]]
     lines = file.read_text().splitlines()
     foreign = tmp_path / "foreign.csv"
     foreign.write_text("\n".join([*lines, lines[1].replace("-", "-0"), "99,0,1,wrong,1,", ""]))

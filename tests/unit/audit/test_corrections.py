@@ -106,6 +106,19 @@ def test_a_table_saved_by_a_spreadsheet_or_by_pandas(data, decisions, tmp_path):
         assert read_decisions(path)[:] == expected
 
 
+def test_files_that_were_renamed_within_their_class(data, tmp_path):
+    """Rows and labels are the same, and yet row 3 is another picture."""
+    lines = ["3,0,2,wrong,2,,moved/elsewhere/3.png", "4,1,0,fine,1,,"]
+    decisions = read_decisions(write(tmp_path / "d.csv", lines, HEAD + ",file"))
+    assert apply_decisions(data, decisions)["label"][3] == 2
+    renamed = data.select([6, 1, 2, 0, 4, 5, 3, 7])
+    assert renamed["label"][:] == LABELS
+    with pytest.raises(ValueError, match=r"row 3 is the file .*/0.png, and .*/3.png among"):
+        apply_decisions(renamed, decisions)
+    with pytest.raises(ValueError, match="files were added, removed or renamed"):
+        correct_labels(renamed, decisions)
+
+
 def test_a_second_round_keeps_the_first_labels(data, decisions, tmp_path):
     once = apply_decisions(data, read_decisions(decisions))
     lines = ["0,1,2,wrong,2,", "5,0,1,fine,0,"]
