@@ -137,7 +137,7 @@ def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, An
     evaluation: Any = kd.ImageView(splits[held] if held else rows, _unchanged, **columns)
     set_seed(args.seed)
     models = [make_model(name, train.num_classes, pretrained=s.pretrained) for name in s.models]
-    size = kd.own_side(train.readable(0)[1])
+    size = kd.own_side(train)
     train.transform = kd.picture_transform(models[0], size, s.augment, as_bytes=True)
     evaluation.transform = kd.picture_transform(models[0], size, as_bytes=True)
     how = f"the split {held}" if held else "a tenth of the split train, held out"
@@ -147,6 +147,8 @@ def _networks_and_views(s: TrainSettings, args: Any) -> tuple[list[Any], Any, An
         train, evaluation = kd.SubsetView(train, kept), kd.SubsetView(evaluation, out)
     if args.process_index == 0:
         print(f"columns: {image} (pictures), {label} ({train.num_classes} classes)")
+        height, width = evaluation[0]["pixel_values"].shape[-2:]
+        print(f"pictures go in at {height} x {width} px, {'their own' if size else 'scaled'} size")
         print(f"{len(train)} pictures to train on; validation: {len(evaluation)}, {how}")
     return models, train, evaluation
 
@@ -198,7 +200,9 @@ def _suspects(
     names, loading = view.class_names, {"batch_size": s.batch_size, "num_workers": s.num_workers}
     find = partial(audit.find_suspects, class_names=names, all_rows=s.all_rows)
     if s.dynamics:
-        return find(dynamics=s.dynamics), [], []
+        summary = audit.summarise(s.dynamics, len(rows))
+        why = "no network was trained on them (train may have held them out)"
+        return find(dynamics=summary), _say_left_out(summary["p_label"], view, why), []
     if networks:
         probs = audit.predict_probs(networks, view, **loading)
         left_out = _say_left_out(probs[:, 0], view, "they cannot be read")

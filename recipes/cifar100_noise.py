@@ -105,9 +105,9 @@ def load(s: Settings, args) -> tuple:
     if s.holdout > 0:  # the same rows for every seed; their labels are the given ones
         train, test = train.train_test_split(s.holdout, seed=0).values()
 
-    size = s.size or kd.data.own_side(train[0][s.image])
-    example = kd.models.make_model(s.models[0], classes)
     columns = {"image": s.image, "label": "given_label", "clean": s.label}
+    size = s.size or kd.data.own_side(kd.data.plain_view(train, None, **columns))
+    example = kd.models.make_model(s.models[0], classes)
     views = 1 if s.method == "cdr" else kd.loss_class(s.method).views
     how = {"augment": s.augment, "flip": s.flip, "seed": args.seed, "views": views}
     train_view = kd.data.training_view(train, example, size, **how, **columns)

@@ -152,8 +152,8 @@ def main() -> dict:
     student = kd.models.make_model(s.student, classes).to(memory_format=torch.channels_last)
     kd.train.claim_folder(args, **vars(s))
 
-    size = own_side(test[0][s.image])
     columns = {"image": s.image, "label": s.label}
+    size = own_side(plain_view(train, None, **columns))
     train_view = training_view(train, student, size, s.augment, seed=args.seed, **columns)
     test_view = plain_view(test, student, size, **columns)
     mask = None

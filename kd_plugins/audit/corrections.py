@@ -36,6 +36,7 @@ from ..data.decode import PictureColumn
 from ..data.labels import check_labels, column_array
 from ..losses import validate
 
+PROVENANCE = {"given_label", "decision", "original_row"}  # columns that apply_decisions adds
 OPTIONAL = ("new_label", "data", "file")
 DECISIONS = ("wrong", "fine", "other", "skip", "")
 HOW = ("correct", "drop", "weight")
@@ -89,7 +90,8 @@ def correct_labels(
 def drop_suspects(dataset: Dataset, suspects: Dataset, *, label: str = "label") -> Dataset:
     """Remove the rows whose label is wrong. No picture is copied.
 
-    Arguments, decisions and errors are those of :func:`correct_labels`.
+    Arguments, decisions and errors are those of :func:`correct_labels`, but a row may be decided
+    "wrong" for which no other class is proposed, or that belongs to no class.
     """
     return _without(dataset, changes_of(suspects, dataset, label).rows)
 
@@ -121,6 +123,7 @@ def apply_decisions(
     Raises:
         ValueError: see :func:`correct_labels`; or the decisions were made for other data.
     """
+    _refuse_own_provenance(dataset, label)
     if how not in HOW:
         raise ValueError(f"how={how!r}: expected one of {', '.join(HOW)}")
     weight = validate.fraction("weight", weight, "a wrong label would count more than a right one")
@@ -136,6 +139,18 @@ def apply_decisions(
         return applied.add_column("weight", weights, feature=Value("float32"))
     dropped = changes.rows if how == "drop" else changes.rows[changes.new == NO_CLASS]
     return _without(applied, dropped)
+
+
+def _refuse_own_provenance(dataset: Dataset, label: str) -> None:
+    """Raise ValueError if a column of the data has the name of one that is written."""
+    names = set(dataset.column_names)
+    foreign = sorted(PROVENANCE & names) if PROVENANCE - names else []
+    if foreign or label in PROVENANCE:
+        name = label if label in PROVENANCE else foreign[0]
+        raise ValueError(
+            f"the data have a column {name!r}, which is the name of a column that tells what was "
+            f"changed: it would be lost. Rename it: dataset.rename_column({name!r}, ...)"
+        )
 
 
 def read_decisions(path: str | Path) -> Dataset:
@@ -323,15 +338,14 @@ def _with_provenance(
     dataset: Dataset, decisions: Dataset, changes: Changes, how: str, label: str
 ) -> Dataset:
     """The data set with its new labels, and with the columns that tell what was decided."""
-    labels = column_array(dataset, label)
-    if how == "correct":
+    applied, before = dataset, set(dataset.column_names)
+    if how == "correct" and len(changes.rows):  # other splits may have rows without a label, -1
         labels = _new_labels(dataset, changes, label)
-    applied = noisy_view(dataset, labels, label=label, noisy=NEW)
-    before = set(applied.column_names)
+        applied = noisy_view(dataset, labels, label=label, noisy=NEW).remove_columns(label)
+        applied = applied.rename_column(NEW, label).select_columns(dataset.column_names)
     if "given_label" not in before:  # plain integers, so that there is one column of classes
         given = np.array(column_array(dataset, label))
         applied = applied.add_column("given_label", given, feature=Value("int64"))
-    applied = applied.remove_columns(label).rename_column(NEW, label)
     if "original_row" not in before:
         rows = np.arange(len(dataset))
         applied = applied.add_column("original_row", rows, feature=Value("int64"))

@@ -234,7 +234,7 @@ def _decisions(
     for row, name in answers.items():
         given, better = label[place[row]], proposed[place[row]]
         new = NO_CLASS if name == NO_NAME else _position(name, class_names) if name else None
-        decision = {None: "skip", given: "fine", better: "wrong"}.get(new, "other")
+        decision = {None: "skip", better: "wrong", given: "fine"}.get(new, "other")
         rows.append((row, given, better, decision, None if new == NO_CLASS else new))
     names = ("index", "label", "proposed", "decision", "new_label")
     kinds = {name: Value("string" if name == "decision" else "int64") for name in names}

@@ -119,8 +119,8 @@ def noise_of_pictures(
     if backbone is not None:
         view = frozen_features(rows, backbone, Path(folder, "features"), side=side, **options)
         features, folds = view.features, Path(folder, "folds")
-        probs = out_of_sample(features, view.labels, view.num_classes, folder=folds)
-        probs[view.index != np.arange(len(view))] = np.nan  # these have features of another row
+        read: dict[str, Any] = {"left_out": view.stand_in, "folder": folds}
+        probs = out_of_sample(features, view.labels, view.num_classes, **read)
     if zero_shot is not None:
         own, view = zero_shot_probs(rows, zero_shot, Path(folder, "zero-shot"), **options)
         if probs is not None:

@@ -78,7 +78,9 @@ def write_noise(noise: LabelNoise, names: Sequence[str], folder: str | Path) -> 
     sizes = _sizes(noise)
     off = noise.transition * (1 - np.eye(len(names)))
     least = _least(noise)
-    mostly = [names[k] if off[k, j] >= least[k] else "" for j, k in enumerate(off.argmax(0))]
+    true_sizes = np.bincount(noise.proposed[np.isfinite(noise.p_wrong)], minlength=len(names))
+    behind = (true_sizes[:, None] * off).argmax(0)  # by number: a rare class has few pictures
+    mostly = [names[k] if off[k, j] >= least[k] else "" for j, k in enumerate(behind)]
     with open(paths[0], "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["class", "labels", "wrong", "low", "high", "mostly"])

@@ -33,6 +33,7 @@ def out_of_sample(
     labels: ArrayLike,
     num_classes: int | None = None,
     *,
+    left_out: ArrayLike | None = None,
     folder: str | os.PathLike | None = None,
     loss: Loss | None = None,
     folds: int = 5,
@@ -52,6 +53,8 @@ def out_of_sample(
             `cache_features(...).features`. Only a batch of them is copied at a time.
         labels: the doubted labels [N].
         num_classes: C; by default the largest label + 1.
+        left_out: True [N] for rows that no head is trained on, and whose probabilities are NaN,
+            such as `FeatureView.stand_in`.
         folder: keeps the predictions of each fold, so that a run that was killed goes on after the
             last complete one. It belongs to these features, labels and settings. The result is
             then a memory map of `probs.npy` in it; all files take 4 N C bytes for each seed and
@@ -81,21 +84,27 @@ def out_of_sample(
     _refuse(features, labels, loss, folds, seeds)
     classes = int(labels.max()) + 1 if num_classes is None else num_classes
     check_labels(labels, classes)
+    used = np.flatnonzero(
+        ~np.zeros(len(labels), bool) if left_out is None else ~np.asarray(left_out)
+    )
     settings = {
-        "loss": repr(loss),
+        "loss": _described(loss),
         "folds": folds,
         "epochs": epochs,
         "batch_size": batch_size,
         "learning_rate": learning_rate,
         "classes": classes,
+        "left_out": len(labels) - len(used),
     }
     kept = None if folder is None else _claim(Path(folder), features, labels, settings)
     task = _Task(features, labels, classes, loss, epochs, batch_size, learning_rate)
     probs = _zeros(kept and kept / "probs.npy", (len(labels), classes))
+    probs[:] = np.nan
+    probs[used] = 0.0
     rounds = [(seed, fold) for seed in seeds for fold in range(folds)]
     for seed, fold in tqdm(rounds, "out of sample", unit="fold", leave=False, disable=None):
-        is_out = _fold_of(labels, folds, seed) == fold
-        train, out = np.flatnonzero(~is_out), np.flatnonzero(is_out)
+        is_out = _fold_of(labels[used], folds, seed) == fold
+        train, out = used[~is_out], used[is_out]
         path = kept and kept / f"seed-{seed}-fold-{fold}.npy"
         part = _predicted(task, train, out, seed * folds + fold, path)
         for start in range(0, len(out), ROWS):
@@ -146,7 +155,8 @@ class _Task:
 
     def rows(self, rows: np.ndarray) -> Tensor:
         """Standardised features of some rows."""
-        return torch.from_numpy((self.features[rows] - self.mean) / self.std)
+        part = np.asarray(self.features[rows], np.float32)
+        return torch.from_numpy((part - self.mean) / self.std)
 
     def predict(self, into: np.ndarray, train: np.ndarray, out: np.ndarray, seed: int) -> None:
         """Write the probabilities of the rows `out`, from a head trained on the rows `train`."""
@@ -195,6 +205,17 @@ def _fold_of(labels: np.ndarray, folds: int, seed: int) -> np.ndarray:
     fold = np.empty(len(labels), np.int64)
     fold[order] = np.arange(len(labels)) % folds
     return fold
+
+
+def _described(loss: Loss) -> str:
+    """A loss with its arguments; tensors among them, which its text leaves out, as a digest."""
+    tensors = [*loss.named_buffers(), *loss.named_parameters()]
+    if not tensors:
+        return repr(loss)
+    digest = blake2b(digest_size=8)
+    for name, value in tensors:
+        digest.update(f"{name} {list(value.shape)}".encode() + value.detach().numpy().tobytes())
+    return f"{loss!r} {digest.hexdigest()}"
 
 
 def _claim(folder: Path, features: np.ndarray, labels: np.ndarray, settings: dict) -> Path:

@@ -20,6 +20,7 @@ from ..losses.refined import CE
 from ..losses.state import eval_mode
 from ..models.factory import class_count, classes_of, make_teacher, network_list
 from ..models.hosted import PeerModule
+from ..models.input_config import normalization_of
 
 
 def predict_probs(
@@ -66,16 +67,21 @@ def predict_probs(
     device = _device(models)
     networks = [make_teacher(model, view.num_classes) for model in models]
     order = torch.tensor([_class_order(network, view) for network in networks], device=device)
-    hosted = PeerModule(networks, CE()).to(device)
+    hosted = PeerModule(networks, CE(), (), normalization_of([view], networks)).to(device)
     probs = np.full((len(view), view.num_classes), np.nan, np.float32)
     # A generator of its own: the loader would otherwise draw from the global one.
     loader: Any = DataLoader(view, batch_size, num_workers=num_workers, generator=torch.Generator())
+    index = torch.empty(len(view), dtype=torch.int64)
     with eval_mode(*networks, hosted):
-        for batch in tqdm(loader, "predictions", leave=False, disable=None):
+        for k, batch in enumerate(tqdm(loader, "predictions", leave=False, disable=None)):
             logits = hosted(batch["pixel_values"].to(device))["logits"]  # [B, K, C]
             mean = logits.softmax(-1).gather(-1, order.expand_as(logits)).mean(1)  # [B, C]
             _refuse_nan(mean, batch["index"])
-            probs[batch["index"].numpy()] = mean.cpu().numpy()
+            rows = slice(k * batch_size, k * batch_size + len(mean))
+            probs[rows], index[rows] = mean.cpu().numpy(), batch["index"]
+    # These rows have the picture of another one.
+    of_others = view.stand_in if isinstance(view, FeatureView) else index != torch.arange(len(view))
+    probs[np.asarray(of_others)] = np.nan
     if missing := int(np.isnan(probs[:, 0]).sum()):
         warnings.warn(
             f"{missing} of {len(view)} pictures cannot be read; their probabilities are NaN",

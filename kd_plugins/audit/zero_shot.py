@@ -97,7 +97,7 @@ def zero_shot_probs(
     for start in range(0, len(view), ROWS):
         part = torch.from_numpy(np.array(embedded.features[start : start + ROWS]))
         probs[start : start + ROWS] = (part @ scaled.T).softmax(-1).numpy()
-    probs[embedded.index != np.arange(len(view))] = np.nan  # embeddings of another row
+    probs[embedded.stand_in] = np.nan  # embeddings of another row
     return probs, embedded
 
 

@@ -38,6 +38,10 @@ class FeatureView(torch.utils.data.Dataset):
         class_names: in the order of the class indices; numbers by default.
         index: the row [N] that each row stands for; 0 to N - 1 by default.
 
+    Attributes:
+        stand_in: True [N] where `cache_features` could not read the picture, so that features,
+            labels and index are those of the next one.
+
     Raises:
         ValueError: lengths that differ, or a label outside the classes.
     """
@@ -65,6 +69,7 @@ class FeatureView(torch.utils.data.Dataset):
             self.clean_labels = self._checked("clean_labels", clean_labels)
             check_labels(self.clean_labels, self.num_classes, "clean_labels", -1)
         self.index = self._checked("index", np.arange(len(self)) if index is None else index)
+        self.stand_in = np.zeros(len(self), bool)
         self.name: str | None = None  # for cards
 
     def _checked(self, name: str, values: ArrayLike) -> np.ndarray:
@@ -79,7 +84,7 @@ class FeatureView(torch.utils.data.Dataset):
     @property
     def num_samples(self) -> int:
         """The number of rows that an item's `index` can name."""
-        return len(self)
+        return max(len(self), int(self.index.max()) + 1)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         if not 0 <= row < len(self):
@@ -98,10 +103,17 @@ class FeatureView(torch.utils.data.Dataset):
         return [self[row] for row in rows]
 
     def with_labels(self, labels: ArrayLike, clean_labels: ArrayLike | None = None) -> Self:
-        """The same features with other labels [N]; the true ones stay unless they are given."""
-        clean = self.clean_labels if clean_labels is None else clean_labels
-        view = type(self)(self.features, labels, clean, self.class_names, self.index)
-        view.name = self.name
+        """The same features with other labels [N]; the true ones stay unless they are given.
+
+        Where a picture could not be read, those of the next one are taken.
+        """
+        source = np.where(self.stand_in, self.index, np.arange(len(self)))
+        given = self._checked("labels", labels)[source]
+        clean = self.clean_labels
+        if clean_labels is not None:
+            clean = self._checked("clean_labels", clean_labels)[source]
+        view = type(self)(self.features, given, clean, self.class_names, self.index)
+        view.stand_in, view.name = self.stand_in, self.name
         return view
 
 
@@ -157,6 +169,7 @@ def cache_features(
     clean = None if view.clean_labels is None else view.clean_labels[source]
     features = np.load(files.values, mmap_mode="r")
     made = FeatureView(features, view.labels[source], clean, view.class_names, source)
+    made.stand_in = source != np.arange(len(source))
     made.name = view.name
     return made
 

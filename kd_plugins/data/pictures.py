@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import timm
-from PIL import Image
 from torch import nn
 from torchvision import transforms as T
 
@@ -158,10 +157,17 @@ def load_rows(
 
 
 def hold_out(labels: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The rows to train on, and a tenth of each class, drawn at random, to evaluate on."""
+    """The rows to train on, and a tenth of each class, drawn at random, to evaluate on.
+
+    Of a class with two rows or more, at least one row is on each side; a single row is trained on.
+    """
     order = np.random.default_rng(seed).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
-    return np.sort(np.delete(by_class, np.s_[::10])), np.sort(by_class[::10])
+    out = np.arange(len(labels)) % 10 == 0
+    _, first, sizes = np.unique(labels[by_class], return_index=True, return_counts=True)
+    out[first[np.add.reduceat(out, first, dtype=int) == 0]] = True
+    out[first[sizes == 1]] = False
+    return np.sort(by_class[~out]), np.sort(by_class[out])
 
 
 def find_column(data: datasets.Dataset, kind: str, name: str | None = None) -> str:
@@ -227,10 +233,15 @@ def noise_by_name(
     return name
 
 
-def own_side(picture: Image.Image) -> int:
-    """The side of a picture up to 64 px, which is kept; 0 above: the network's own size is used."""
-    side = min(picture.size)
-    return side if side <= SMALL else 0
+def own_side(view: ImageView) -> int:
+    """The side of pictures of one size up to 64 px, which is kept; else 0: the network's size.
+
+    Sixteen pictures are looked at, spread over the data.
+    """
+    rows = np.linspace(0, len(view) - 1, 16).astype(int)
+    sides = {min(view.readable(row)[1].size) for row in set(rows.tolist())}
+    side = sides.pop()
+    return side if side <= SMALL and not sides else 0
 
 
 def picture_transform(
@@ -269,13 +280,12 @@ def plain_view(
     Args:
         rows: pictures of one size up to 64 px, or any larger ones.
         model: the network that will see them.
-        size: side in px, as :func:`picture_transform` takes it; 0: :func:`own_side` of the first
-            picture.
+        size: side in px, as :func:`picture_transform` takes it; 0: :func:`own_side`.
         **arguments: ``image``, ``label`` and others of :class:`ImageView`.
     """
     view = ImageView(rows, T.ToTensor(), **arguments)
     if model is not None:
-        view.transform = picture_transform(model, size or own_side(view.readable(0)[1]))
+        view.transform = picture_transform(model, size or own_side(view))
     return view
 
 
@@ -292,15 +302,13 @@ def training_view(
     Args:
         rows: pictures of one size up to 64 px, or any larger ones.
         model: the network that will see them.
-        size: side in px, as :func:`picture_transform` takes it; 0: :func:`own_side` of the first
-            picture.
+        size: side in px, as :func:`picture_transform` takes it; 0: :func:`own_side`.
         augment: False leaves the augmentation out.
         flip: False leaves the mirroring out, for digits and letters.
         **arguments: ``seed``, ``image``, ``label`` and others of :class:`ImageView`.
     """
     view = plain_view(rows, None, **arguments)
-    size = size or own_side(view.readable(0)[1])
-    view.transform = picture_transform(model, size, augment, flip=flip)
+    view.transform = picture_transform(model, size or own_side(view), augment, flip=flip)
     return view
 
 

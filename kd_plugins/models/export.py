@@ -189,8 +189,8 @@ def _save_image_processor(folder: Path, data: dict[str, Any]) -> None:
     channels, height, width = data["input_size"]
     scaled = [math.floor(side / data.get("crop_pct", 1.0)) for side in (height, width)]
     size = {"height": scaled[0], "width": scaled[1]}
-    if height == width and data.get("crop_mode") != "squash":
-        size = {"shortest_edge": scaled[0]}
+    if data.get("crop_mode") != "squash":
+        size = {"shortest_edge": min(scaled)}
     name = data.get("interpolation", "bilinear").upper()
     processor = {
         "image_processor_type": "BitImageProcessor",

@@ -268,19 +268,10 @@ def checkpoint_of(args: Any, state: Any) -> Path:
 def claim_folder(args: TrainingArguments, **settings: Any) -> None:
     """Keep ``args.output_dir`` for one experiment.
 
-    The first call writes ``settings.json``; a later one with other settings, seed, length, batch
-    or optimizer raises.
+    The first call writes ``settings.json``; a later one with other settings, seed, length, batch,
+    optimizer or schedule raises.
     """
-    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    settings |= {
-        "seed": args.seed,
-        "epochs": args.num_train_epochs,
-        "max_steps": args.max_steps,
-        "batch": batch,
-        "learning_rate": args.learning_rate,
-        "weight_decay": args.weight_decay,
-        "optim": args.optim,
-    }
+    settings |= describe_arguments(args)
     current = json.loads(json.dumps(settings, default=str))
     path = Path(str(args.output_dir), "settings.json")
     if path.exists():

@@ -31,6 +31,13 @@ def test_train_heads(tmp_path, pictures, monkeypatch, capsys):
     # A column of given labels, whose matrix is counted: 0 -> 0, 1 -> 0, 2 -> 1, 3 -> 1.
     start(monkeypatch, *argv[:-1], "coarse_label", "--methods", "forward_correction")
     assert json.loads(log.read_text().splitlines()[-1])["wrong"] == 0.75
+    for words, name in [
+        (["--lr_scheduler_type", "cosine"], "lr_scheduler_type"),
+        (["--optim_args", "weight_decay=0.1"], "optim_args"),
+        (["--max_grad_norm", 0.5], "max_grad_norm"),
+    ]:  # the results that are there belong to other settings
+        with pytest.raises(ValueError, match=f"holds a run with {{'{name}'"):
+            start(monkeypatch, *argv, "--methods", "ce", *words)
     with pytest.raises((TypeError, ValueError), match="did you mean q"):
         start(monkeypatch, *argv, "--methods", "gce:p=0.5")
     with pytest.raises(SystemExit, match="--noise symmetric: expected symmetric:RATE"):

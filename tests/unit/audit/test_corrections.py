@@ -131,6 +131,25 @@ def test_a_second_round_keeps_the_first_labels(data, decisions, tmp_path):
         apply_decisions(once, read_decisions(decisions))
 
 
+def test_columns_that_would_be_lost_are_refused(data, decisions):
+    """They have the names of those that tell what was changed."""
+    table = read_decisions(decisions).remove_columns("data")
+    own = data.add_column("given_label", LABELS)
+    for label in ("label", "given_label"):
+        with pytest.raises(ValueError, match=r"the data have a column 'given_label'.*Rename it"):
+            apply_decisions(own, table, label=label)
+    assert apply_decisions(own.rename_column("given_label", "mine"), table)["mine"][0] == 0
+
+
+def test_other_splits_may_have_rows_without_a_label(data, decisions, tmp_path):
+    hidden = data.map(lambda row: {"label": -1})
+    splits = datasets.DatasetDict({"train": data, "test": hidden})
+    write_corrected(splits, decisions, tmp_path / "out")
+    stored = datasets.load_dataset(str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    assert stored["test"]["label"][:] == [-1] * 8 and stored["test"]["decision"][:] == [""] * 8
+    assert stored["train"]["label"][:] == [k for k in BETTER if k is not None]
+
+
 def test_a_second_round_keeps_the_first_weights(data, tmp_path):
     lines = ["0,0,1,wrong,1,"], ["3,0,1,wrong,1,"]
     for k, line in enumerate(lines):

@@ -73,6 +73,13 @@ def test_label_studio(odd):
         tasks[k]["annotations"] = [earlier, last]
     check(exchange.from_label_studio(tasks, suspects, NAMES), odd)
 
+    # With all rows, a confirmed label is fine, also where the same class is proposed.
+    agreed = suspects.filter(lambda row: row["label"] == row["proposed"])
+    value = {"choices": [NAMES[agreed[0]["label"]]]}
+    result = [{"from_name": "label", "to_name": "image", "type": "choices", "value": value}]
+    task = {"data": {"row": agreed[0]["index"]}, "annotations": [{"result": result}]}
+    assert exchange.from_label_studio([task], suspects, NAMES)["decision"][:] == ["fine"]
+
     config = ElementTree.fromstring(exchange.label_studio_config(HOSTILE))
     assert [e.get("value") for e in config.iter("Choice")][-1] == NONE
     assert len(list(config.iter("Choice"))) == 7

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from kd_plugins import CE, SMKD, TruncatedGCE
+from kd_plugins import CE, SMKD, ForwardCorrection, TruncatedGCE
 from kd_plugins.audit import out_of_sample
+from kd_plugins.data import pair_flip
 
 MODULE = sys.modules["kd_plugins.audit.out_of_sample"]
 QUICK = {"epochs": 4, "batch_size": 32, "learning_rate": 0.02}
@@ -32,6 +33,36 @@ def test_own_label_is_never_seen(monkeypatch):
     same = fold == fold[0]
     np.testing.assert_array_equal(one[same], two[same])
     assert (one[~same] != two[~same]).any()
+
+
+def test_rows_that_are_left_out_teach_nothing():
+    """A copy of a wrongly labelled row, as a broken picture leaves one, does not vouch for it."""
+    features, labels = blobs(60)
+    labels[51] = (labels[51] + 1) % 3
+    features[50], labels[50] = features[51], labels[51]
+    left_out = np.arange(60) == 50
+    probs = out_of_sample(features, labels, left_out=left_out, **QUICK)
+    assert np.isnan(probs).any(1).tolist() == left_out.tolist()
+    alone = out_of_sample(np.delete(features, 50, 0), np.delete(labels, 50), **QUICK)
+    np.testing.assert_allclose(np.delete(probs, 50, 0), alone, atol=0.05)  # other moments
+    with_copy = out_of_sample(features, labels, **QUICK)
+    assert with_copy[51, labels[51]] > probs[51, labels[51]] + 0.02
+
+
+def test_folders_tell_losses_apart_that_print_alike(tmp_path):
+    features, labels = blobs(60)
+    losses = [ForwardCorrection(pair_flip(3, rate)) for rate in (0.0, 0.4)]
+    assert repr(losses[0]) == repr(losses[1])
+    out_of_sample(features, labels, loss=losses[0], folder=tmp_path, **QUICK)
+    out_of_sample(features, labels, loss=ForwardCorrection(np.eye(3)), folder=tmp_path, **QUICK)
+    with pytest.raises(ValueError, match="differ in loss"):
+        out_of_sample(features, labels, loss=losses[1], folder=tmp_path, **QUICK)
+
+
+def test_features_in_other_precisions():
+    features, labels = blobs(60)
+    expected = out_of_sample(features, labels, **QUICK)
+    np.testing.assert_allclose(out_of_sample(features.astype(float), labels, **QUICK), expected)
 
 
 def test_folds_have_equal_shares_of_each_class():

@@ -6,11 +6,12 @@ import pytest
 import timm
 import torch
 from helpers.suspects import FEATURES, NAMES
-from helpers.tiny import CLASSES, Net, rows, to_tensor, vit
+from helpers.tiny import CLASSES, Net, rows, to_tensor, trainer, vit
 from torch import nn
+from torchvision.transforms import ToTensor
 
-from kd_plugins import predict_probs
-from kd_plugins.data import ImageView
+from kd_plugins import DML, predict_probs
+from kd_plugins.data import FeatureView, ImageView
 from kd_plugins.models import export
 
 
@@ -20,7 +21,10 @@ def normalised(net, mean, std):
 
 
 def test_probabilities_in_order_of_the_view():
-    """Two networks with their own normalisation, over shuffled rows; their modes are restored."""
+    """Two networks with their own normalisation, over shuffled rows; their modes are restored.
+
+    The view says how it normalises, also where the first network names something else.
+    """
     data = datasets.Dataset.from_list(rows(21), features=FEATURES).shuffle(seed=1)
     view = ImageView(data, to_tensor)
     a = normalised(Net(1, bn=True, dropout=0.5), (0.5,) * 3, (0.5,) * 3)
@@ -37,7 +41,7 @@ def test_probabilities_in_order_of_the_view():
     for i, row in enumerate(data):
         pixels = to_tensor(row["image"])[None]
         theirs = (
-            (pixels * 0.5 + 0.5) - torch.tensor([0.1, 0.2, 0.3])[:, None, None]
+            (pixels + 1) * 128 / 255 - torch.tensor([0.1, 0.2, 0.3])[:, None, None]
         ) / torch.tensor([0.9, 0.8, 0.7])[:, None, None]
         with torch.no_grad():
             wanted = (a(pixels).softmax(-1) + b(theirs).softmax(-1)) / 2
@@ -57,6 +61,32 @@ def test_broken_pictures_have_no_probabilities():
     np.testing.assert_allclose(
         got[3], predict_probs(Net(1), ImageView(table[3:6], to_tensor))[0], atol=1e-6
     )
+
+
+def test_networks_see_what_they_saw_in_training(tmp_path):
+    """The view says how it normalises; the second network has a cfg that says something else."""
+    networks = [
+        timm.create_model(name, num_classes=CLASSES) for name in ("resnet10_cifar", "test_resnet")
+    ]
+    view = ImageView(rows(6), ToTensor())
+    hosting = trainer(tmp_path, networks, DML(), view)
+    logits = torch.from_numpy(hosting.predict(view).predictions)  # [N, K, C]
+    expected = logits.softmax(-1).mean(1)
+    np.testing.assert_allclose(predict_probs(networks, view), expected, atol=1e-5)
+
+
+def test_rows_of_features_go_by_their_place(tmp_path):
+    """Also where they have numbers of their own; a row that stands in for another has none."""
+    features = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    head = nn.Linear(4, CLASSES)
+    with torch.no_grad():
+        expected = head(torch.from_numpy(features)).softmax(-1).numpy()
+    view = FeatureView(features, [0, 1, 2] * 2, index=[9, 8, 7, 0, 1, 2])
+    assert view.num_samples == 10
+    np.testing.assert_allclose(predict_probs(head, view, batch_size=4), expected, atol=1e-6)
+    view.stand_in[1] = True
+    with pytest.warns(UserWarning, match="1 of 6 pictures cannot be read"):
+        assert np.isnan(predict_probs(head, view)).any(1).tolist() == [False, True] + [False] * 4
 
 
 def test_networks_from_folders(tmp_path):

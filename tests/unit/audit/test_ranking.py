@@ -81,6 +81,20 @@ def test_only_confusions_that_stand_out_are_named(transition, named, tmp_path):
     assert mostly == pairs
 
 
+def test_the_class_behind_most_wrong_labels_is_named_by_number(tmp_path):
+    """20% of a rare class are fewer pictures than 5% of a common one."""
+    true = np.repeat([0, 1, 2], [2000, 100, 500])
+    labels = true.copy()
+    labels[:100], labels[2000:2020] = 2, 2
+    probs = np.full((len(true), 3), 0.02)
+    probs[np.arange(len(true)), true] = 0.96
+    noise = estimate_label_noise(labels, probs)
+    assert noise.transition[1, 2] > 2 * noise.transition[0, 2]
+    write_noise(noise, ["common", "rare", "target"], tmp_path)
+    with open(tmp_path / "classes.csv", newline="") as file:
+        assert [row["mostly"] for row in csv.DictReader(file)][2] == "common"
+
+
 def test_pair_noise_is_ranked_better_than_by_confidence():
     q, true, labels = drawn(pair_flip(4, 0.4), sharpness=1.5)
     wrong, n = labels != true, np.arange(len(q))

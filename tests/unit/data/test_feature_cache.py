@@ -103,6 +103,12 @@ def test_a_broken_picture_is_the_next_readable_row(tmp_path):
                 k: v for k, v in pictures[i].items() if k != "pixel_values"
             }
         pictures = ImageView(data, to_tensor, clean="clean", max_broken=0.5)
+    assert np.flatnonzero(cached.stand_in).tolist() == [3, 4, 9]
+    own, clean = ([row[name] for row in data] for name in ("label", "clean"))
+    again = cached.with_labels(own, clean)
+    assert (again.labels == cached.labels).all() and (again.stand_in == cached.stand_in).all()
+    assert (again.clean_labels == cached.clean_labels).all()
+    assert again.with_labels(own).clean_labels.tolist() == cached.clean_labels.tolist()
 
 
 def test_a_random_transform_is_refused_in_the_words_of_features(tmp_path):

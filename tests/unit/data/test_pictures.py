@@ -10,6 +10,7 @@ from PIL import Image
 import kd_plugins.models  # noqa: F401  makes resnet10_cifar known to timm
 from kd_plugins.data import (
     find_column,
+    hold_out,
     load_data,
     load_pictures,
     noise_by_name,
@@ -147,10 +148,30 @@ def test_large_pictures_take_the_size_of_the_network():
     network = timm.create_model("test_resnet")  # expects 160 px
     for own, side in [((64, 99), 64), ((65, 65), 160), ((99, 640), 160)]:
         rows = [{"image": Image.new("RGB", own), "label": 0}]
-        assert own_side(rows[0]["image"]) == (side if side == 64 else 0)
+        assert own_side(plain_view(rows, None)) == (side if side == 64 else 0)
         for view in (plain_view, training_view):
             assert view(rows, network)[0]["pixel_values"].shape == (3, side, side)
             assert view(rows, network, 96)[0]["pixel_values"].shape == (3, 96, 96)
+
+
+def test_a_tenth_of_each_class_is_held_out():
+    labels = np.repeat(np.arange(22), [1, 2, *[5] * 18, 40, 200])
+    for seed in range(3):
+        kept, out = hold_out(np.random.default_rng(seed).permutation(labels), seed)
+        assert sorted([*kept, *out]) == list(range(len(labels)))
+    shuffled = np.random.default_rng(0).permutation(labels)
+    kept, out = hold_out(shuffled)
+    held = np.bincount(shuffled[out], minlength=22)
+    assert held[0] == 0 and (held[1:20] == 1).all() and held[20] == 4 and held[21] == 20
+
+
+def test_one_small_picture_does_not_decide_the_size_of_all():
+    rows = [{"image": Image.new("RGB", (40, 40)), "label": 0}]
+    rows += [{"image": Image.new("RGB", (100, 100)), "label": 0}] * 30
+    network = timm.create_model("test_resnet")
+    for some in (rows, rows[::-1], [*rows[1:15], rows[0], *rows[15:]]):
+        assert plain_view(some, network)[0]["pixel_values"].shape == (3, 160, 160)
+    assert plain_view(rows[:1] * 5, network)[0]["pixel_values"].shape == (3, 40, 40)
 
 
 @pytest.mark.parametrize("size", [16, 224])

@@ -4,13 +4,17 @@ import copy
 import json
 import logging
 
+import numpy as np
 import pytest
 import timm
 import torch
 from helpers.tiny import CLASSES, Net, vit
+from PIL import Image
+from torchvision import transforms as T
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
 
 from kd_plugins import CE
+from kd_plugins.data import ImageView
 from kd_plugins.models import PeerModule, export
 from kd_plugins.models.input_config import batch_range, input_configs, normalization_of
 from kd_plugins.models.inputs import InputAdapter
@@ -146,11 +150,19 @@ def test_export_writes_it_for_transformers(tmp_path):
     assert as_given(found) == GIVEN
 
 
-def test_a_rectangle_is_resized_as_a_whole(tmp_path):
-    export(Net(), tmp_path, None, GIVEN | {"input_size": (3, 20, 28)})
-    processor = json.loads((tmp_path / "preprocessor_config.json").read_text())
-    assert processor["size"] == {"height": 25, "width": 35}
-    assert processor["crop_size"] == {"height": 20, "width": 28}
+@pytest.mark.parametrize(("resize", "picture"), [(70, (160, 100)), ((48, 64), (160, 100))])
+def test_rectangles_reach_the_network_as_in_training(tmp_path, resize, picture):
+    """The processor sees of a picture what the transform saw: the middle, or all of it."""
+    crop = [T.CenterCrop((48, 64))] if resize == 70 else []
+    scale = [T.ToTensor(), T.Normalize((0.5,) * 3, (0.5,) * 3)]
+    transform = T.Compose([T.Resize(resize), *crop, *scale])
+    columns = np.linspace(0, 255, picture[0])[None, :, None]
+    image = Image.fromarray(np.broadcast_to(columns, (*picture[::-1], 3)).astype(np.uint8))
+    view = ImageView([{"image": image, "label": 0}], transform)
+    export(Net(), tmp_path, None, view.input_config())
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    found = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(found, transform(image), rtol=0, atol=0.02)  # a grey level: 0.008
 
 
 def test_an_export_leaves_nothing_of_the_one_before(tmp_path):
