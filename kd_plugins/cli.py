@@ -44,6 +44,7 @@ class, or Parquet files) or a Parquet file.
 TRAIN = "kd-plugins train DATA --models NAME [NAME ...] --loss NAME [options]"
 SUSPECTS = "kd-plugins suspects DATA [--backbone NAME | --dynamics FOLDER | ...] [options]"
 APPLY = "kd-plugins apply DECISIONS.csv DATA --out FOLDER [options]"
+MANY, ODD = 0.4, 0.05  # shares of suspects and of odd pairs above which their source is doubted
 DEFAULTS = {"output_dir": "runs/train", "report_to": "none", "save_total_limit": 2}
 DEFAULTS |= {"eval_strategy": "epoch", "save_strategy": "epoch"}
 
@@ -186,6 +187,11 @@ def suspects_command(argv: Sequence[str]) -> None:
     number, known = len(doubted(suspects)), len(rows) - len(left_out)
     why = "another class is more probable"
     print(f"{number:,} of {known:,} labels are suspected, {why}:", *paths, sep="\n")
+    if number > MANY * known:
+        print(
+            f"These are {number / known:.0%}. What predicted the classes agrees with few labels, "
+            "and has probably learned too little: train longer, or use --backbone."
+        )
 
 
 def _suspects(
@@ -219,6 +225,8 @@ def _suspects(
         outliers = audit.farthest(noise, names)
         paths += audit.write_oddities(with_files(pairs), with_files(outliers), s.output)
         print(f"{len(pairs)} pairs of nearly the same picture have different labels.")
+        if len(pairs) > ODD * len(rows):
+            print("These are so many that the features probably do not tell pictures apart.")
     return find(noise=noise), left_out, paths
 
 

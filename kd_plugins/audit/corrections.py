@@ -34,6 +34,7 @@ from datasets import Dataset, Features, Image, Value
 from ..data import noisy_view
 from ..data.decode import PictureColumn
 from ..data.labels import check_labels, column_array
+from ..data.pictures import separator
 from ..losses import validate
 
 PROVENANCE = {"given_label", "decision", "original_row"}  # columns that apply_decisions adds
@@ -159,9 +160,7 @@ def read_decisions(path: str | Path) -> Dataset:
     Other columns than those of decisions are left out.
     """
     with open(path, newline="", encoding="utf-8-sig") as file:
-        head = file.readline()
-        file.seek(0)
-        rows = list(csv.DictReader(file, delimiter=max(",;\t", key=head.count)))
+        rows = list(csv.DictReader(file, delimiter=separator(path)))
     columns: dict[str, list[Any]] = {}
     for name in ("index", "label", "proposed", "decision", *OPTIONAL):
         if rows and name not in rows[0] and name not in OPTIONAL:

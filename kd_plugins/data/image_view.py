@@ -239,6 +239,11 @@ def _refuse_other_kinds(dataset: Any) -> None:
         )
     if not len(dataset):
         raise ValueError("The data set has no rows: there is nothing to view.")
+    if hasattr(dataset, "iloc"):
+        raise TypeError(
+            "ImageView expects a Dataset, got a DataFrame: datasets.Dataset.from_pandas(frame), "
+            "and .cast_column(NAME, datasets.Image()) for a column of paths"
+        )
     if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
         raise TypeError(
             "The data set has a transform (set_transform), and ImageView reads the stored columns, "

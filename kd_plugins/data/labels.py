@@ -27,6 +27,7 @@ def class_indices(values: Any, what: str = "labels") -> np.ndarray:
     """
     values = np.asarray(values)
     if values.dtype.kind not in "iub" and values.size:
+        _refuse_missing(values, what)
         hint = ""
         if isinstance(values.flat[0], str) and what.startswith("column "):
             column = what.removeprefix("column ")
@@ -36,6 +37,22 @@ def class_indices(values: Any, what: str = "labels") -> np.ndarray:
             + hint
         )
     return values.astype(np.int64, copy=False)
+
+
+def _refuse_missing(values: np.ndarray, what: str) -> None:
+    """Say so if labels are missing, or if there are several in a row."""
+    missing = np.array([v is None or v != v for v in values.flat if np.ndim(v) == 0], bool)
+    if values.ndim > 1 or len(missing) < values.size:
+        raise ValueError(
+            f"{what}: expected a class index in each row, got several: targets with several labels "
+            "are not supported"
+        )
+    if missing.any():
+        raise ValueError(
+            f"{what}: {missing.sum()} of {len(missing)} rows have no label, the first is row "
+            f"{missing.argmax()}: leave them out, such as by "
+            "dataset.filter(lambda row: row[...] is not None)"
+        )
 
 
 def check_labels(
@@ -60,16 +77,16 @@ def check_labels(
 def numbered_classes(labels: np.ndarray) -> list[str]:
     """The classes of labels [N] without names: "0" to the largest label.
 
-    A warning says if no label is 0, as where they count from 1.
+    A warning says if one of these has no row, as 0 where they count from 1.
     """
-    low, high = int(labels.min()), int(labels.max())
-    if low > 0:
+    used = np.bincount(labels[labels >= 0]) > 0
+    if not used.all():
         logger.warning(
-            f"the labels go from {low} to {high} and have no names, so there are {high + 1} "
-            "classes, and class 0 has no picture. If they count from 1, subtract 1, or let "
-            "dataset.class_encode_column(...) number them"
+            f"the labels go up to {len(used) - 1} and have no names, so there are {len(used)} "
+            f"classes; {(~used).sum()} of them have no row, the first is {used.argmin()}. If this "
+            "is not meant, number them from 0: dataset.class_encode_column(...) does"
         )
-    return [str(k) for k in range(high + 1)]
+    return [str(k) for k in range(len(used))]
 
 
 def column_array(dataset: Dataset, name: str) -> np.ndarray:
@@ -96,11 +113,18 @@ def label_column(
         classes: the order of the classes that the caller uses.
 
     Raises:
+        TypeError: the rows have no names.
         ValueError: no such column, no class indices, or other classes than `classes`.
     """
     if not isinstance(dataset, Dataset):
-        if missing := [k for k, row in enumerate(dataset) if name not in row]:
-            has = sorted(dataset[missing[0]])
+        if missing := [k for k, row in enumerate(dataset) if not _has(row, name)]:
+            if not isinstance(row := dataset[missing[0]], Mapping):
+                raise TypeError(
+                    "expected a Dataset, or rows with names such as {'image': ..., 'label': ...}; "
+                    f"row {missing[0]} of this {type(dataset).__name__} is a {type(row).__name__}. "
+                    "A folder of pictures: datasets.load_dataset('imagefolder', data_dir=FOLDER)"
+                )
+            has = sorted(row)
             raise ValueError(f"row {missing[0]} has no {name!r}; it has {has}")
         return class_indices([row[name] for row in dataset], f"column {name!r}")
     labels, own = column_array(dataset, name), class_names(dataset, name)
@@ -109,6 +133,10 @@ def label_column(
     check_labels(labels, len(own), name, -1)
     positions = class_positions(own, classes, f"column {name!r}")
     return labels if positions is None else np.where(labels < 0, labels, positions[labels])
+
+
+def _has(row: Any, name: str) -> bool:
+    return isinstance(row, Mapping) and name in row
 
 
 def class_names(dataset: Any, column: str | None = None) -> list[str] | None:

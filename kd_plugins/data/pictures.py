@@ -81,27 +81,35 @@ def load_pictures(
 def load_data(name: str) -> datasets.DatasetDict:
     """All splits of a data set: a hub id, a folder for ``datasets.load_dataset``, or a file.
 
-    In a CSV file, a column of paths becomes pictures, and a column ``label`` with names becomes
-    classes. Paths are relative to the file.
+    In a CSV file (with commas, semicolons or tabs), a column of paths becomes pictures, and a
+    column ``label`` with names becomes classes. Paths are relative to the file.
 
     Raises:
         ValueError: it cannot be loaded. The error of ``datasets`` is its cause.
     """
     path = Path(name)
-    kind = {".jsonl": "json"}.get(path.suffix, path.suffix.removeprefix("."))
+    kind = {".jsonl": "json", ".tsv": "csv"}.get(path.suffix, path.suffix.removeprefix("."))
     if kind in ("csv", "json", "parquet") and not path.exists():  # no hub id: it takes no requests
         raise ValueError(f"data {name!r}: there is no such file{_nearest(path)}")
     try:
         if path.is_file():
-            splits = datasets.load_dataset(kind, data_files=name)
+            how = {"sep": separator(path)} if kind == "csv" else {}
+            splits = datasets.load_dataset(kind, data_files=name, **how)
             return _with_pictures(splits, path.parent) if kind == "csv" else splits
         return datasets.load_dataset(name)
-    except (OSError, ValueError) as error:  # also no network, no such data set
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        # also no network, no such data set
         here = "" if path.exists() else f". Nothing here has this name{_nearest(path)}"
         raise ValueError(
             f"data {name!r}: expected a hub id, a folder (one folder per class, or Parquet), or a "
             f"Parquet or CSV file{here}; datasets says: {error}"
         ) from error
+
+
+def separator(path: str | Path) -> str:
+    """What separates the columns of a CSV file: the most frequent of , ; and tab in its head."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        return max(",;\t", key=file.readline().count)
 
 
 def _nearest(path: Path) -> str:
@@ -153,6 +161,8 @@ def load_rows(
     if where is not None and where not in rows.column_names:
         raise ValueError(f"where={where!r}: there is no such column, only {rows.column_names}")
     rows = _rows(rows, rows[where]) if where else rows
+    if label is None and getattr(rows.features.get("label"), "dtype", "").startswith("int"):
+        label = "label"  # classes without names, or the ClassLabel of this name
     return rows, find_column(rows, "image", image), label or find_column(rows, "label")
 
 

@@ -169,6 +169,8 @@ def _one_network(name: str, value: Any) -> list[Tensor]:
     hint = ""
     if isinstance(value, list | tuple):
         hint = "; Mutual(loss, SelectNone()) trains several networks side by side"
+    elif hasattr(value, "logits"):
+        hint = ": pass its .logits; the plain Trainer takes as_compute_loss_func(loss)"
     raise TypeError(f"{name} expects a tensor of logits [B, C], got {shape_of(value)}{hint}")
 
 

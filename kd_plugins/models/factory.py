@@ -24,10 +24,10 @@ def make_model(
     """A network from a timm name, a folder or a hub id, or the module itself.
 
     A bare timm name is initialised at random, or with ``pretrained=True`` from timm's weights.
-    ``local-dir:PATH``, ``hf-hub:ID`` and ``NAME=FILE`` (a timm name and a file of weights) bring
-    their weights. If they have another number of classes, the head is new and PyTorch's: it starts
-    near ln C. The new head that timm gives an EfficientNet or a MobileNet is drawn wider, the wider
-    the fewer the classes, and is sure of nonsense at first.
+    A folder that :func:`export` wrote, ``local-dir:PATH``, ``hf-hub:ID`` and ``NAME=FILE`` (a timm
+    name and a file of weights) bring their weights. If they have another number of classes, the
+    head is new and PyTorch's: it starts near ln C. The new head that timm gives an EfficientNet or
+    a MobileNet is drawn wider, the wider the fewer the classes, and is sure of nonsense at first.
 
     Args:
         model: the name or the module.
@@ -46,7 +46,9 @@ def make_model(
     name, weights = _name_and_file(model)
     if weights:
         return _from_file(name, weights, num_classes, arguments)
-    _refuse_unknown(model, "a timm name")
+    if Path(model, "config.json").is_file():
+        model = f"local-dir:{model}"
+    _refuse_unknown(model, "a timm name, NAME=FILE or a folder that export() wrote")
     loaded = pretrained or ":" in model
     network: Any = _create(model, model, pretrained=loaded, num_classes=num_classes, **arguments)
     if loaded and network.pretrained_cfg.get("num_classes", num_classes) != num_classes:

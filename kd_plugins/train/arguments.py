@@ -26,8 +26,9 @@ class MutualTrainingArguments(TrainingArguments):
 
     Args:
         milestones: shares of the training after which the learning rate is multiplied by
-            ``lr_decay``. They are used if ``lr_scheduler_type`` is constant, which is the default;
-            another schedule, such as ``"cosine"``, replaces them.
+            ``lr_decay``. They are used with the default ``lr_scheduler_type``,
+            ``"constant_with_warmup"``; another one, such as ``"cosine"`` or ``"constant"``,
+            replaces them.
         lr_decay: the factor at each milestone.
         max_grad_norm: clips the gradient of each network by itself; 0 does not clip.
     """

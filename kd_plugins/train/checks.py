@@ -101,9 +101,27 @@ def refuse_shared(models: Any, loss: Any) -> None:
     anew = callable(names) or all(isinstance(model, str) for model in names)
     if not anew or isinstance(loss, nn.Module) or isinstance(models, nn.Module):
         raise ValueError(
-            "one trial of a hyperparameter search would go on with what the last one has trained: "
-            "pass functions of the trial for networks (or their names) and loss"
+            "one of models and loss is a function, which makes it for each trial of a "
+            "hyperparameter search: a trial would go on with what the last one has trained. Pass "
+            "functions of the trial for networks (or their names) and loss. A loss to train with "
+            "is one of kd_plugins, such as CE(), or a class of your own with per_sample"
         )
+
+
+def warn_of_single(args: TrainingArguments, data: Any, networks: Sequence[nn.Module]) -> None:
+    """Warn if the last batch of an epoch has one picture: BatchNorm may fail on it."""
+    rows, batch = len(data) if hasattr(data, "__len__") else 0, args.train_batch_size
+    single = rows % batch == 1 and batch > 1 and args.world_size == 1
+    if single and not args.dataloader_drop_last and any(map(_normalises_batches, networks)):
+        logger.warning(
+            f"the last batch of each epoch has one picture ({rows} rows in batches of {batch}). "
+            "BatchNorm cannot train on one value per channel, and where a network pools before it, "
+            "the run will end there. dataloader_drop_last=True leaves this batch out"
+        )
+
+
+def _normalises_batches(network: nn.Module) -> bool:
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
 
 
 # ------------------------------------------------------------------------------ networks and loss

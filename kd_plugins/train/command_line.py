@@ -34,7 +34,7 @@ COMMON = {  # the training arguments that --help shows; --help_all shows the oth
     "gradient_accumulation_steps": "batches to an optimizer step",
     "optim": "optimizer, as transformers names it: sgd, adamw_torch ...",
     "optim_args": "its other settings",
-    "lr_scheduler_type": "constant ones are cut at the milestones; cosine, linear ...",
+    "lr_scheduler_type": "the default is cut at the milestones; constant, cosine, linear ...",
     "weight_decay": "of all weights",
     "seed": "of weights, order and augmentation",
     "bf16": "mixed precision",

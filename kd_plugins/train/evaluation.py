@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PredictionOutput
+
+
+@contextmanager
+def _no_row_dropped(args: Any) -> Iterator[None]:
+    drop, args.dataloader_drop_last = args.dataloader_drop_last, False
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = drop
 
 
 class RankingTrainer(Trainer):
@@ -33,6 +45,16 @@ class RankingTrainer(Trainer):
         elif logits.shape[1] == 1:
             logits = logits[:, 0]
         return loss, (logits, clean) if own and clean is not None else logits, labels
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As the Trainer's, over all rows: ``dataloader_drop_last`` is for training."""
+        with _no_row_dropped(self.args):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As the Trainer's, over all rows."""
+        with _no_row_dropped(self.args):
+            return super().get_test_dataloader(test_dataset)
 
     def evaluate(
         self,

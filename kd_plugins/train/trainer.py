@@ -31,6 +31,7 @@ from .checks import (
     refuse_pairing,
     refuse_rows,
     refuse_shared,
+    warn_of_single,
 )
 from .class_order import check_class_order
 from .collapse import CollapseCallback
@@ -187,11 +188,11 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """Warm-up and milestones; or what ``lr_scheduler_type`` says, if that is no constant."""
+        """Warm-up and milestones; or what ``lr_scheduler_type`` says, if it was given."""
         args: Any = self.args
         milestones = getattr(args, "milestones", None)
-        constant = args.lr_scheduler_type in ("constant", "constant_with_warmup")
-        if self.lr_scheduler is not None or not (milestones and constant):
+        default = args.lr_scheduler_type == MutualTrainingArguments.lr_scheduler_type
+        if self.lr_scheduler is not None or not (milestones and default):
             return super().create_scheduler(num_training_steps, optimizer)
         warmup = args.get_warmup_steps(num_training_steps)
         factor = stepped(milestones, args.lr_decay, warmup, num_training_steps)
@@ -264,6 +265,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
             if (state := self._finished(folder)) is not None:
                 return state
         self._sums, self._steps = {}, 0
+        warn_of_single(self.args, self.train_dataset, self.peers)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         except Exception as error:

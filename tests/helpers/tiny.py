@@ -261,7 +261,7 @@ def plain(folder, loss, model=None, train=None, *, callbacks=None, **kwargs):
         "remove_unused_columns": False,
         "optim": "sgd",
         "max_grad_norm": 0.0,
-        "lr_scheduler_type": "constant",
+        "lr_scheduler_type": "constant_with_warmup",
     }
     settings["ddp_find_unused_parameters"] = False
     return Trainer(

@@ -48,12 +48,12 @@ from kd_plugins.train import run_main
         (
             ["--models", "test_resnet", "resnet99"],
             ValueError,
-            "resnet99: expected a timm name; there is no such network; did you mean resnet",
+            "resnet99: expected a timm name, NAME=FILE .*did you mean resnet",
         ),
         (
             ["--models", RECIPES],
             ValueError,
-            ".*recipes: expected a timm name; there is no",
+            ".*recipes: expected a timm name, NAME=FILE",
         ),  # trained ones are not asked for
         (
             ["--estimator", "anker"],

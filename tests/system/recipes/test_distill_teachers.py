@@ -116,7 +116,7 @@ def test_a_teacher_does_not_see_what_is_held_out(tmp_path, pictures, monkeypatch
         ),
         (
             ["--student", "resnet99", "--terms", "ce"],
-            "resnet99: expected a timm name; there is no such network",
+            "resnet99: expected a timm name, NAME=FILE",
         ),
     ],
 )

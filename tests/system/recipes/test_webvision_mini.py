@@ -59,7 +59,7 @@ def test_webvision_mini(tmp_path, monkeypatch, capsys):
     ("more", "match"),
     [
         (["--seeds", 0], "--seeds 0: expected at least 1"),
-        (["--models", "resnet99", "x"], "resnet99: expected a timm name; there is no"),
+        (["--models", "resnet99", "x"], "resnet99: expected a timm name, NAME=FILE"),
     ],
 )
 def test_webvision_mini_refuses(more, match, tmp_path, monkeypatch):

@@ -3,8 +3,9 @@
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Sequence, Value
 from helpers.tiny import Net, to_tensor, trainer
 
 from kd_plugins.data import FeatureView, ImageView, noisy_view, same_classes
@@ -53,7 +54,7 @@ def test_other_names_are_refused(names, only):
 
 
 def test_numbers_that_do_not_start_at_zero_are_named(caplog):
-    text = "the labels go from 1 to 3 and have no names, so there are 4 classes"
+    text = "so there are 4 classes; 1 of them have no row, the first is 0"
     for make in (
         lambda first: ImageView(data(None, np.arange(3) + first), to_tensor),
         lambda first: FeatureView(np.zeros((3, 2), np.float32), np.arange(3) + first),
@@ -63,6 +64,30 @@ def test_numbers_that_do_not_start_at_zero_are_named(caplog):
         caplog.clear()
     ImageView(data(NAMES, (1, 2)), to_tensor)  # a part of named classes
     assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        (pd.DataFrame({"label": [0]}), TypeError, "got a DataFrame: datasets.Dataset.from_pandas"),
+        ([(np.zeros((8, 8, 3)), 0)], TypeError, "row 0 of this list is a tuple. A folder of"),
+        (data(None, [0, None, 1, None]), ValueError, "2 of 4 rows have no label, the first is row"),
+        (
+            data().map(
+                lambda row: {"label": [0, 1]},
+                features=Features(
+                    {"image": data().features["image"], "label": Sequence(Value("int64"))}
+                ),
+            ),
+            ValueError,
+            "got several: targets with several labels are not supported",
+        ),
+    ],
+    ids=["frame", "tuples", "missing", "several"],
+)
+def test_what_has_no_label_to_train_on(rows, error, message):
+    with pytest.raises(error, match=message):
+        ImageView(rows, to_tensor)
 
 
 def test_clean_labels_are_matched_by_name():

@@ -13,6 +13,7 @@ from kd_plugins.data import (
     hold_out,
     load_data,
     load_pictures,
+    load_rows,
     noise_by_name,
     own_side,
     picture_transform,
@@ -67,6 +68,19 @@ def test_a_struct_is_named_like_other_columns():
     rows = datasets.Dataset.from_dict({"image": [{"bytes": b"", "path": ""}], "label": [0]})
     with pytest.raises(ValueError, match=r"image \(a struct\), label \(int64\) can be made one"):
         find_column(rows, "image")
+
+
+@pytest.mark.parametrize(("separator", "name"), [(",", "a.csv"), (";", "a.csv"), ("\t", "a.tsv")])
+def test_tables_of_paths(tmp_path, separator, name):
+    """As spreadsheets save them; a column `label` of numbers is found by its name."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "one, two.png")
+    for labels in (["owl", "cat"], ["1", "0"]):
+        lines = ["image", "label"], *(['"one, two.png"', label] for label in labels)
+        (tmp_path / name).write_text("\n".join(separator.join(line) for line in lines) + "\n")
+        rows, image, label = load_rows(str(tmp_path / name))
+        assert (image, label) == ("image", "label") and rows[0]["image"].size == (8, 8)
+        assert rows["label"][:] == [1, 0]
+        (tmp_path / name).unlink()
 
 
 def test_label_is_the_column_of_this_name():

@@ -163,6 +163,9 @@ def test_a_network_starts_from_a_file(tmp_path):
     again = timm.create_model(f"local-dir:{export(other, tmp_path / 'eta=3')}", pretrained=True)
     assert torch.equal(again.eval()(x), other(x))
     assert torch.equal(make_teacher(tmp_path / "eta=3", None).eval()(x), other(x))
+    folder = str(tmp_path / "eta=3")  # training can go on from what export() wrote
+    assert torch.equal(make_model(folder, CLASSES).eval()(x), other(x))
+    assert make_model(folder, 5).num_classes == 5
     with pytest.raises(ValueError, match=r"weights.safetensors do not fit test_vit"):
         make_model(f"test_vit={file}", CLASSES)
     with pytest.raises(FileNotFoundError, match=r"there is no file nowhere\.pth"):
@@ -201,7 +204,9 @@ def test_pickles_of_teachers_hold_tensors_only(tmp_path):
 
 def test_names_that_are_no_networks():
     """The error names what was expected, and the nearest name."""
-    with pytest.raises(ValueError, match=r"resnet99: expected a timm name; .*did you mean resnet"):
+    with pytest.raises(
+        ValueError, match=r"resnet99: expected a timm name, NAME=FILE .*did you mean resnet"
+    ):
         make_model("resnet99", 3)
     with pytest.raises(ValueError, match=r"gone/a: expected a timm name, NAME=FILE or a folder"):
         make_teacher("gone/a", 3)

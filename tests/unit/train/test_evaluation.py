@@ -50,6 +50,42 @@ def test_evaluation_against_plain_arithmetic(tmp_path):
     assert want["accuracy_a"] != want["accuracy_b"]
 
 
+def test_evaluation_takes_all_rows_also_if_training_drops_the_last_batch(tmp_path):
+    data, model = view(21), Net(1)
+    settings = {"per_device_eval_batch_size": 16, "num_train_epochs": 1}
+    want = trainer(tmp_path, model, CE(), evaluate=data, **settings).evaluate()
+    run = trainer(
+        tmp_path,
+        model,
+        CE(),
+        view(21),
+        data,
+        dataloader_drop_last=True,
+        per_device_train_batch_size=16,
+        **settings,
+    )
+    for key in ("eval_loss", "eval_accuracy"):
+        assert run.evaluate()[key] == want[key]
+    assert len(run.predict(data).predictions) == 21
+    run.train()
+    assert run.state.global_step == 1 and run.args.dataloader_drop_last
+
+
+def test_a_last_batch_of_one_picture_is_warned_of(tmp_path, caplog):
+    """BatchNorm may end the run there, after an epoch."""
+    for settings, said in [
+        ({"per_device_train_batch_size": 4}, True),
+        ({"per_device_train_batch_size": 4, "dataloader_drop_last": True}, False),
+        ({"per_device_train_batch_size": 7}, False),
+    ]:
+        settings |= {"max_steps": 1}
+        trainer(tmp_path, Net(1, bn=True), CE(), view(21), **settings).train()
+        assert ("one picture (21 rows in batches of 4)" in caplog.text) == said
+        caplog.clear()
+    trainer(tmp_path, Net(1), CE(), view(21), per_device_train_batch_size=4, max_steps=1).train()
+    assert "one picture" not in caplog.text  # no BatchNorm
+
+
 def test_eval_loss_of_an_uneven_last_batch(tmp_path):
     data, model = view(21, clean=False), Net(1)
     got = trainer(tmp_path, model, CE(), evaluate=data, per_device_eval_batch_size=16).evaluate()

@@ -27,6 +27,19 @@ def step(tmp_path, models, loss=None, **kwargs):
     ]
 
 
+def rates(run):
+    return [log["learning_rate"] for log in run.state.log_history if "learning_rate" in log]
+
+
+@pytest.mark.parametrize("kind", ["constant", "constant_with_warmup"])
+def test_constant_means_constant(tmp_path, kind):
+    """Only the default schedule is cut at the milestones."""
+    settings = {"milestones": [0.5], "lr_scheduler_type": kind, "max_steps": 4}
+    run, _ = step(tmp_path, [Net(1), Net(2)], **settings)
+    assert rates(run)[0] == 0.05
+    assert rates(run)[-1] == pytest.approx(0.05 if kind == "constant" else 0.01)
+
+
 def norm(moves):
     return torch.stack([d.square().sum() for d in moves.values()]).sum().sqrt().item()
 
