@@ -81,7 +81,12 @@ def cached(s: Settings, split: str, rows) -> FeatureView:
     """The features of a split, with its clean labels."""
     columns = {"image": s.image, "label": s.label, "clean": s.label}
     folder = Path(s.features, split)
-    return kd.audit.frozen_features(rows, s.backbone, folder, side=s.side, **columns)
+    view = kd.audit.frozen_features(rows, s.backbone, folder, side=s.side, **columns)
+    if broken := int(view.stand_in.sum()):
+        print(
+            f"{broken} of {len(view)} pictures of {split} cannot be read; others stand in for them"
+        )
+    return view
 
 
 def run(s: Settings, args, method: str, transition, data, test, seed: int) -> dict:

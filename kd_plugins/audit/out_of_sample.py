@@ -84,9 +84,7 @@ def out_of_sample(
     _refuse(features, labels, loss, folds, seeds)
     classes = int(labels.max()) + 1 if num_classes is None else num_classes
     check_labels(labels, classes)
-    used = np.flatnonzero(
-        ~np.zeros(len(labels), bool) if left_out is None else ~np.asarray(left_out)
-    )
+    used = np.arange(len(labels)) if left_out is None else np.flatnonzero(~np.asarray(left_out))
     settings = {
         "loss": _described(loss),
         "folds": folds,

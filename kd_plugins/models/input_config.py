@@ -20,14 +20,14 @@ def normalization_of(views: Iterable[Any], networks: Sequence[nn.Module]) -> Nor
     """(mean, std) by which data sets normalise floats; None if none of them says it.
 
     ``networks`` are those that will see them. Where they expect different normalisations, a warning
-    says by which one the floats are then read. There is none if the data are bytes.
+    says by which one the floats are then read. Bytes need no warning: each network normalises them.
     """
     found = [view.input_config() for view in views if hasattr(view, "input_config")]
     known = [config for config in found if config is not None]
     for config in known:
         if "mean" in config:
             return tuple(config["mean"]), tuple(config["std"])
-    if known:  # bytes, which each network normalises for itself
+    if known:  # bytes
         return None
     expected = [normalization(network) for network in networks]
     if len({own for own in expected if own}) > 1 and expected[0]:

@@ -249,6 +249,15 @@ def test_apply_and_train_on_the_result(pictures, tmp_path, capsys):
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     cli.main(["train", str(tmp_path / "better"), *words])
     assert "53 pictures to train on" in capsys.readouterr().out
+    # Rows that were decided are not asked about again: rows 0 and 58, before 25 was dropped.
+    probs = np.eye(3, dtype=np.float32)[(np.array(better["label"]) + 1) % 3]
+    np.save(tmp_path / "probs.npy", probs * 0.7 + 0.1)
+    more = ["--probs", str(tmp_path / "probs.npy"), "--all_rows", "--output", str(tmp_path / "s")]
+    cli.main(["suspects", str(tmp_path / "better"), *more])
+    assert "2 more are not shown: somebody has decided" in capsys.readouterr().out
+    table = datasets.Dataset.from_parquet(str(tmp_path / "s" / "suspects.parquet"))
+    assert sorted(table["index"][:]) == list(range(1, 58))
+
     weighted = ["--how", "weight", "--weight", "0.2", "--out", str(tmp_path / "weighted")]
     cli.main(["apply", str(decisions), str(pictures), *weighted])
     rows = datasets.load_dataset(str(tmp_path / "weighted"))["train"]
