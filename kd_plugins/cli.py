@@ -190,8 +190,8 @@ def suspects_command(argv: Sequence[str]) -> None:
     print(f"{number:,} of {known:,} labels are suspected, {why}:", *paths, sep="\n")
     if number > MANY * known:
         print(
-            f"These are {number / known:.0%}. What predicted the classes agrees with few labels, "
-            "and has probably learned too little: train longer, or use --backbone."
+            f"These are {number / known:.0%}: the labels are as bad as that, or what predicted the "
+            "classes has learned too little. Then train longer, or use --backbone."
         )
 
 

@@ -6,9 +6,9 @@
 The features of a pretrained timm network are computed once and kept in `--features`. Each run
 trains heads of one hidden layer on them: one, or two where the method teaches peers. Runs are
 written to `output_dir/results.jsonl` as they end; those that are there are not repeated. At the end
-stand a table (`results.md`), test accuracy in per cent at the last epoch, mean ± deviation over the
-seeds, and a picture of what each method gains over cross-entropy (`results.png`). A pair counts as
-the mean of its two networks.
+stand two tables (`results.md`), test accuracy in per cent at the last epoch, mean ± deviation over
+the seeds, and what each method gains over cross-entropy on the same seed; and a picture of these
+gains (`results.png`). A pair counts as the mean of its two networks.
 
 `--methods all` takes every loss that needs no teacher and no feature maps. Methods that need the
 noise rate (Co-teaching, JoCoR) or the transition matrix are told the true one.
@@ -83,9 +83,7 @@ def cached(s: Settings, split: str, rows) -> FeatureView:
     folder = Path(s.features, split)
     view = kd.audit.frozen_features(rows, s.backbone, folder, side=s.side, **columns)
     if broken := int(view.stand_in.sum()):
-        print(
-            f"{broken} of {len(view)} pictures of {split} cannot be read; others stand in for them"
-        )
+        print(f"{broken} of {len(view)} pictures of {split} cannot be read; the next ones stand in")
     return view
 
 
@@ -121,8 +119,14 @@ def with_noise(s: Settings, train, clean, test, name: str, seed: int) -> tuple:
     return noise, data, test
 
 
+def over(own: list[float], base: list[float]) -> str:
+    """The gain of each seed, mean ± deviation, and how many of them gain."""
+    gains = [a - b for a, b in zip(own, base, strict=True)]
+    return f"{mean_std(gains)} ({sum(gain > 0 for gain in gains)} of {len(gains)})"
+
+
 def report(rows: list[dict], noises: list[str], folder: Path) -> None:
-    """A table and a picture: a row is a method, the best one first, and a column a noise."""
+    """Tables and a picture: a row is a method, the best one first, and a column a noise."""
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         columns = found.setdefault(row["method"], {noise: [] for noise in noises})
@@ -131,6 +135,13 @@ def report(rows: list[dict], noises: list[str], folder: Path) -> None:
     found = {method: found[method] for method in best_first}
     cells = [[method, *map(mean_std, columns.values())] for method, columns in found.items()]
     text = markdown(["method", *noises], cells)
+    if len(found) > 1 and (base := found.get("ce")):  # runs of a seed share the noise
+        cells = [
+            [method, *(over(columns[noise], base[noise]) for noise in noises)]
+            for method, columns in found.items()
+            if method != "ce"
+        ]
+        text += "\n\n" + markdown(["points over ce, seed by seed", *noises], cells)
     (folder / "results.md").write_text(text + "\n")
     draw_gains(found, folder / "results.png")
     print(text)

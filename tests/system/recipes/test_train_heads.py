@@ -18,8 +18,11 @@ def test_train_heads(tmp_path, pictures, monkeypatch, capsys):
     argv += ["--features", tmp_path / "features", "--output_dir", tmp_path / "run"]
     argv += ["--num_train_epochs", 1, "--use_cpu", "True", "--noise", "symmetric:0.25"]
     start(monkeypatch, *argv, "--methods", "ce", "smkd:rho=auto,eta=1", "co_teaching", "elr")
-    assert "| method | symmetric:0.25 |" in (out := capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert "| method | symmetric:0.25 |" in out
     assert out.count("/8 symmetric:0.25") == 8
+    gains = out.split("| points over ce, seed by seed | symmetric:0.25 |")[1]
+    assert gains.count(" of 2) |") == 3 and "| ce |" not in gains
     assert (tmp_path / "run" / "results.png").stat().st_size > 5000
     log = tmp_path / "run" / "results.jsonl"
     rows = [json.loads(line) for line in log.read_text().splitlines()]
