@@ -44,7 +44,9 @@ class Settings:
     refine_args: list[str] = HfArg(default_factory=list, help="of the modification: b1=10")
     models: list[str] = HfArg(default_factory=lambda: ["resnet34_cifar"] * 2, help="timm names")
     noise: str = HfArg(default="symmetric", help="or pair_flip, circular, cifar10, none, COLUMN")
-    rate: float | None = HfArg(default=None, help="share of wrong labels; 0.4, or 0 without noise")
+    rate: float | None = HfArg(
+        default=None, help="share of wrong labels; 0.4; none: 0; COLUMN: its own"
+    )
     stage_epochs: list[float] = HfArg(default_factory=list, help="num_train_epochs of each stage")
     estimator: str = HfArg(default="anchor", help="of the transition matrix; dual_t, or known")
     dynamics: bool = HfArg(default=False, help="write output_dir/dynamics for find_wrong_labels.py")
@@ -53,7 +55,8 @@ class Settings:
 
 def make_loss(s: Settings, name: str, known: dict):
     """A loss by name; the Trainer fills in the sizes of data and networks."""
-    own = kd.train.parse_pairs("loss_args", s.loss_args) if name == s.method else {}
+    given = name == s.method or (name, s.method) == ("ce", "cdr")
+    own = kd.train.parse_pairs("loss_args", s.loss_args) if given else {}
     if name == "smkd":
         refine_args = kd.train.parse_pairs("refine_args", s.refine_args)
         own["refine"] = kd.create_loss(s.refine, **refine_args)
@@ -72,7 +75,8 @@ def make_loss(s: Settings, name: str, known: dict):
 def options() -> tuple[Settings, kd.MutualTrainingArguments, list]:
     """Settings, arguments and stages. What cannot work is refused before anything is written."""
     s, args = kd.train.parse_settings(Settings, kd.MutualTrainingArguments, defaults=DEFAULTS)
-    s.rate = (0.0 if s.noise == "none" else 0.4) if s.rate is None else s.rate
+    if s.rate is None and s.noise in kd.data.NOISE:  # that of a column is counted
+        s.rate = 0.0 if s.noise == "none" else 0.4
     if s.method != "smkd" and (s.refine_args or s.refine != "mylc"):
         given = " ".join([s.refine, *s.refine_args])
         raise SystemExit(f"--refine {given}: {s.method} takes no refine and would ignore it")
@@ -96,12 +100,14 @@ def load(s: Settings, args) -> tuple:
     train, test, s.image, s.label = kd.data.load_pictures(
         s.data, s.image, s.label, classes=s.classes, where=s.where
     )
-    noise = kd.data.noise_by_name(train, s.noise, s.rate, s.label)
+    noise = kd.data.noise_by_name(train, s.noise, s.rate or 0.0, s.label)
     # before the hold-out: a view of a split would copy the pictures
     train = kd.data.noisy_view(train, noise, seed=args.seed, label=s.label, noisy="given_label")
     classes = train.features[s.label].num_classes
+    report = kd.data.noise_report(train[s.label], train["given_label"], classes)
+    s.rate = report.rate if s.rate is None else s.rate
     if args.process_index == 0:
-        print(kd.data.noise_report(train[s.label], train["given_label"], classes))
+        print(report)
     if s.holdout > 0:  # the same rows for every seed; their labels are the given ones
         train, test = train.train_test_split(s.holdout, seed=0).values()
 

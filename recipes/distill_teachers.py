@@ -132,11 +132,17 @@ def make_loss(s: Settings, teachers: list, mask):
     return reduce(add, terms)
 
 
-def select(s: Settings, args, teachers: list, views: list[kd.ImageView]):
+def select(s: Settings, args, teachers: list, parts: list, size: int):
     """The rows to keep: those of least influence on the held-out loss, mean over the teachers."""
-    workers = {"num_workers": args.dataloader_num_workers}
-    loaders = [DataLoader(view, args.eval_batch_size, **workers) for view in views]
-    scores = torch.stack([kd.influence_scores(t, *loaders) for t in teachers]).mean(0)
+
+    def scores_of(teacher):
+        """On pictures as this teacher knows them."""
+        views = [plain_view(rows, teacher, size, image=s.image, label=s.label) for rows in parts]
+        workers = {"num_workers": args.dataloader_num_workers}
+        loaders = [DataLoader(view, args.eval_batch_size, **workers) for view in views]
+        return kd.influence_scores(teacher, *loaders)
+
+    scores = torch.stack([scores_of(teacher) for teacher in teachers]).mean(0)
     np.save(Path(args.output_dir, "influence.npy"), scores.numpy())
     return kd.select_lowest(scores, s.keep)
 
@@ -158,8 +164,7 @@ def main() -> dict:
     test_view = plain_view(test, student, size, **columns)
     mask = None
     if s.keep < 1.0:
-        views = [plain_view(rows, student, size, **columns) for rows in (train, held)]
-        mask = select(s, args, teachers, views)
+        mask = select(s, args, teachers, [train, held], size)
     loss = make_loss(s, teachers, mask)
     if s.cache:
         how = {"batch_size": args.eval_batch_size, "num_workers": args.dataloader_num_workers}

@@ -133,6 +133,11 @@ class CoTeaching(Mutual):
         num_peers: int = 2,
         **base: Unpack[LossArguments],
     ) -> None:
+        if forget is None and (ramp, exponent) != (0.05, 1.0):
+            raise ValueError(
+                f"ramp={ramp}, exponent={exponent}: they shape what a known rate forgets, and "
+                "forget=None would ignore them"
+            )
         select = GMMSelector() if forget is None else SmallLoss(forget, ramp, exponent)
         super().__init__(CE(), select, own=0.0, normalize="selected", num_peers=num_peers, **base)
 

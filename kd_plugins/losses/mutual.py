@@ -250,11 +250,23 @@ class Mutual(Loss):
         return loss
 
     def prime(self, models: Sequence[nn.Module], loader: Iterable[Any]) -> list[Tensor]:
-        """Set the r of each peer's MyLC from one pass over ``loader``: see :meth:`MyLC.prime`."""
+        """Set the r of each peer's MyLC from one pass over ``loader``: see :meth:`MyLC.prime`.
+
+        Raises:
+            TypeError: the peers have no r.
+            ValueError: the networks expect different normalisations (``pretrained_cfg``), and the
+                batches can be right for one of them only.
+        """
         if not isinstance(self.refine[0], MyLC):
             raise TypeError(
                 f"prime sets MyLC's r; these peers use {type(self.refine[0]).__name__}, "
                 "which has none"
+            )
+        configs = [getattr(model, "pretrained_cfg", None) or {} for model in models]
+        if len({str((c["mean"], c["std"])) for c in configs if c.get("mean") and c.get("std")}) > 1:
+            raise ValueError(
+                "the networks expect different normalisations, and all would see these pixels: "
+                "prime each with a loader of its own, loss.refine[k].prime(models[k], loader_k)"
             )
         peers = zip(self.refine, models, strict=True)
         return [refine.prime(model, loader) for refine, model in peers]

@@ -49,11 +49,11 @@ def model_card(
         indent(repr(trainer.model.criterion), "    "),
         f"**Data**: {_describe(data)}",
         f"**Label noise**: {_noise(data)}",
-        f"**Training**: {_training(trainer.args, trainer.state)}",
+        f"**Training**: {_training(trainer, k)}",
         f"**Input**: {'tokens.' if of_text else _input(input_config)}",
         f"**Figures** (all networks of the run; {name} is this one)",
         _evaluated(trainer),
-        _figures(trainer.state.log_history),
+        _figures(_logs(trainer)),
         "**Use**",
         _use(library, of_text, repo, title),
     ]
@@ -82,13 +82,31 @@ def _metadata(library: str, of_text: bool, given: dict[str, Any]) -> str:
     return ModelCardData(**known).to_yaml()
 
 
-def _training(args: Any, state: Any) -> str:
+def _training(trainer: Any, k: int) -> str:
+    args, state = trainer.args, trainer.state
     batch = f"{args.train_batch_size} x {args.gradient_accumulation_steps} x {args.world_size}"
+    rate = (trainer.optim_per_peer or [{}] * (k + 1))[k].get("lr", args.learning_rate)
+    best = f" The weights are those of step {step}, the best." if (step := _best(trainer)) else ""
     return (
         f"{state.global_step} steps, {state.epoch or 0:.4g} epochs, "
-        f"{getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate}, "
-        f"batch {batch}, seed {args.seed}."
+        f"{getattr(args.optim, 'value', args.optim)}, learning rate {rate}, "
+        f"batch {batch}, seed {args.seed}.{best}"
     )
+
+
+def _best(trainer: Any) -> int | None:
+    """The step whose weights were loaded at the end; None if they are those of the last step."""
+    step = trainer.state.best_global_step
+    return step if trainer.args.load_best_model_at_end and step else None
+
+
+def _logs(trainer: Any) -> list[dict[str, Any]]:
+    """The logs that belong to the weights: where the best were loaded, none of later steps."""
+    logs = trainer.state.log_history
+    end = max((i for i, log in enumerate(logs) if "train_runtime" in log), default=len(logs))
+    since = [log for log in logs[end:] if any(name.startswith("eval_") for name in log)]
+    step = _best(trainer)
+    return since or [log for log in logs if step is None or log["step"] <= step]
 
 
 def _input(config: dict[str, Any] | None) -> str:
@@ -116,12 +134,14 @@ def _evaluated(trainer: Any) -> str:
 
 
 def _figures(log_history: list[dict[str, Any]]) -> str:
-    """A table of the last value of every figure of an evaluation."""
-    figures: dict[str, float] = {}
+    """A table of the figures of the last evaluation, or of the last one of each data set."""
+    last: dict[str, dict[str, float]] = {}
     for log in log_history:
-        figures |= {
-            n: v for n, v in log.items() if n.startswith("eval_") and not n.endswith(_TIMES)
-        }
+        found = {n: v for n, v in log.items() if n.startswith("eval_")}
+        prefix = next((n.removesuffix("_runtime") for n in found if n.endswith("_runtime")), "eval")
+        if found:
+            last[prefix] = {n: v for n, v in found.items() if not n.endswith(_TIMES)}
+    figures = {name: value for found in last.values() for name, value in found.items()}
     rows = [f"| {_plain(n)} | {figures[n]:.4f} |" for n in sorted(figures)]
     head = ["| metric | last evaluation |", "|---|---|"]
     return "\n".join([*head, *rows]) if rows else "Not evaluated."

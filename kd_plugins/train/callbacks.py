@@ -30,12 +30,16 @@ class ScheduleCallback(TrainerCallback):
         hosted = extract_model_from_parallel(model)
         if isinstance(hosted, PeerModule):
             self.loss = hosted.criterion
+        self._epoch = int(state.epoch or 0)
         if not state.global_step:  # a checkpoint replaces the state
             refuse_used(self.loss, control)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
         # accelerate sets the sampler's epoch or the data set's, never both
-        set_epoch(getattr(train_dataloader, "dataset", None), int(state.epoch or 0))
+        set_epoch(getattr(train_dataloader, "dataset", None), self._epoch)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._epoch += 1  # of a stream without a length, state.epoch is a share of max_steps
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.loss.set_progress(min(state.global_step / state.max_steps, 1.0))

@@ -120,6 +120,19 @@ def warn_of_single(args: TrainingArguments, data: Any, networks: Sequence[nn.Mod
         )
 
 
+def refuse_untrained(loss: nn.Module, optimizer: Any) -> None:
+    """Refuse an optimizer of the user's that leaves out what the loss learns."""
+    groups = getattr(optimizer, "param_groups", None) or []
+    known = {id(p) for group in groups for p in group["params"]}
+    named = [(name, p) for name, p in loss.named_parameters() if p.requires_grad]
+    if groups and (open_ := [name for name, p in named if id(p) not in known]):
+        raise ValueError(
+            f"{type(loss).__name__} learns {', '.join(open_)}, and the optimizer has the network's "
+            "parameters only: they would stay as they are. Use MutualDistillationTrainer and leave "
+            "the optimizer to it, or pass optimizers=(optimizer, None) with them"
+        )
+
+
 def _normalises_batches(network: nn.Module) -> bool:
     return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
 

@@ -13,6 +13,10 @@ from torch.utils.data import DataLoader
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PredictionOutput
 
+from ..data import as_view, same_classes
+from .checks import refuse_labels
+from .class_order import check_class_order
+
 
 @contextmanager
 def _no_row_dropped(args: Any) -> Iterator[None]:
@@ -28,6 +32,7 @@ class RankingTrainer(Trainer):
 
     _predicts = False
     evaluated: dict[str, Any]  # by prefix of its figures, the data of the last evaluation
+    _views: dict[str, Any]  # the data sets that the constructor was given
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         """As the Trainer's, with logits [B, C] of one network or [B, K, C] of peers.
@@ -66,19 +71,31 @@ class RankingTrainer(Trainer):
         data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(data, dict):  # the Trainer then calls this for each of them
             data = self.eval_dataset[data] if isinstance(data, str) else data  # type: ignore[index]
+            self._refuse_other_classes(data)
             self.evaluated[metric_key_prefix] = data
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def predict(self, *args: Any, **kwargs: Any) -> PredictionOutput:
+    def predict(self, test_dataset: Any, *args: Any, **kwargs: Any) -> PredictionOutput:
         """As the Trainer's; ``predictions`` are logits [N, C] of a network, [N, K, C] of peers."""
+        self._refuse_other_classes(test_dataset)
         self._predicts = True
         try:
-            output = super().predict(*args, **kwargs)
+            output = super().predict(test_dataset, *args, **kwargs)
         finally:
             self._predicts = False
         if isinstance(output.predictions, tuple):  # with the clean labels
             output = output._replace(predictions=output.predictions[0])
         return output
+
+    def _refuse_other_classes(self, data: Any) -> None:
+        """As the constructor, for data that come later."""
+        hosted: Any = self.model
+        view, peers = as_view(data), hosted.peers
+        refuse_labels(view, peers, "evaluation")
+        if (train := self._views.get("train")) is not None:
+            same_classes(view, train, "the evaluation data")
+        elif view is not None:
+            check_class_order(peers, (), {"evaluation": view})
 
     def _metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         from ..audit.metrics import peer_metrics
@@ -90,7 +107,9 @@ class RankingTrainer(Trainer):
             ranked = _ranked(logits if logits.dim() == 3 else logits.unsqueeze(1)).numpy()
         labels = np.asarray(prediction.label_ids)
         labels = labels if labels.ndim == 1 else labels.argmax(-1)  # distributions [N, C]
-        return peer_metrics(ranked, labels, clean)
+        known = labels >= 0  # the loss leaves -100 out too
+        clean = None if clean is None else clean[known]
+        return peer_metrics(ranked[known], labels[known], clean) if known.any() else {}
 
 
 def _ranked(logits: Tensor) -> Tensor:

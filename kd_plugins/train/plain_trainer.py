@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from ..models.factory import class_count, input_names, logits_of, make_teacher, 
 from ..models.hosted import PeerModule
 from ..models.input_config import normalization_of, warn_of_inputs
 from .callbacks import ScheduleCallback
-from .checks import refuse_pairing, refuse_plain
+from .checks import refuse_pairing, refuse_plain, refuse_untrained
 from .run_folder import (
     LOSS,
     checkpoint_of,
@@ -77,7 +77,7 @@ class _ComputeLoss:
         self.batch: dict[str, Any] = {}  # what the network was given in the last forward
         self._hosted: PeerModule | None = None
         self._autocast: torch.dtype | None = None
-        _OF_LOSS[id(loss)] = self
+        _OF_LOSS.setdefault(loss, []).append(ref(self))
 
     def __call__(
         self,
@@ -169,8 +169,14 @@ class _ComputeLoss:
             hosted.teachers.release()
 
 
-_OF_LOSS: WeakValueDictionary[int, _ComputeLoss] = WeakValueDictionary()  # by id of the loss
+_OF_LOSS: WeakKeyDictionary[nn.Module, list[ref[_ComputeLoss]]] = WeakKeyDictionary()
 _HOOKS: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # by the network that they watch
+
+
+def _functions_of(loss: nn.Module) -> list[_ComputeLoss]:
+    """What `as_compute_loss_func` has made of a loss, as far as it is in use, newest last."""
+    found = [function() for function in _OF_LOSS.get(loss, [])]
+    return [function for function in found if function is not None]
 
 
 class ProgressCallback(ScheduleCallback, ExportableState):
@@ -215,7 +221,7 @@ class ProgressCallback(ScheduleCallback, ExportableState):
         _HOOKS[network] = network.register_forward_pre_hook(self._read, with_kwargs=True)
 
     def _read(self, network: nn.Module, args: Any, inputs: dict[str, Any]) -> Any:
-        if (function := _OF_LOSS.get(id(self.loss))) is not None:
+        for function in _functions_of(self.loss):  # several Trainers may share the loss
             function.batch = inputs
         return args, {name: value for name, value in inputs.items() if name not in self._hidden}
 
@@ -224,11 +230,11 @@ class ProgressCallback(ScheduleCallback, ExportableState):
         data = getattr(kwargs.get("train_dataloader"), "dataset", None)
         network = extract_model_from_parallel(model)
         self._watch(network)
-        function = _OF_LOSS.get(id(self.loss))
+        function = next(reversed(_functions_of(self.loss)), None)
         if function is not None:
             function.begin(args, network, data)
         bind_sizes(self.loss, [network], data=data)
-        self._refuse_untrained(kwargs.get("optimizer"))
+        refuse_untrained(self.loss, kwargs.get("optimizer"))
         if args.restore_callback_states_from_checkpoint:
             raise ValueError(
                 "restore_callback_states_from_checkpoint=True makes new callbacks from JSON, and "
@@ -243,17 +249,6 @@ class ProgressCallback(ScheduleCallback, ExportableState):
         if state.global_step:
             self._resume(checkpoint_of(args, state), run)
         self._training = args, state, run
-
-    def _refuse_untrained(self, optimizer: Any) -> None:
-        groups = getattr(optimizer, "param_groups", None) or []
-        known = {id(p) for group in groups for p in group["params"]}
-        named = [(name, p) for name, p in self.loss.named_parameters() if p.requires_grad]
-        if open_ := [name for name, p in named if id(p) not in known]:
-            raise ValueError(
-                f"{type(self.loss).__name__} learns {', '.join(open_)}, and the optimizer of this "
-                "Trainer has the network's parameters only: they would stay as they are. Use "
-                "MutualDistillationTrainer, or pass optimizers=(optimizer, None) with them"
-            )
 
     def _resume(self, folder: Path, run: dict[str, Any]) -> None:
         if folder.exists():

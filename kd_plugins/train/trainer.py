@@ -31,6 +31,7 @@ from .checks import (
     refuse_pairing,
     refuse_rows,
     refuse_shared,
+    refuse_untrained,
     warn_of_single,
 )
 from .class_order import check_class_order
@@ -107,6 +108,10 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         args = args if args is not None else MutualTrainingArguments()
         refuse_arguments(args)
         refuse_hf_arguments(args, hf)
+        if optim_per_peer and (hf.get("optimizers") or (None,))[0] is not None:
+            raise ValueError(
+                "optim_per_peer would be ignored: the optimizer that is passed has its settings"
+            )
         train_dataset, evals = as_view(train_dataset), eval_dataset
         evals = (
             {k: as_view(v) for k, v in evals.items()} if isinstance(evals, dict) else as_view(evals)
@@ -161,6 +166,9 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
     def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's. Each trial has networks and a loss of its own.
 
+        By default the lowest ``eval_loss`` wins. To maximise, give a ``compute_objective`` too,
+        such as ``lambda figures: figures["eval_accuracy"]``.
+
         >>> losses = lambda trial: SMKD(eta=trial["eta"] if trial else 2)  # doctest: +SKIP
         >>> run = MutualDistillationTrainer(["resnet50"] * 2, losses, args)  # doctest: +SKIP
         """
@@ -169,6 +177,13 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
                 "hyperparameter_search needs networks and a loss for each trial: "
                 "MutualDistillationTrainer(lambda trial: [...], lambda trial: SMKD(...), args)"
             )
+        if len(args) < 2 and kwargs.get("compute_objective") is None:
+            if kwargs.get("direction", "minimize") != "minimize":
+                raise ValueError(
+                    f"direction={kwargs['direction']!r}: expected a compute_objective with it; the "
+                    "default objective is eval_loss, and its largest value would win"
+                )
+            kwargs["compute_objective"] = lambda figures: figures["eval_loss"]
         return super().hyperparameter_search(*args, **kwargs)
 
     # ------------------------------------------------------------------- optimizer and schedule
@@ -177,7 +192,8 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
         """One parameter group per network, and one for the loss if it learns something."""
         if self.optimizer is None:
             hosted: Any = self.model if model is None else model
-            cls, settings = self.get_optimizer_cls_and_kwargs(self.args, hosted)
+            given = self.optimizer_cls_and_kwargs
+            cls, settings = given or self.get_optimizer_cls_and_kwargs(self.args, hosted)
             decay, own = self.args.weight_decay, self._own_settings()
             self.optimizer = peer_optimizer(hosted, own, decay, cls, settings)
         return self.optimizer
@@ -266,6 +282,7 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
                 return state
         self._sums, self._steps = {}, 0
         warn_of_single(self.args, self.train_dataset, self.peers)
+        refuse_untrained(self.model.criterion, self.optimizer)
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         except Exception as error:

@@ -318,3 +318,17 @@ def test_what_co_teaching_forgets(more, rate, monkeypatch):
     recipe = recipe_of(monkeypatch, "cifar100_noise.py", "--method", "co_teaching", *more)
     s, *_ = recipe["options"]()
     assert recipe["make_loss"](s, "co_teaching", [None, None]).select.forget == s.rate == rate
+
+
+def test_the_rate_of_given_labels_is_counted(tmp_path, pictures, monkeypatch):
+    """The column k // 2 has 24 of 32 labels wrong, and Co-teaching forgets as many."""
+    argv = [*command("co_teaching", pictures, tmp_path / "out"), "--noise", "coarse_label"]
+    start(monkeypatch, "cifar100_noise.py", *argv)
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rate"] == 0.75
+    assert "forget=0.75" in (tmp_path / "out" / "peer_a" / "README.md").read_text()
+
+
+def test_arguments_of_cdr_are_those_of_its_loss(tmp_path, pictures, monkeypatch):
+    argv = [*command("cdr", pictures, tmp_path / "out"), "--loss_args", "nonsense=3"]
+    with pytest.raises(TypeError, match="CE has no argument 'nonsense'"):
+        start(monkeypatch, "cifar100_noise.py", *argv)

@@ -120,6 +120,8 @@ def test_co_teaching_without_a_noise_rate():
     """The mean is over the selected samples, and the other network's choice counts."""
     zs, y = peers(6, [1, 4])
     zs[1] = torch.where(torch.arange(6)[:, None] == 1, zs[1].flip(1), zs[1])  # b believes label 1
+    with pytest.raises(ValueError, match=r"ramp=0.3, exponent=1.0: .* forget=None would ignore"):
+        CoTeaching(forget=None, ramp=0.3)
     loss = CoTeaching(forget=None)
     loss.bind(num_samples=6)
     loss.set_progress(0.5)

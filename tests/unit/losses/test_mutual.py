@@ -589,3 +589,15 @@ def test_peers_of_different_precision():
     assert [z.grad.dtype for z in mixed] == [torch.bfloat16, torch.float32]
     torch.testing.assert_close(mixed[1].grad, full[1].grad)
     torch.testing.assert_close(mixed[0].grad.float(), full[0].grad, rtol=2**-8, atol=1e-6)
+
+
+def test_prime_refuses_networks_that_expect_other_pixels():
+    """Only one of them could be measured on what it will see."""
+    networks = [torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)]
+    for network, mean in zip(networks, ((0.5,) * 3, (0.4,) * 3), strict=True):
+        network.pretrained_cfg = {"mean": mean, "std": (0.2,) * 3}
+    loss, loader = SMKD(MyLC(window=4)), [(torch.randn(4, 4), torch.zeros(4))]
+    with pytest.raises(ValueError, match="expect different normalisations"):
+        loss.prime(networks, loader)
+    networks[1].pretrained_cfg["mean"] = (0.5,) * 3
+    assert len(loss.prime(networks, loader)) == 2

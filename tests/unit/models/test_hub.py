@@ -220,6 +220,27 @@ def test_card_of_hostile_names(tmp_path, monkeypatch):
     assert json.loads((b / "config.json").read_text())["label_names"][0] == HOSTILE
 
 
+def test_card_describes_the_weights_that_are_exported(tmp_path):
+    """The best ones, with their figures; of one data set; with the network's own learning rate."""
+    settings = {"num_train_epochs": 3, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    settings |= {"load_best_model_at_end": True}
+    settings |= {"metric_for_best_model": "loss", "greater_is_better": True}  # so, the first epoch
+    rates = {"optim_per_peer": [{"lr": 0.03}, {"lr": 0.001}]}
+    run = trainer(tmp_path, evaluate=view(12, clean=False), hf=rates, **settings)
+    run.train()
+    losses = [log["eval_loss"] for log in run.state.log_history if "eval_loss" in log]
+    assert losses[0] == run.state.best_metric > losses[-1]
+    card = model_card(run, 1)
+    assert f"| eval_loss | {losses[0]:.4f} |" in card
+    assert f"The weights are those of step {run.state.best_global_step}, the best." in card
+    assert "learning rate 0.001" in card and "learning rate 0.03" in model_card(run, 0)
+    assert run.evaluate(view(12))["eval_memorised"] >= 0  # with clean labels
+    assert "eval_memorised" in model_card(run, 0)
+    figures = run.evaluate()
+    card = model_card(run, 0)
+    assert f"| eval_loss | {figures['eval_loss']:.4f} |" in card and "eval_memorised" not in card
+
+
 def test_card_says_what_loads_it(tmp_path):
     small = timm.create_model("resnet10_cifar", num_classes=CLASSES)
     told = Net(2)

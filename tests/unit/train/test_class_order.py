@@ -84,3 +84,13 @@ def test_a_network_that_is_only_evaluated_is_refused_and_one_that_learns_is_name
 def test_other_names_are_left_to_the_user(names):
     refuse_other_order({"teacher 0": Linear(names)}, data(NAMES))
     refuse_other_order({"teacher 0": Linear(names)}, None)
+
+
+def test_data_in_another_order_are_refused_also_after_training(tmp_path):
+    run = MutualDistillationTrainer(Linear(), CE(), arguments(tmp_path), train_dataset=data(NAMES))
+    alone = MutualDistillationTrainer(Linear(NAMES), CE(), arguments(tmp_path / "alone"))
+    for trainer in (run, alone):
+        trainer.evaluate(data(NAMES))
+        for call in (trainer.evaluate, trainer.predict):
+            with pytest.raises(ValueError, match="in another order"):
+                call(data(OTHER))

@@ -71,6 +71,15 @@ def test_evaluation_takes_all_rows_also_if_training_drops_the_last_batch(tmp_pat
     assert run.state.global_step == 1 and run.args.dataloader_drop_last
 
 
+def test_rows_without_a_label_count_in_no_figure(tmp_path):
+    items = [dict(view(21)[k]) for k in range(21)]
+    hidden = [item | {"labels": -100} if k % 3 else item for k, item in enumerate(items)]
+    run = trainer(tmp_path, Net(1), CE(), per_device_eval_batch_size=8)
+    want, got = run.evaluate(items[::3]), run.evaluate(hidden)
+    assert got["eval_accuracy"] == want["eval_accuracy"]
+    assert "eval_accuracy" not in run.evaluate([i | {"labels": -100} for i in items])
+
+
 def test_a_last_batch_of_one_picture_is_warned_of(tmp_path, caplog):
     """BatchNorm may end the run there, after an epoch."""
     for settings, said in [

@@ -40,6 +40,22 @@ def test_constant_means_constant(tmp_path, kind):
     assert rates(run)[-1] == pytest.approx(0.05 if kind == "constant" else 0.01)
 
 
+def test_the_optimizer_of_the_user(tmp_path):
+    chosen = {"optimizer_cls_and_kwargs": (torch.optim.AdamW, {"lr": 1e-3})}
+    run, _ = step(tmp_path, [Net(1), Net(2)], hf=chosen)
+    assert isinstance(getattr(run.optimizer, "optimizer", run.optimizer), torch.optim.AdamW)
+    assert rates(run) == [1e-3]
+
+    networks = [Net(1), Net(2)]
+    own = torch.optim.SGD([p for n in networks for p in n.parameters()], 0.1)
+    with pytest.raises(ValueError, match="optim_per_peer would be ignored"):
+        step(tmp_path, networks, hf={"optimizers": (own, None), "optim_per_peer": [{}, {}]})
+    learns = Mutual(CE(), SelectNone())
+    learns.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"Mutual learns extra.weight, extra.bias, and the opt"):
+        step(tmp_path, networks, learns, hf={"optimizers": (own, None)})
+
+
 def norm(moves):
     return torch.stack([d.square().sum() for d in moves.values()]).sum().sqrt().item()
 

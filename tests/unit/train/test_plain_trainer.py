@@ -193,6 +193,25 @@ def test_stock_trainer_reads_the_index_of_the_rows(tmp_path):
 KEYS = ("pixel_values", "labels")
 
 
+def test_stock_trainers_that_share_a_loss_read_their_own_rows(tmp_path):
+    """One that evaluates, made between two trainings of the other, does not take its batches."""
+    seen = []
+
+    class Watching(CE):
+        def per_sample(self, logits, target, index):
+            seen.append((index.clone(), target.argmax(-1)))
+            return super().per_sample(logits, target)
+
+    loss, network, data = Watching(), vit(), view(clean=False)
+    first = plain(tmp_path, loss, network, data, num_train_epochs=1)
+    first.train()
+    second = plain(tmp_path / "other", loss, network, data)
+    second.evaluate(data)
+    first.train()
+    labels = torch.tensor(data.labels)
+    assert len(seen) > 2 and all((labels[index] == target).all() for index, target in seen)
+
+
 def test_stock_trainer_reads_cached_teachers(tmp_path):
     """The same training as with the teachers beside it."""
     teachers, models = [teacher(), Net(3)], [resnet(), resnet()]
@@ -242,9 +261,7 @@ def test_stock_trainer_resumes_with_its_teachers_only(tmp_path):
 def test_stock_trainer_refuses_a_loss_that_would_not_learn(tmp_path):
     """Its optimizer has the parameters of the network only."""
     loss = TRevision(0.7 * torch.eye(CLASSES) + 0.1)
-    with pytest.raises(
-        ValueError, match="TRevision learns delta, and the optimizer of this Trainer"
-    ):
+    with pytest.raises(ValueError, match="TRevision learns delta, and the optimizer has the"):
         plain(tmp_path, loss).train()
     run = plain(tmp_path, loss, max_steps=2)
     run.optimizer = torch.optim.SGD([*run.model.parameters(), *loss.parameters()], lr=0.1)

@@ -60,5 +60,9 @@ def test_hyperparameter_search_makes_everything_anew_for_each_trial(tmp_path, mo
     alone = trainer(tmp_path / "alone", pair(), SMKD(eta=1.5, normalize="batch"), **settings)
     alone.train()
     assert difference(a, state(alone.model)) == 0
+    with pytest.raises(ValueError, match="direction='maximize': expected a compute_objective"):
+        run.hyperparameter_search(backend="optuna", n_trials=2, direction="maximize")
+    run.hyperparameter_search(backend="optuna", n_trials=2)
+    assert run.compute_objective({"eval_loss": 0.5, "eval_accuracy": 1.0}) == 0.5
     with pytest.raises(RuntimeError, match=r"MutualDistillationTrainer\(lambda trial: \["):
         alone.hyperparameter_search(backend="optuna", n_trials=2)
