@@ -21,7 +21,8 @@ from ..models.factory import class_count, input_names, logits_of, make_teacher, 
 from ..models.hosted import PeerModule
 from ..models.input_config import normalization_of, warn_of_inputs
 from .callbacks import ScheduleCallback
-from .checks import refuse_pairing, refuse_plain, refuse_untrained
+from .check_arguments import refuse_untrained
+from .checks import refuse_pairing, refuse_plain
 from .run_folder import (
     LOSS,
     checkpoint_of,

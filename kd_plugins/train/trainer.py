@@ -23,23 +23,21 @@ from ..models.hosted import PeerModule
 from ..models.input_config import batch_range, normalization_of, warn_of_inputs
 from .arguments import MutualTrainingArguments
 from .callbacks import ScheduleCallback, short
-from .checks import (
+from .check_arguments import (
     refuse_arguments,
-    refuse_data,
     refuse_hf_arguments,
-    refuse_nan,
-    refuse_pairing,
-    refuse_rows,
     refuse_shared,
     refuse_untrained,
     warn_of_single,
 )
+from .checks import refuse_data, refuse_nan, refuse_pairing, refuse_rows
 from .class_order import check_class_order
 from .collapse import CollapseCallback
 from .evaluation import RankingTrainer
 from .optimizer import clip_each, peer_optimizer, stepped
 from .publish import PublishingTrainer
 from .run_folder import describe_run, last_checkpoint, refuse_damaged, refuse_other_run, write_run
+from .search import SearchingTrainer
 from .sizes import bind_sizes, num_classes_of
 
 logger = logging.get_logger(__name__)
@@ -47,7 +45,7 @@ logger = logging.get_logger(__name__)
 Models = str | nn.Module | Sequence[str | nn.Module]
 
 
-class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
+class MutualDistillationTrainer(RankingTrainer, SearchingTrainer, PublishingTrainer):
     """HF ``Trainer`` of one network, or of several that teach each other, and of their loss.
 
     The training data bring pixels as the first network expects them; for the others they are
@@ -162,29 +160,6 @@ class MutualDistillationTrainer(RankingTrainer, PublishingTrainer):
     def peers(self) -> list[nn.Module]:
         """The networks that learn."""
         return list(self.model.peers)
-
-    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's. Each trial has networks and a loss of its own.
-
-        By default the lowest ``eval_loss`` wins. To maximise, give a ``compute_objective`` too,
-        such as ``lambda figures: figures["eval_accuracy"]``.
-
-        >>> losses = lambda trial: SMKD(eta=trial["eta"] if trial else 2)  # doctest: +SKIP
-        >>> run = MutualDistillationTrainer(["resnet50"] * 2, losses, args)  # doctest: +SKIP
-        """
-        if self.model_init is None:
-            raise RuntimeError(
-                "hyperparameter_search needs networks and a loss for each trial: "
-                "MutualDistillationTrainer(lambda trial: [...], lambda trial: SMKD(...), args)"
-            )
-        if len(args) < 2 and kwargs.get("compute_objective") is None:
-            if kwargs.get("direction", "minimize") != "minimize":
-                raise ValueError(
-                    f"direction={kwargs['direction']!r}: expected a compute_objective with it; the "
-                    "default objective is eval_loss, and its largest value would win"
-                )
-            kwargs["compute_objective"] = lambda figures: figures["eval_loss"]
-        return super().hyperparameter_search(*args, **kwargs)
 
     # ------------------------------------------------------------------- optimizer and schedule
 
