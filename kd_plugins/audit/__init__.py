@@ -1,7 +1,8 @@
 """Audit data and runs: wrong labels, training dynamics, influence, metrics and pictures."""
 
 from .corrected_data import write_corrected
-from .corrections import apply_decisions, correct_labels, drop_suspects, read_decisions
+from .corrections import apply_decisions, correct_labels, drop_suspects
+from .decisions import read_decisions
 from .dynamics import read_dynamics, summarise
 from .estimate_transition import estimate_transition
 from .exchange import (

@@ -16,13 +16,8 @@ from datasets import Dataset
 
 from ..data.labels import column_array
 from ..data.parquet_files import write_parquet
-from .corrections import (
-    NO_CLASS,
-    apply_decisions,
-    changes_of,
-    data_signature,
-    read_decisions,
-)
+from .corrections import apply_decisions
+from .decisions import NO_CLASS, changes_of, data_signature, read_decisions
 from .file_names import file_names
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset, Features, Value
 
 from ..data.labels import column_array
-from .corrections import NO_CLASS
+from .decisions import NO_CLASS
 from .gallery_rows import pictures_of, shown_rows, thumbnail
 
 QUESTION = "label"  # what Label Studio and Argilla call it

@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from .corrections import data_signature, refuse_row_numbers
+from .decisions import data_signature, refuse_row_numbers
 from .gallery_rows import labels_of, pictures_of, shown_rows, thumbnail
 
 SIDE, NEAR = 96, 40  # of thumbnails, and of neighbours, in pixels

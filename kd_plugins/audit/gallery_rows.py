@@ -15,7 +15,7 @@ from ..data.decode import NotAPicture, PictureColumn
 from ..data.image_view import ImageView
 from ..data.labels import column_array, label_column
 from ..losses import validate
-from .corrections import refuse_other_rows, refuse_row_numbers
+from .decisions import refuse_other_rows, refuse_row_numbers
 
 
 def shown_rows(suspects: Dataset, count: int) -> list[dict[str, Any]]:

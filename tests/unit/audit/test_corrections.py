@@ -14,7 +14,7 @@ from PIL import Image
 
 from kd_plugins import apply_decisions, correct_labels, drop_suspects, read_decisions
 from kd_plugins.audit import write_corrected
-from kd_plugins.audit.corrections import data_signature
+from kd_plugins.audit.decisions import data_signature
 from kd_plugins.data import find_column
 
 LABELS = [0, 1, 2, 0, 1, 2, 0, 1]
