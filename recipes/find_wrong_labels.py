@@ -80,7 +80,7 @@ def rank(s: Settings, networks: list, view: kd.ImageView, wrong: np.ndarray | No
     results, known = {}, {"class_names": view.class_names, "all_rows": True}
     if s.dynamics:
         suspects = kd.find_suspects(dynamics=s.dynamics, **known)
-        kd.audit.corrections.refuse_other_rows(suspects, view.labels, f"column {s.label!r}")
+        kd.audit.decisions.refuse_other_rows(suspects, view.labels, f"column {s.label!r}")
     if networks:
         probs = kd.predict_probs(networks, view, batch_size=s.batch_size, num_workers=s.num_workers)
         by_networks = kd.find_suspects(view.labels, probs, **known)

@@ -429,13 +429,15 @@ def test_trained_with_teachers_with_their_cache_and_resumed(name, tmp_path):
     start = state(live.model)
     live.train()
     trained = state(live.model)
-    assert difference(trained, start) > 1e-3
+    moved = difference(trained, start)
+    assert moved > 1e-3
     cached = cache_teachers(view(), teachers, tmp_path / "cache", student=Net(1))
     saving = {"save_strategy": "steps", "save_steps": 7}
     second = trainer(tmp_path / "run", Net(1), OBJECTIVES[name](), cached, **saving)
     second.train()
     end = state(second.model)
-    assert difference(end, {k: trained[k] for k in end}) < 1e-5
+    # Batches of another size round differently, on some processors more than on others.
+    assert difference(end, {k: trained[k] for k in end}) < 1e-4 * moved
     again = trainer(tmp_path / "run", Net(1), OBJECTIVES[name](), cached, **saving)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-7"))
     assert difference(state(again.model), end) == 0.0
