@@ -183,7 +183,9 @@ def suspects_command(argv: Sequence[str]) -> None:
     columns: dict[str, Any] = {"image": image, "label": label}
     with_files = partial(audit.with_files, dataset=rows, image=image, folder=s.data)
     suspects, left_out, paths = _suspects(s, rows, with_files, **columns)
-    suspects = _without_decided(suspects, rows)
+    suspects, decided = audit.without_decided(suspects, rows)
+    if decided:
+        print(f"{decided:,} more are not shown: somebody has decided on them before.")
     paths += audit.write_suspects(with_files(suspects), rows, s.output, count=s.count, **columns)
     number, known = len(doubted(suspects)), len(rows) - len(left_out)
     why = "another class is more probable"
@@ -229,19 +231,6 @@ def _suspects(
         if len(pairs) > ODD * len(rows):
             print("These are so many that the features probably do not tell pictures apart.")
     return find(noise=noise), left_out, paths
-
-
-def _without_decided(suspects: Any, rows: Any) -> Any:
-    """The suspects on which nobody has decided, if the data are of ``kd-plugins apply``."""
-    import numpy as np
-
-    if not {"decision", "original_row"} <= set(rows.column_names):
-        return suspects
-    decided = np.flatnonzero([text in ("wrong", "fine", "other") for text in rows["decision"][:]])
-    kept = np.flatnonzero(~np.isin(suspects.with_format("numpy")["index"][:], decided))
-    if left := len(suspects) - len(kept):
-        print(f"{left:,} more are not shown: somebody has decided on them before.")
-    return suspects.select(kept)
 
 
 def _say_left_out(probs: Any, view: Any, why: str, shown: int = 5) -> list[int]:

@@ -2,7 +2,7 @@
 
 from .corrected_data import write_corrected
 from .corrections import apply_decisions, correct_labels, drop_suspects
-from .decisions import read_decisions
+from .decisions import read_decisions, without_decided
 from .dynamics import read_dynamics, summarise
 from .estimate_transition import estimate_transition
 from .exchange import (
@@ -56,6 +56,7 @@ __all__ = [
     "to_datalab",
     "to_label_studio",
     "with_files",
+    "without_decided",
     "write_corrected",
     "write_noise",
     "write_oddities",

@@ -73,6 +73,18 @@ def read_decisions(path: str | Path) -> Dataset:
     return Dataset.from_dict(columns, features=Features(kinds))
 
 
+def without_decided(suspects: Dataset, dataset: Dataset) -> tuple[Dataset, int]:
+    """The suspects that nobody has decided on, and how many others there were.
+
+    Only data that `apply_decisions` returned know what was decided. A skipped row is undecided.
+    """
+    if not {"decision", "original_row"} <= set(dataset.column_names):
+        return suspects, 0
+    final = [text in ("wrong", "fine", "other") for text in dataset["decision"][:]]
+    kept = np.flatnonzero(~np.array(final, bool)[column_array(suspects, "index")])
+    return suspects.select(kept), len(suspects) - len(kept)
+
+
 def data_signature(size: int, labels: np.ndarray | None) -> str:
     """The number of rows, and a hash of their labels: ``"50000-1f8a03c77d"``."""
     if labels is None:

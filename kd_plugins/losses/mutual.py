@@ -263,7 +263,8 @@ class Mutual(Loss):
                 "which has none"
             )
         configs = [getattr(model, "pretrained_cfg", None) or {} for model in models]
-        if len({str((c["mean"], c["std"])) for c in configs if c.get("mean") and c.get("std")}) > 1:
+        known = [(c["mean"], c["std"]) for c in configs if c.get("mean") and c.get("std")]
+        if len({(tuple(mean), tuple(std)) for mean, std in known}) > 1:
             raise ValueError(
                 "the networks expect different normalisations, and all would see these pixels: "
                 "prime each with a loader of its own, loss.refine[k].prime(models[k], loader_k)"

@@ -85,10 +85,10 @@ def refuse_shared(models: Any, loss: Any) -> None:
     anew = callable(names) or all(isinstance(model, str) for model in names)
     if not anew or isinstance(loss, nn.Module) or isinstance(models, nn.Module):
         raise ValueError(
-            "one of models and loss is a function, which makes it for each trial of a "
-            "hyperparameter search: a trial would go on with what the last one has trained. Pass "
-            "functions of the trial for networks (or their names) and loss. A loss to train with "
-            "is one of kd_plugins, such as CE(), or a class of your own with per_sample"
+            "models or loss is a function, as for a hyperparameter search, and a trial would go on "
+            "with what the last one has trained. For a search pass functions of the trial for both "
+            "(or names of networks). To train once, pass a loss such as CE(), or a class of your "
+            "own with per_sample"
         )
 
 

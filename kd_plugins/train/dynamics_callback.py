@@ -59,10 +59,9 @@ class DynamicsCallback(TrainerCallback):
         # The other processes write only after the first step, which they cannot finish alone.
         clean = args.local_process_index == 0
         self._writer = DynamicsWriter(folder, args.process_index, state.global_step, clean)
-        self._epoch = int(state.epoch or 0)  # a run that is complete begins no epoch
+        self._epoch = int(state.epoch or 0)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
-        self._epoch = int(state.epoch or 0)
         if not isinstance(self._hosted, PeerModule):
             # Not before: other callbacks, too, watch the network from the begin of training on.
             if self._watch is not None:
@@ -88,6 +87,7 @@ class DynamicsCallback(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._write()
+        self._epoch += 1  # of a stream without a length, state.epoch is a share of max_steps
 
     def on_train_end(self, args, state, control, **kwargs):
         self._write()

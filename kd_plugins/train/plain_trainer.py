@@ -78,7 +78,7 @@ class _ComputeLoss:
         self.batch: dict[str, Any] = {}  # what the network was given in the last forward
         self._hosted: PeerModule | None = None
         self._autocast: torch.dtype | None = None
-        _OF_LOSS.setdefault(loss, []).append(ref(self))
+        _OF_LOSS[loss] = [ref(function) for function in (*_functions_of(loss), self)]
 
     def __call__(
         self,

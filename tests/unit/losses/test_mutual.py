@@ -599,5 +599,5 @@ def test_prime_refuses_networks_that_expect_other_pixels():
     loss, loader = SMKD(MyLC(window=4)), [(torch.randn(4, 4), torch.zeros(4))]
     with pytest.raises(ValueError, match="expect different normalisations"):
         loss.prime(networks, loader)
-    networks[1].pretrained_cfg["mean"] = (0.5,) * 3
+    networks[1].pretrained_cfg["mean"] = [0.5] * 3  # as JSON has it
     assert len(loss.prime(networks, loader)) == 2

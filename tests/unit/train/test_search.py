@@ -64,5 +64,7 @@ def test_hyperparameter_search_makes_everything_anew_for_each_trial(tmp_path, mo
         run.hyperparameter_search(backend="optuna", n_trials=2, direction="maximize")
     run.hyperparameter_search(backend="optuna", n_trials=2)
     assert run.compute_objective({"eval_loss": 0.5, "eval_accuracy": 1.0}) == 0.5
+    several = {"eval_x_loss": 0.5, "eval_x_accuracy": 1.0, "eval_y_loss": 1.5}
+    assert run.compute_objective(several) == 1.0
     with pytest.raises(RuntimeError, match=r"MutualDistillationTrainer\(lambda trial: \["):
         alone.hyperparameter_search(backend="optuna", n_trials=2)
