@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from . import validate
 from .base import Loss
 from .functional import cross_entropy, log_softmax
 from .registry import register_loss
+from .sample_memory import fill_unseen
 from .state import Progress, SampleTable
 
 CLIP = 1e-4  # of ELR: p in [CLIP, 1 - CLIP]
@@ -158,19 +160,19 @@ class SELC(_Averaged):
         self.alpha, self.begin = alpha, begin
         self.progress = Progress()
 
-    def soft_labels(self) -> Tensor:
+    def soft_labels(self, given: ArrayLike | None = None) -> Tensor:
         """The corrected label of every sample, [N, C]; rows sum to 1.
 
+        Args:
+            given: class indices [N], for samples that training did not see after ``begin``, such
+                as those whose picture cannot be read.
+
         Raises:
-            ValueError: some samples were not seen in training after ``begin``.
+            ValueError: some samples were not seen, and ``given`` is missing.
         """
         self.require_sizes()
-        if unseen := int((self.averages.rows.sum(-1) == 0).sum()):
-            raise ValueError(
-                f"{unseen} of {self.num_samples} samples were not seen after begin={self.begin} "
-                "and have no corrected label: train an epoch over all of them, with drop_last=False"
-            )
-        return self.averages.rows.clone()
+        rows = self.averages.rows
+        return fill_unseen(rows, rows.sum(-1) == 0, given, f" after begin={self.begin}")
 
     def per_sample(self, logits: Tensor, target: Tensor, index: Tensor) -> Tensor:
         log_p = log_softmax(logits)

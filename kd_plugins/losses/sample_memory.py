@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from . import validate
@@ -14,6 +15,35 @@ from .base import Loss
 from .functional import as_probs, cross_entropy, log_softmax
 from .registry import register_loss
 from .state import Progress, SampleTable
+
+
+def fill_unseen(labels: Tensor, unseen: Tensor, given: ArrayLike | None, when: str = "") -> Tensor:
+    """Labels [N, C] with the given ones [N] in the rows that are unseen [N].
+
+    Raises:
+        ValueError: there are such rows and no labels for them.
+    """
+    labels, rows = labels.clone(), unseen.nonzero().flatten()
+    if not len(rows):
+        return labels
+    if given is None:
+        raise ValueError(
+            f"{len(rows)} of {len(labels)} samples were not seen in training{when} and have no "
+            "corrected label: pass their given ones, soft_labels(view.labels), if their pictures "
+            "cannot be read; else train an epoch over all of them (drop_last=False), or pass the "
+            "num_samples that there are"
+        )
+    target = torch.as_tensor(given, device=labels.device)
+    if target.shape != unseen.shape:
+        raise ValueError(f"given: expected {len(labels)} labels, got {list(target.shape)}")
+    if (wrong := (target[rows] < 0) | (target[rows] >= labels.shape[1])).any():
+        row = int(rows[wrong][0])
+        raise ValueError(
+            f"given: the label {int(target[row])} of row {row} is none of the {labels.shape[1]} "
+            "classes, and the row was not seen in training"
+        )
+    labels[rows] = as_probs(target[rows], labels.shape[1], labels.dtype)
+    return labels
 
 
 @register_loss("joint")
@@ -81,20 +111,19 @@ class Joint(Loss):
         self.outputs = SampleTable(self.num_samples, self.epochs, self.num_classes)
         self.visits = SampleTable(self.num_samples, dtype=torch.int64)
 
-    def soft_labels(self) -> Tensor:
+    def soft_labels(self, given: ArrayLike | None = None) -> Tensor:
         """The current label of every sample, [N, C]; rows sum to 1.
 
+        Args:
+            given: class indices [N], for samples that training never saw, such as those whose
+                picture cannot be read.
+
         Raises:
-            ValueError: some samples were never seen in training.
+            ValueError: some samples were never seen, and ``given`` is missing.
         """
         self.require_sizes()
-        if unseen := int((self.visits.rows == 0).sum()):
-            raise ValueError(
-                f"{unseen} of {self.num_samples} samples were never seen in training and have no "
-                "label: train an epoch over all of them, with drop_last=False, or pass the "
-                "num_samples that there are"
-            )
-        return self._labels(self.outputs.rows, self.visits.rows)
+        labels = self._labels(self.outputs.rows, self.visits.rows)
+        return fill_unseen(labels, self.visits.rows == 0, given)
 
     def _labels(self, outputs: Tensor, visits: Tensor) -> Tensor:  # [B, epochs, C], [B] -> [B, C]
         # slots that were not visited hold 0

@@ -99,7 +99,7 @@ def hand_over(
         estimator: of the transition matrix; see :func:`kd_plugins.estimate_transition`.
     """
     if following.name == "soft_labels":
-        return {"labels": trainer.model.criterion.soft_labels().cpu()}
+        return {"labels": trainer.model.criterion.soft_labels(view.labels).cpu()}
     if following.name == "tf_kd_self":
         return {"teachers": trainer.peers}
     if following.name not in TRANSITION or "transition" in known:

@@ -235,8 +235,16 @@ def test_a_prediction_that_is_no_number_is_not_a_visit():
 def test_samples_without_a_label_are_counted():
     loss = joint(5)
     loss(logits(P), torch.tensor([0, 1]), index=torch.tensor([4, 2]))
-    with pytest.raises(ValueError, match="3 of 5 samples were never seen"):
+    with pytest.raises(ValueError, match="3 of 5 samples were not seen in training and"):
         loss.soft_labels()
+    labels = loss.soft_labels([0, 1, -100, 2, -100])  # labels of those that were seen do not matter
+    assert labels[[0, 1, 3]].argmax(-1).tolist() == [0, 1, 2]
+    torch.testing.assert_close(labels[[4, 2]], torch.tensor(P))
+    assert SoftLabels(labels).num_samples == 5
+    with pytest.raises(ValueError, match="the label -100 of row 1 is none of the 3 classes"):
+        loss.soft_labels([0, -100, 0, 2, 0])
+    with pytest.raises(ValueError, match=r"expected 5 labels, got \[2\]"):
+        loss.soft_labels([0, 1])
 
 
 def test_peers_learn_labels_of_their_own():

@@ -34,12 +34,14 @@ from kd_plugins import (
     KD,
     MKD,
     SMKD,
+    Joint,
     LabelSmoothing,
     Loss,
     Mutual,
     MyLC,
     ProSelfLC,
     SelectNone,
+    SoftLabels,
 )
 from kd_plugins.data import ImageView
 from kd_plugins.losses import validate
@@ -233,6 +235,20 @@ def test_broken_pictures_are_named_at_the_end(tmp_path, caplog):
     assert message.startswith("2 pictures of the train data")
     assert "row 5" in message
     assert "gone.jpg" in message
+
+
+def test_second_stage_after_a_picture_that_cannot_be_read(tmp_path):
+    data = rows()
+    data[5]["image"] = b"no picture"
+    train = ImageView(data, to_tensor, max_broken=0.1)
+    first = Joint()
+    trainer(tmp_path / "1", [Net(1)], first, train=train, num_train_epochs=1).train()
+    with pytest.raises(ValueError, match=f"1 of {ROWS} samples were not seen"):
+        first.soft_labels()
+    labels = first.soft_labels(train.labels)
+    assert labels[5].argmax() == train.labels[5] and labels[5].max() == 1
+    second = SoftLabels(labels)
+    trainer(tmp_path / "2", [Net(2)], second, train=train, num_train_epochs=1).train()
 
 
 def test_bar_is_short_and_the_log_is_full(tmp_path, capfd):
