@@ -41,10 +41,11 @@ def model_card(
         reads_text(peer),
     )
     beside = ", ".join(_architecture(other) for other in peers if other is not peer)
+    taught = _taught(trainer)
     paragraphs = [
         f"# {title}",
         f"Network {name} of {len(peers)}, trained with kd-plugins"
-        f"{f' beside {beside}' if beside else ''}.",
+        f"{f' beside {beside}' if beside else ''}{f', taught by {taught}' if taught else ''}.",
         "**Method**",
         indent(repr(trainer.model.criterion), "    "),
         f"**Data**: {_describe(data)}",
@@ -80,6 +81,14 @@ def _metadata(library: str, of_text: bool, given: dict[str, Any]) -> str:
     known = {"library_name": library, "pipeline_tag": task} | given
     known["tags"] = [task, *loaders, "kd-plugins", *tags]
     return ModelCardData(**known).to_yaml()
+
+
+def _taught(trainer: Any) -> str:
+    """The teachers by name, or how many there were if the data bring their logits."""
+    cached = getattr(trainer.train_dataset, "teacher_logits", None)
+    if cached is not None:
+        return f"the cached logits of {cached.shape[1]} network{'s' * (cached.shape[1] > 1)}"
+    return ", ".join(_architecture(teacher) for teacher in trainer.model.teachers)
 
 
 def _training(trainer: Any, k: int) -> str:

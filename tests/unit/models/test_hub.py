@@ -16,7 +16,8 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 
-from kd_plugins import CE, SMKD, MyLC
+from kd_plugins import CE, KD, SMKD, MyLC
+from kd_plugins.data import cache_teachers
 from kd_plugins.models import library_of, make_model
 from kd_plugins.models.card import model_card
 
@@ -262,6 +263,16 @@ def test_card_says_what_loads_it(tmp_path):
         assert "license" not in card.data.to_dict()
     assert load_file(tmp_path / "peer_c" / "model.safetensors").keys() == told.state_dict().keys()
     assert 'load_model(network, "model.safetensors")' in card.text
+
+
+def test_card_names_the_teachers(tmp_path):
+    teachers = [timm_net(), Net(3)]
+    beside = trainer(tmp_path, [Net(1)], CE() + KD(), hf={"teachers": teachers})
+    assert "trained with kd-plugins, taught by test_resnet, Net." in model_card(beside, 0)
+    cached = cache_teachers(view(), teachers, tmp_path / "cache", student=Net(1))
+    cached = trainer(tmp_path, [Net(1)], CE() + KD(), train=cached)
+    assert "taught by the cached logits of 2 networks." in model_card(cached, 0)
+    assert "taught" not in model_card(trainer(tmp_path, [Net(1)], CE()), 0)
 
 
 def test_card_says_what_it_was_evaluated_on(tmp_path):
