@@ -58,7 +58,9 @@ def load_pictures(
     test = next((split for split in ("test", "validation") if split in data), None)
     if "train" not in data or test is None:
         raise ValueError(
-            f"{name}: expected the splits train and test (or validation), got {', '.join(data)}"
+            f"{name}: expected the splits train and test (or validation), got {', '.join(data)}: "
+            "nothing would tell how well the network does. A folder has them as train/CLASS/ and "
+            "test/CLASS/; move some pictures of each class to the second, with labels you trust"
         )
     image = find_column(data["train"], "image", image)
     label = find_column(data["train"], "label", label)
