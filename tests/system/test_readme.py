@@ -49,7 +49,7 @@ def test_loops_tell_the_epoch(number, names, monkeypatch):
 def test_the_loop_takes_a_loss_with_a_schedule(number, names):
     """It tells the progress before each step, of which there are as many as batches."""
     names["Told"] = Told
-    run(number, names, lambda block: block.replace("MyLC(window=len(train))", "Told()"))
+    run(number, names, lambda block: block.replace("GCE()", "Told()"))
     steps = 2 * len(names["loader"])
     assert names["criterion"].told == [k / steps for k in range(steps)]
 
