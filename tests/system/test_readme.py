@@ -107,7 +107,7 @@ def test_recipes_take_the_commands_of_their_readme(recipe, options, monkeypatch)
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
 
 
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
