@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from . import validate
@@ -160,7 +159,7 @@ class SELC(_Averaged):
         self.alpha, self.begin = alpha, begin
         self.progress = Progress()
 
-    def soft_labels(self, given: ArrayLike | None = None) -> Tensor:
+    def soft_labels(self, given: Any = None) -> Tensor:
         """The corrected label of every sample, [N, C]; rows sum to 1.
 
         Args:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from numpy.typing import ArrayLike
 from torch import Tensor
 
 from . import validate
@@ -17,7 +16,7 @@ from .registry import register_loss
 from .state import Progress, SampleTable
 
 
-def fill_unseen(labels: Tensor, unseen: Tensor, given: ArrayLike | None, when: str = "") -> Tensor:
+def fill_unseen(labels: Tensor, unseen: Tensor, given: Any, when: str = "") -> Tensor:
     """Labels [N, C] with the given ones [N] in the rows that are unseen [N].
 
     Raises:
@@ -111,7 +110,7 @@ class Joint(Loss):
         self.outputs = SampleTable(self.num_samples, self.epochs, self.num_classes)
         self.visits = SampleTable(self.num_samples, dtype=torch.int64)
 
-    def soft_labels(self, given: ArrayLike | None = None) -> Tensor:
+    def soft_labels(self, given: Any = None) -> Tensor:
         """The current label of every sample, [N, C]; rows sum to 1.
 
         Args:
